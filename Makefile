@@ -1,0 +1,62 @@
+# A fresh machine needs Python 3.11+ with venv, g++ and make; then
+#
+#   make demo    compress a real language model to a byte budget and show what it cost
+#   make test    install the development tools and run the tests
+#
+# PIP_ARGS goes to every pip install. PyTorch's default build for Linux may bring several GB of CUDA
+# libraries; a CPU-only index makes it small:  make demo PIP_ARGS="--extra-index-url URL"
+# DEMO_ARGS and TEST_ARGS go to the demo and to pytest:  make test TEST_ARGS="tests/formats -x"
+
+PYTHON ?= python3
+PIP_ARGS ?=
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+BIN := .venv/bin
+PIP_INSTALL = $(BIN)/python -m pip install --constraint constraints.txt $(PIP_ARGS)
+
+.PHONY: help demo test install install-dev lint format constraints
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# -P keeps the repository root off sys.path, where the folder kernels/ would hide a package of that name.
+demo: install
+	$(BIN)/python -P -m quantlib.bench.demo $(DEMO_ARGS)
+
+test: install-dev
+	$(BIN)/python -P -m pytest $(TEST_ARGS)
+
+lint: install-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/python dev/typecheck.py
+
+format: install-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+install: .venv/installed
+install-dev: .venv/installed-dev
+
+# The stamps are files, so a second `make` installs nothing until one of these changes.
+.venv/installed: setup.py pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) --editable '.[bench]'
+	@touch $@
+
+.venv/installed-dev: setup.py pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) --editable '.[bench,dev]'
+	@touch $@ .venv/installed
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "quantlib needs Python 3.11 or newer; name one with: make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv || \
+		{ rm -rf .venv; echo "Could not create .venv; on Debian: apt install python3-venv" >&2; exit 1; }
+
+# After upgrading the packages in .venv and running the tests: pin what was tested. A local version
+# such as 2.13.0+cpu names one index's build, so the part after the plus sign is left out.
+constraints: install-dev
+	{ sed '/^[^#]/,$$d' constraints.txt; \
+	  $(BIN)/python -m pip list --format=freeze --exclude-editable --exclude pip | sed 's/+.*//'; } > constraints.new
+	mv constraints.new constraints.txt

@@ -1,0 +1,194 @@
+// The kernels of the instruction sets without a byte dot product: one output row is decoded into scratch (which stays
+// in the first-level cache), then multiplied with every token.
+//
+// Weights are widened to int16 with the zero point already subtracted, and multiplied as int16 pairs: exact for every
+// width. Bytes would be denser, but the x86 instruction for them (VPMADDUBSW) saturates with 8-bit weights and needs
+// separate sums for zero points.
+//
+// An `Isa` supplies
+//   Spread                       eight packed codes to eight bytes (see common.h)
+//   Vector                       a GCC vector of floats
+//   dot4(w, stride, a, n, sums)  sums[r] = sum over n of w[r * stride + i] * a[i]; n is a multiple of 16
+#pragma once
+
+#include "common.h"
+
+namespace {
+
+constexpr int64_t kRowBlock = 4;    // output rows that share a load of the activations
+constexpr int64_t kTokenBlock = 4;  // tokens that share a decoded row in exact mode
+
+template <class Isa>
+struct RowKernels {
+  // Prepared token: its scale, then int16 values.
+  static int64_t int8_token_bytes(const QlWeight& w, int64_t) { return 64 + round_up(2 * padded_columns(w), 64); }
+
+  static void int8_prepare(const Problem& p, int64_t token) {
+    uint8_t* data = p.token_data + token * p.token_bytes;
+    const float scale = round_padded_token(*p.weight, p.x + token * p.weight->columns, reinterpret_cast<int16_t*>(data + 64));
+    memcpy(data, &scale, sizeof scale);
+  }
+
+  struct Int8Scratch {
+    RowGroups row;
+    int16_t* weights;  // [kRowBlock, padded columns], zero point subtracted
+    float* scales;     // [pieces, kRowBlock]
+
+    Int8Scratch(const QlWeight& w, Arena& arena) : row(w, arena, padded_columns(w)) {
+      weights = arena.take<int16_t>(kRowBlock * padded_columns(w));
+      scales = arena.take<float>(kRowBlock * total_pieces(w));
+    }
+  };
+
+  static int64_t int8_scratch_bytes(const QlWeight& w, int64_t) {
+    Arena arena{nullptr};
+    Int8Scratch(w, arena);
+    return arena.used;
+  }
+
+  static void decode_int8_row(const QlWeight& w, int64_t row, int64_t slot, const Int8Scratch& scratch) {
+    int16_t* out = scratch.weights + slot * padded_columns(w);
+    float* scales = scratch.scales + slot;
+    for (int64_t i = 0; i < w.segment_count; ++i) {
+      const QlSegment& s = w.segments[i];
+      scratch.row.decode(s, row);
+      unpack_row<typename Isa::Spread>(s.packed + row * s.row_bytes, s.row_bytes, s.bits, padded(s), scratch.row.codes);
+      for (int64_t piece = 0; piece < pieces(s); ++piece) {
+        const int64_t group = group_of_piece(s, piece), k = piece * piece_span(s);
+        const int64_t end = smaller(k + piece_span(s), padded(s));
+        const int32_t zero = scratch.row.zeros[group];
+        for (int64_t j = k; j < end; ++j) out[j] = static_cast<int16_t>(scratch.row.codes[j] - zero);
+        *scales = scratch.row.scales[group];
+        scales += kRowBlock;
+      }
+      out += padded(s);
+    }
+  }
+
+  static void int8_rows(const Problem& p, int64_t begin, int64_t end, uint8_t* scratch_memory) {
+    const QlWeight& w = *p.weight;
+    Arena arena{scratch_memory};
+    const Int8Scratch scratch(w, arena);
+    for (int64_t row = begin; row < end; row += kRowBlock) {
+      const int64_t count = smaller(kRowBlock, end - row);
+      for (int64_t r = 0; r < kRowBlock; ++r) decode_int8_row(w, row + smaller(r, count - 1), r, scratch);
+      for (int64_t token = 0; token < p.tokens; ++token) int8_block(p, row, count, token, scratch);
+    }
+  }
+
+  static void int8_block(const Problem& p, int64_t row, int64_t count, int64_t token, const Int8Scratch& scratch) {
+    const QlWeight& w = *p.weight;
+    const uint8_t* data = p.token_data + token * p.token_bytes;
+    const int16_t* a = reinterpret_cast<const int16_t*>(data + 64);
+    const int64_t stride = padded_columns(w);
+    const int16_t* weights = scratch.weights;
+    const float* scales = scratch.scales;
+    float sums[kRowBlock] = {};
+    for (int64_t i = 0; i < w.segment_count; ++i) {
+      const QlSegment& s = w.segments[i];
+      for (int64_t k = 0; k < padded(s); k += piece_span(s), scales += kRowBlock) {
+        const int64_t span = smaller(piece_span(s), padded(s) - k);
+        int32_t dots[kRowBlock];
+        Isa::dot4(weights + k, stride, a + k, span, dots);
+        for (int r = 0; r < kRowBlock; ++r) sums[r] += static_cast<float>(dots[r]) * scales[r];
+      }
+      weights += padded(s);
+      a += padded(s);
+    }
+    const float scale = load<float>(data);
+    for (int64_t r = 0; r < count; ++r) {
+      p.y[token * w.rows + row + r] = sums[r] * scale + (p.bias ? p.bias[row + r] : 0.0f);
+    }
+  }
+
+  // Decodes one row to floats, segment after segment, at `out` plus the segment's offset: `padding` to the next
+  // multiple of 64 for the exact kernel, none for an output row.
+  template <bool padding>
+  static void decode_float_row(const QlWeight& w, int64_t row, const RowGroups& scratch, float* out) {
+    for (int64_t i = 0; i < w.segment_count; ++i) {
+      const QlSegment& s = w.segments[i];
+      const int64_t length = padding ? padded(s) : s.length;
+      scratch.decode(s, row);
+      unpack_row<typename Isa::Spread>(s.packed + row * s.row_bytes, s.row_bytes, s.bits, length, scratch.codes);
+      for (int64_t piece = 0; piece < pieces(s); ++piece) {
+        const int64_t group = group_of_piece(s, piece), k = piece * piece_span(s);
+        const int64_t end = smaller(k + piece_span(s), length);
+        const float scale = scratch.scales[group];
+        if (s.code_book) {
+          for (int64_t j = k; j < end; ++j) out[j] = s.code_book[scratch.codes[j]] * scale;
+        } else {
+          const int32_t zero = scratch.zeros[group];
+          for (int64_t j = k; j < end; ++j) out[j] = static_cast<float>(scratch.codes[j] - zero) * scale;
+        }
+      }
+      out += length;
+    }
+  }
+
+  static int64_t dequantize_scratch_bytes(const QlWeight& w) {
+    Arena arena{nullptr};
+    RowGroups(w, arena, padded_columns(w));
+    return arena.used;
+  }
+
+  static void dequantize_row(const QlWeight& w, int64_t row, float* out, uint8_t* scratch_memory) {
+    Arena arena{scratch_memory};
+    decode_float_row<false>(w, row, RowGroups(w, arena, padded_columns(w)), out);
+  }
+
+  static int64_t exact_token_bytes(const QlWeight& w, int64_t) { return 4 * padded_columns(w); }
+
+  static void exact_prepare(const Problem& p, int64_t token) {
+    pad_token(*p.weight, p.x + token * p.weight->columns, reinterpret_cast<float*>(p.token_data + token * p.token_bytes));
+  }
+
+  static int64_t exact_scratch_bytes(const QlWeight& w, int64_t) {
+    Arena arena{nullptr};
+    RowGroups(w, arena, padded_columns(w));
+    arena.take<float>(padded_columns(w));
+    return arena.used;
+  }
+
+  static void exact_rows(const Problem& p, int64_t begin, int64_t end, uint8_t* scratch_memory) {
+    const QlWeight& w = *p.weight;
+    Arena arena{scratch_memory};
+    const RowGroups scratch(w, arena, padded_columns(w));
+    const int64_t columns = padded_columns(w);
+    float* weights = arena.take<float>(columns);
+    for (int64_t row = begin; row < end; ++row) {
+      decode_float_row<true>(w, row, scratch, weights);
+      for (int64_t token = 0; token < p.tokens; ++token) {
+        const float* x = reinterpret_cast<const float*>(p.token_data + token * p.token_bytes);
+        p.y[token * w.rows + row] = dot(weights, x, columns) + (p.bias ? p.bias[row] : 0.0f);
+      }
+    }
+  }
+
+  // Sixteen running sums whatever the vector width, so that this order of additions is the same everywhere.
+  static float dot(const float* w, const float* x, int64_t count) {
+    using Vector = typename Isa::Vector;
+    constexpr int64_t width = sizeof(Vector) / sizeof(float), vectors = 16 / width;
+    Vector sums[vectors] = {};
+    for (int64_t k = 0; k < count; k += 16) {
+      for (int64_t v = 0; v < vectors; ++v) {
+        sums[v] += load<Vector>(w + k + v * width) * load<Vector>(x + k + v * width);
+      }
+    }
+    float total = 0.0f;
+    for (int64_t v = 0; v < vectors; ++v) {
+      for (int64_t lane = 0; lane < width; ++lane) total += sums[v][lane];
+    }
+    return total;
+  }
+
+  static constexpr ql::IsaKernels table(int64_t serial_work) {
+    return {
+        {kRowBlock, serial_work, int8_token_bytes, int8_scratch_bytes, int8_prepare, int8_rows},
+        {kRowBlock, serial_work, exact_token_bytes, exact_scratch_bytes, exact_prepare, exact_rows},
+        dequantize_scratch_bytes,
+        dequantize_row,
+    };
+  }
+};
+
+}  // namespace

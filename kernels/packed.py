@@ -1,0 +1,152 @@
+"""`PackedWeight`: a weight as the checkpoint stores it, which is also what the kernels read.
+
+Nothing is repacked for a backend. The tensors may be views of a mapped file, resident memory is the
+packed size, and a checkpoint written on one machine runs on another. What a kernel must know
+besides the tensors (shape, K segments, formats) travels as one short string, the layout, because
+that is what an operator of `torch.library` can take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from quantlib.errors import FormatError
+from quantlib.formats.packing import pack_zeros, unpack_zeros
+from quantlib.formats.scheme import TENSOR, Segment, WeightFormat
+from quantlib.formats.weight import (
+    PACKED,
+    ROW_SCALE,
+    SCALE,
+    ZERO_POINT,
+    QuantizedWeight,
+    packed_layout,
+    unpack,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """The canonical tensors of a weight [N, K], by suffix, in the order of `packed_layout`.
+
+    Build it with `from_tensors`, which checks them: the kernels trust shapes and dtypes.
+    """
+
+    shape: tuple[int, int]
+    segments: tuple[Segment, ...]
+    tensors: dict[str, Tensor]
+    layout: str = field(repr=False)
+
+    @staticmethod
+    def from_tensors(
+        tensors: Mapping[str, Tensor], shape: Sequence[int], segments: Sequence[Segment]
+    ) -> PackedWeight:
+        """Take the tensors that `formats.pack` made, keyed by suffix (`"_packed"`, `"_scale"`,
+        ...), without copying.
+
+        Raises FormatError when one is missing, unexpected, or of another dtype or shape. Values are
+        not read: `formats.unpack` checks those when a file is first opened.
+        """
+        expected = packed_layout(shape, segments)
+        if set(tensors) != set(expected):
+            missing, extra = (
+                sorted(set(expected) - set(tensors)),
+                sorted(set(tensors) - set(expected)),
+            )
+            raise FormatError(
+                f"packed tensors do not match the format: missing {missing}, unexpected {extra}"
+            )
+        for suffix, (dtype, form) in expected.items():
+            found = tensors[suffix]
+            if found.dtype != dtype or tuple(found.shape) != tuple(form):
+                raise FormatError(
+                    f"packed tensor {suffix} is {_name(found.dtype)} {list(found.shape)}, "
+                    f"expected {_name(dtype)} {list(form)}: the checkpoint and its plan disagree"
+                )
+        return PackedWeight(
+            (shape[0], shape[1]),
+            tuple(segments),
+            {suffix: tensors[suffix].contiguous() for suffix in expected},
+            layout_of(shape, segments),
+        )
+
+    def to_quantized(self) -> QuantizedWeight:
+        """The unpacked weight: what the reference computes with. Raises FormatError on damaged
+        values."""
+        return unpack(self.tensors, self.shape, self.segments)
+
+    def select_rows(self, rows: Tensor) -> PackedWeight:
+        """The weight whose rows are `rows` (int64 [n], n >= 1, each in 0..N-1) of this one, packed
+        again."""
+        chosen = {}
+        for index, segment in enumerate(self.segments):
+            form, tail = segment.format, f"_{index}" if index else ""
+            per_row = form.group_size != TENSOR
+            chosen[PACKED + tail] = self.tensors[PACKED + tail][rows]
+            scale = self.tensors[SCALE + tail]
+            chosen[SCALE + tail] = scale[rows] if per_row else scale
+            if ROW_SCALE + tail in self.tensors:
+                row_scale = self.tensors[ROW_SCALE + tail]
+                chosen[ROW_SCALE + tail] = row_scale[rows] if form.two_level else row_scale
+            if not form.symmetric:
+                words = self.tensors[ZERO_POINT + tail]
+                chosen[ZERO_POINT + tail] = (
+                    _select_zeros(words, form, self.shape[0], rows) if per_row else words
+                )
+        return PackedWeight.from_tensors(chosen, (len(rows), self.shape[1]), self.segments)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors: what this weight keeps resident."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def layout_of(shape: Sequence[int], segments: Sequence[Segment]) -> str:
+    """Shape and segments as text, for example `96x512|0:448:int4:64:z:f16|448:64:int8:0:s:f16` (z:
+    asymmetric)."""
+    parts = [f"{shape[0]}x{shape[1]}"]
+    for segment in segments:
+        form = segment.format
+        zero = "s" if form.symmetric else "z"
+        parts.append(
+            f"{segment.start}:{segment.length}:{form.element}:{form.group_size}:{zero}:{form.scale}"
+        )
+    return "|".join(parts)
+
+
+@lru_cache(maxsize=4096)
+def parse_layout(layout: str) -> tuple[tuple[int, int], tuple[Segment, ...]]:
+    """The inverse of `layout_of`: shape and segments. Raises FormatError when the text is not a
+    layout."""
+    try:
+        head, *parts = layout.split("|")
+        rows, columns = (int(size) for size in head.split("x"))
+        segments = []
+        for part in parts:
+            start, length, element, group_size, zero, scale = part.split(":")
+            form = WeightFormat(element, int(group_size), zero == "s", scale)
+            segments.append(Segment(int(start), int(length), form))
+    except ValueError as error:
+        raise FormatError(
+            f"{layout!r} is not a weight layout: take it from PackedWeight.layout"
+        ) from error
+    return (rows, columns), tuple(segments)
+
+
+@lru_cache(maxsize=4096)
+def suffixes_of(layout: str) -> tuple[str, ...]:
+    """Suffixes of the tensors of a layout, in the order an operator takes them."""
+    return tuple(packed_layout(*parse_layout(layout)))
+
+
+def _select_zeros(words: Tensor, form: WeightFormat, count: int, rows: Tensor) -> Tensor:
+    """Zero points are packed along N, so choosing rows means packing them again."""
+    return pack_zeros(unpack_zeros(words, form.bits, count)[rows], form.bits)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

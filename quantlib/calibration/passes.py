@@ -1,0 +1,176 @@
+"""Calibration passes over a streamed model: forward, then (for gradients) backward, one block in memory at a time.
+
+Gradients of the whole model do not need the whole model: the forward pass leaves the hidden states that enter every
+block in a store on disk, the head turns the last ones into the gradient of a loss on labels *sampled from the model
+itself* (so the second moment of gradients is the Fisher information, not an error of the data), and the backward pass
+loads blocks from last to first, runs each again from its stored input, and sends the gradient through. Memory stays
+at one block plus one window; the price is a second forward.
+
+Every step's result is in the store before the next begins, so a pass that was killed goes on at its block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quantlib.calibration.observe import BlockObserver, observed
+from quantlib.calibration.statistics import EmbeddingStatistics, GroupStatistics
+from quantlib.calibration.stream import BlockStream
+from quantlib.models.modelmap import ModelMap
+
+SAMPLED_HEAD_TOKENS = 32
+"""Head inputs of each window that are kept for the head's sensitivity."""
+
+
+class HiddenStore(Protocol):
+    """Hidden states or gradients [windows, T, D] by name; `save` is atomic."""
+
+    def has(self, name: str) -> bool: ...
+
+    def load(self, name: str) -> Tensor: ...
+
+    def save(self, name: str, value: Tensor) -> None: ...
+
+    def drop(self, name: str) -> None: ...
+
+
+Tick = Callable[[str], None]
+"""Called after every block (or the head) with a line for the progress bar."""
+
+
+def forward(stream: BlockStream, windows: Tensor, store: HiddenStore, tick: Tick) -> None:
+    """Store the hidden states that enter each block and the head: `hidden.0` .. `hidden.{blocks}`.
+
+    windows: int64 [W, T].
+    """
+    with torch.no_grad():
+        entered = torch.cat([stream.embed(ids) for ids in windows])
+        if not store.has("hidden.0"):
+            store.save("hidden.0", entered)
+        for index in range(len(stream.block_names)):
+            if not store.has(f"hidden.{index + 1}"):
+                states = store.load(f"hidden.{index}")
+                with stream.block(index) as block:
+                    out = torch.cat([stream.run(index, block, hidden[None]) for hidden in states])
+                store.save(f"hidden.{index + 1}", out)
+            tick(f"forward {stream.block_names[index]}")
+
+
+def head(
+    stream: BlockStream, windows: Tensor, store: HiddenStore, seed: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sample labels at the head.
+
+    Returns the loss gradient with respect to the last hidden states, float32 [W, T, D], and the head's own statistics:
+    `head_input` [D, D], `variance` [V], `sample_h` [S, D], `sample_window` [S].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    states = store.load(f"hidden.{len(stream.block_names)}")
+    seen: list[Tensor] = []
+    module = stream.model.get_output_embeddings()
+    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()[0].float()))
+    gradients, samples, sample_window = [], [], []
+    head_input, variance = torch.zeros(()), torch.zeros(())
+    try:
+        for index, (hidden, ids) in enumerate(zip(states, windows, strict=True)):
+            leaf = hidden[None].detach().requires_grad_(True)
+            logits = stream.logits(leaf, ids)[0].float()
+            with torch.no_grad():
+                probability = logits.softmax(-1)
+                labels = torch.multinomial(probability, 1, generator=generator)[:, 0]
+                variance = variance + (probability * (1 - probability)).sum(0)
+            torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+            assert leaf.grad is not None
+            gradients.append(leaf.grad[0].float())
+            h = seen.pop()
+            head_input = head_input + h.T @ h
+            chosen = torch.randperm(len(h), generator=generator)[:SAMPLED_HEAD_TOKENS]
+            samples.append(h[chosen])
+            sample_window.append(torch.full((len(chosen),), index))
+    finally:
+        handle.remove()
+    tokens = windows.numel()
+    statistics = {
+        "head_input": head_input / tokens,
+        "variance": variance / tokens,
+        "sample_h": torch.cat(samples),
+        "sample_window": torch.cat(sample_window),
+    }
+    return torch.stack(gradients), statistics
+
+
+def backward(
+    stream: BlockStream,
+    model_map: ModelMap,
+    windows: Tensor,
+    store: HiddenStore,
+    seed: int,
+    tick: Tick,
+) -> Iterator[tuple[str, list[GroupStatistics]]]:
+    """Walk from the last block to the first, yielding each block's gradient-weighted statistics.
+
+    Needs `gradient.{blocks}` in the store; leaves `gradient.0`. The gradient of a block is stored only after the
+    consumer has taken (and kept) its statistics, so a pass that was killed repeats at most one block. Blocks whose
+    gradient is already stored are skipped.
+    """
+    for index in reversed(range(len(stream.block_names))):
+        name = stream.block_names[index]
+        if store.has(f"gradient.{index}"):
+            tick(f"backward {name}")
+            continue
+        states, upstream = store.load(f"hidden.{index}"), store.load(f"gradient.{index + 1}")
+        observer = BlockObserver(model_map, name, True, seed + 104729 * index)
+        gradients = []
+        with stream.block(index) as block, observed(stream.model, model_map, name, observer):
+            for window, (hidden, gradient) in enumerate(zip(states, upstream, strict=True)):
+                observer.window = window
+                leaf = hidden[None].detach().requires_grad_(True)
+                stream.run(index, block, leaf).backward(gradient[None].to(leaf.dtype))
+                assert leaf.grad is not None
+                gradients.append(leaf.grad[0].float())
+        yield name, observer.statistics()
+        store.save(f"gradient.{index}", torch.stack(gradients))
+        store.drop(f"gradient.{index + 1}")
+        tick(f"backward {name}")
+
+
+def local(
+    stream: BlockStream, model_map: ModelMap, store: HiddenStore, seed: int, tick: Tick
+) -> Iterator[tuple[str, list[GroupStatistics]]]:
+    """Block-local statistics: second moments of inputs only, no gradients (every token counts the same)."""
+    for index, name in enumerate(stream.block_names):
+        observer = BlockObserver(model_map, name, False, seed + 104729 * index)
+        with (
+            torch.no_grad(),
+            stream.block(index) as block,
+            observed(stream.model, model_map, name, observer),
+        ):
+            for window, hidden in enumerate(store.load(f"hidden.{index}")):
+                observer.window = window
+                stream.run(index, block, hidden[None])
+        yield name, observer.statistics()
+        tick(f"observe {name}")
+
+
+def embedding(
+    windows: Tensor, gradient: Tensor, vocabulary: int, head_statistics: dict[str, Tensor]
+) -> EmbeddingStatistics:
+    """Statistics of the embedding: how often each token occurs, and the mean squared gradient at its output.
+
+    gradient: float32 [W, T, D] at the hidden states that enter the first block (for an embedding with a scale factor,
+    of the scaled embedding: a constant factor that the sensitivity's calibration absorbs).
+    """
+    frequency = torch.bincount(windows.reshape(-1), minlength=vocabulary).float()
+    return EmbeddingStatistics(
+        frequency=frequency,
+        gradient=gradient.float().square().mean(dim=(0, 1)),
+        head_input=head_statistics["head_input"],
+        variance=head_statistics["variance"],
+        sample_h=head_statistics["sample_h"],
+        sample_window=head_statistics["sample_window"],
+        tokens=windows.numel(),
+    )

@@ -1,0 +1,269 @@
+"""A packed checkpoint, checked from its headers and mapped into memory.
+
+`read_layout` reads `config.json` and the header of every safetensors file, a few kilobytes, and
+from them knows that every weight has exactly the tensors its scheme and shape call for. What it
+returns hands out tensors on the files' memory maps: opening a checkpoint of any size costs no
+memory, and kernels run on the mapped bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantlib.checkpoint.disk import read_json
+from quantlib.checkpoint.provenance import file_sha256
+from quantlib.checkpoint.tensorfile import TensorFile
+from quantlib.checkpoint.writer import CONFIG_FILE, PROVENANCE_FILE, QUANT_METHOD, VERSION
+from quantlib.errors import CheckpointError, FormatError
+from quantlib.formats.scheme import Scheme, Segment
+from quantlib.formats.weight import (
+    PACKED,
+    ROW_SCALE,
+    SCALE,
+    ZERO_POINT,
+    QuantizedWeight,
+    TensorLayout,
+    packed_layout,
+    unpack,
+)
+from quantlib.models.headers import TORCH_DTYPES, TensorHeader
+from quantlib.models.source import INDEX_FILE, SINGLE_FILE
+
+_KEPT_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+_PACKED_NAME = re.compile(rf"(.+)(?:{PACKED}|{ROW_SCALE}|{SCALE}|{ZERO_POINT})(?:_\d+)?")
+
+
+@dataclass(frozen=True)
+class PackedCheckpoint:
+    """A checkpoint whose layout was found consistent. Iterating gives the names in `schemes`.
+
+    config:      config.json.
+    schemes:     weight name -> scheme, kept weights ("bf16") included.
+    shapes:      weight name -> the unpacked weight's shape, [N, K] or [E, N, K].
+    headers:     every tensor of the files by name.
+    total_bytes: sizes of the safetensors files, headers included: what budgets and comparisons
+                 count.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    schemes: dict[str, Scheme]
+    shapes: dict[str, tuple[int, ...]]
+    headers: dict[str, TensorHeader]
+    total_bytes: int
+    _files: dict[str, TensorFile]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.schemes)
+
+    def __len__(self) -> int:
+        return len(self.schemes)
+
+    def layout(self, weight: str) -> TensorLayout:
+        """Suffix -> dtype and shape of the tensors that hold `weight`; suffix "" for a kept one."""
+        return _layout(self._scheme(weight), self.shapes[weight])
+
+    def tensors(self, weight: str) -> dict[str, torch.Tensor]:
+        """Suffix -> tensor, memory-mapped: what `formats.weight.unpack` and the kernels take.
+
+        Raises CheckpointError when the checkpoint has no such weight.
+        """
+        return {suffix: self._read(weight + suffix) for suffix in self.layout(weight)}
+
+    def quantized(self, weight: str) -> QuantizedWeight:
+        """The unpacked weight, [N, K], or [E*N, K] for a stack.
+
+        Raises CheckpointError when there is none or its values are damaged.
+        """
+        matrix, segments = _matrix(self.shapes[weight]), self.segments(weight)
+        try:
+            return unpack(self.tensors(weight), matrix, segments)
+        except FormatError as error:
+            raise CheckpointError(f"{weight} in {self.path}: {error}") from error
+
+    def segments(self, weight: str) -> tuple[Segment, ...]:
+        """The K segments of a packed weight. Raises CheckpointError when it is kept."""
+        scheme = self._scheme(weight)
+        if scheme.weight is None:
+            raise CheckpointError(
+                f"{weight} in {self.path} is kept as {scheme}: read it with `kept`"
+            )
+        return scheme.segments(self.shapes[weight][-1])
+
+    @property
+    def kept_names(self) -> list[str]:
+        """Tensors stored as they are: norms, biases, weights whose scheme is a kept one."""
+        packed = {
+            weight + suffix for weight in self.schemes for suffix in self.layout(weight) if suffix
+        }
+        return [name for name in self.headers if name not in packed]
+
+    def kept(self, name: str) -> torch.Tensor:
+        """A parameter stored as it is, memory-mapped. Raises CheckpointError when there is none."""
+        return self._read(name)
+
+    def verify(self) -> None:
+        """Hash every file and compare with the provenance; CheckpointError names a damaged one.
+
+        Reading the layout finds what is missing or cut off; this finds flipped bits, and reads
+        everything to do so.
+        """
+        for name, record in read_json(self.path / PROVENANCE_FILE)["files"].items():
+            if file_sha256(self.path / name) != record["sha256"]:
+                raise CheckpointError(
+                    f"{self.path / name} has changed since quantlib wrote it: copy or make the "
+                    "checkpoint again"
+                )
+
+    def _scheme(self, weight: str) -> Scheme:
+        if weight not in self.schemes:
+            raise CheckpointError(f"{self.path} has no weight {weight}")
+        return self.schemes[weight]
+
+    def _read(self, name: str) -> torch.Tensor:
+        if name not in self.headers:
+            raise CheckpointError(f"{self.path} has no tensor {name}")
+        return self._files[self.headers[name].file].read(name)
+
+
+def read_layout(path: str | os.PathLike[str]) -> PackedCheckpoint:
+    """Open a checkpoint that `write_checkpoint` made.
+
+    Raises CheckpointError: no such folder, not made by quantlib or by a newer one, a file missing
+    or truncated, an unknown scheme, a tensor missing, unexpected, or of another dtype or shape than
+    its scheme calls for.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"there is no checkpoint folder {path}")
+    config = read_json(path / CONFIG_FILE)
+    schemes, shapes = _quantization(path, config)
+    files, headers = _open_files(path)
+    checkpoint = PackedCheckpoint(
+        path=path,
+        config=config,
+        schemes=schemes,
+        shapes=shapes,
+        headers=headers,
+        total_bytes=sum(file.path.stat().st_size for file in files.values()),
+        _files=files,
+    )
+    _check_tensors(checkpoint)
+    return checkpoint
+
+
+def _quantization(path: Path, config: Any) -> tuple[dict[str, Scheme], dict[str, tuple[int, ...]]]:
+    """Schemes and shapes from config.json, with the checks that need no tensor."""
+    described = config.get("quantization_config") if isinstance(config, dict) else None
+    method = described.get("quant_method") if isinstance(described, dict) else None
+    if not isinstance(described, dict) or method != QUANT_METHOD:
+        made_by = f"was quantized by {method!r}" if method else "is not quantized"
+        raise CheckpointError(f"the model in {path} {made_by}: give a folder that quantlib wrote")
+    if described.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has version {described.get('version')} of quantlib's layout and this quantlib "
+            f"reads version {VERSION}: update quantlib, or make the checkpoint again"
+        )
+    schemes: dict[str, Scheme] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    try:
+        for name, scheme in described["schemes"].items():
+            schemes[name] = Scheme.parse(scheme)
+            shapes[name] = tuple(int(size) for size in described["shapes"][name])
+    except FormatError as error:
+        raise CheckpointError(f"{path / CONFIG_FILE}, weight {name}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"the quantization_config in {path / CONFIG_FILE} is damaged ({type(error).__name__}: "
+            f"{error}): make the checkpoint again"
+        ) from error
+    return schemes, shapes
+
+
+def _open_files(path: Path) -> tuple[dict[str, TensorFile], dict[str, TensorHeader]]:
+    """The safetensors files and all their tensors; an index, if there is one, must agree."""
+    index: dict[str, str] | None = None
+    names = [SINGLE_FILE]
+    if not (path / SINGLE_FILE).exists() and (path / INDEX_FILE).exists():
+        index = _read_index(path / INDEX_FILE)
+        names = sorted(set(index.values()))
+    files: dict[str, TensorFile] = {}
+    headers: dict[str, TensorHeader] = {}
+    for name in names:
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path} lacks {name}: copy or make the checkpoint again")
+        files[name] = TensorFile.open(path / name)
+        headers |= files[name].headers
+    if index is not None and index != {name: header.file for name, header in headers.items()}:
+        strays = index.keys() ^ headers.keys()
+        what = f"about {min(strays)}" if strays else "on which file holds what"
+        raise CheckpointError(
+            f"{path / INDEX_FILE} and the files beside it disagree {what}: copy or make the "
+            "checkpoint again"
+        )
+    return files, headers
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        index = {str(name): str(file) for name, file in read_json(path)["weight_map"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not an index of safetensors files: it has no weight_map"
+        ) from error
+    outside = [file for file in index.values() if Path(file).name != file]
+    if outside:
+        raise CheckpointError(f"{path} names {outside[0]}, which is not a file of its folder")
+    return index
+
+
+def _check_tensors(checkpoint: PackedCheckpoint) -> None:
+    """Raise CheckpointError unless every weight has exactly the tensors its scheme calls for."""
+    path, headers = checkpoint.path, checkpoint.headers
+    for weight, scheme in checkpoint.schemes.items():
+        try:
+            layout = checkpoint.layout(weight)
+        except FormatError as error:
+            raise CheckpointError(f"{path / CONFIG_FILE}, weight {weight}: {error}") from error
+        for suffix, (dtype, shape) in layout.items():
+            header = headers.get(weight + suffix)
+            if header is None:
+                raise CheckpointError(
+                    f"{path} lacks the tensor {weight + suffix}, which {scheme} calls for: make "
+                    "the checkpoint again"
+                )
+            if (TORCH_DTYPES[header.dtype], header.shape) != (dtype, shape):
+                raise CheckpointError(
+                    f"{weight + suffix} in {path} is {header.dtype} {list(header.shape)}, and a "
+                    f"weight of {list(checkpoint.shapes[weight])} in {scheme} needs {dtype} "
+                    f"{list(shape)}: config.json and the files do not belong together, or one is "
+                    "damaged"
+                )
+    for name in checkpoint.kept_names:
+        match = _PACKED_NAME.fullmatch(name)
+        weight = match[1] if match else name
+        if weight in checkpoint.schemes and "" not in checkpoint.layout(weight):
+            raise CheckpointError(
+                f"{path} has the tensor {name}, which {checkpoint.schemes[weight]} has no use for: "
+                "config.json and the files do not belong together"
+            )
+
+
+def _layout(scheme: Scheme, shape: tuple[int, ...]) -> TensorLayout:
+    if scheme.weight is None:
+        return {"": (_KEPT_DTYPES[str(scheme.kept)], shape)}
+    matrix = _matrix(shape)
+    return packed_layout(matrix, scheme.segments(matrix[1]))
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """[N, K] of a weight, [E*N, K] of a stack of experts: as formats and kernels take it."""
+    return math.prod(shape[:-1]), shape[-1]

@@ -1,0 +1,140 @@
+"""Element types: what the stored code of one weight stands for, before its scale.
+
+Integers need no table: a code `c` of an integer element is the number `c - zero`. The small floats
+do: OCP FP8 (e4m3 and e5m2) and OCP MX (e3m2, e2m3, e2m1). All five are one formula with two
+parameters, exponent and mantissa bits, so there is one encoder instead of a branch per type;
+`torch.float8_*` casts, which exist for only two of them, are what the tests compare it with.
+
+Codes are `sign | exponent | mantissa`, the sign in the highest of the element's bits, one code per
+uint8.
+
+Sources: OCP 8-bit Floating Point Specification 1.0 (2023); OCP Microscaling Formats Specification
+1.0 (2023), 5.3.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from quantlib.errors import FormatError
+
+_F32_MANTISSA_BITS = 23
+_F32_BIAS = 127
+_CHUNK = 1 << 18
+"""Values encoded at a time: the intermediate tensors then stay in cache, and small."""
+
+
+@dataclass(frozen=True)
+class FloatElement:
+    """A small float: `(-1)^s * 2^(e - bias) * (1 + m / 2^mantissa_bits)`, subnormal where `e == 0`.
+
+    max_value: the largest finite value; encoding saturates there.
+    specials:  codes without sign from this one on are inf or nan (2^(bits-1): every code is a
+               number).
+    """
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    bias: int
+    max_value: float
+    specials: int
+
+    @property
+    def bits(self) -> int:
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def min_exponent(self) -> int:
+        """Power of two of the smallest normal value."""
+        return 1 - self.bias
+
+    @property
+    def max_exponent(self) -> int:
+        """Power of two of the largest normal value: `emax` of the OCP MX specification."""
+        return math.frexp(self.max_value)[1] - 1
+
+
+FLOATS: dict[str, FloatElement] = {
+    element.name: element
+    for element in (
+        FloatElement("e4m3", 4, 3, bias=7, max_value=448.0, specials=0x7F),
+        FloatElement("e5m2", 5, 2, bias=15, max_value=57344.0, specials=0x7C),
+        FloatElement("e3m2", 3, 2, bias=3, max_value=28.0, specials=0x20),
+        FloatElement("e2m3", 2, 3, bias=1, max_value=7.5, specials=0x20),
+        FloatElement("e2m1", 2, 1, bias=1, max_value=6.0, specials=0x08),
+    )
+}
+"""Element name -> its parameters. The names and widths are those of `scheme.FLOAT_ELEMENTS`."""
+
+
+def float_element(name: str) -> FloatElement:
+    """The parameters of a float element. Raises FormatError for any other name."""
+    if name not in FLOATS:
+        raise FormatError(f"{name!r} is not a float element: use one of {', '.join(FLOATS)}")
+    return FLOATS[name]
+
+
+@cache
+def code_book(name: str) -> Tensor:
+    """The value of every code, float32 [2^bits]; inf and nan where the code is one.
+
+    The tensor is shared: do not write into it.
+    """
+    element = float_element(name)
+    half = 1 << (element.bits - 1)
+    positive = [_value_of(code, element) for code in range(half)]
+    return torch.tensor(positive + [-value for value in positive], dtype=torch.float32)
+
+
+def _value_of(code: int, element: FloatElement) -> float:
+    if code >= element.specials:
+        return math.inf if element.name == "e5m2" and code == element.specials else math.nan
+    exponent, mantissa = divmod(code, 1 << element.mantissa_bits)
+    if exponent == 0:
+        return math.ldexp(mantissa, element.min_exponent - element.mantissa_bits)
+    significand = mantissa + (1 << element.mantissa_bits)
+    return math.ldexp(significand, exponent - element.bias - element.mantissa_bits)
+
+
+def encode_float(values: Tensor, name: str) -> Tensor:
+    """Codes (uint8, same shape) of float32 `values`: round to nearest, ties to even.
+
+    Values beyond max_value saturate, inf included; nan has no code and raises FormatError.
+    """
+    element = float_element(name)
+    codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
+    chunks = values.reshape(-1).split(_CHUNK)
+    for chunk, out in zip(chunks, codes.view(-1).split(_CHUNK), strict=True):
+        out.copy_(_encode_chunk(chunk.to(torch.float32), element))
+    return codes
+
+
+def _encode_chunk(values: Tensor, element: FloatElement) -> Tensor:
+    if bool(torch.isnan(values).any()):
+        raise FormatError(f"nan cannot be written as {element.name}: look for it in the weight")
+    magnitude = values.abs().clamp_(max=element.max_value)
+    # The exponent field of the float32 itself; float32 subnormals read as -127 and land in the
+    # clamp.
+    exponent = (magnitude.view(torch.int32) >> _F32_MANTISSA_BITS).sub_(_F32_BIAS)
+    exponent.clamp_(min=element.min_exponent)
+    # 2^(mantissa_bits - exponent) built from its bits: multiplying by it is exact, so the only
+    # rounding is round_().
+    inverse_step = (element.mantissa_bits - exponent + _F32_BIAS) << _F32_MANTISSA_BITS
+    significand = magnitude.mul_(inverse_step.view(torch.float32)).round_().to(torch.int32)
+    # A significand that rounds up to 2^(mantissa_bits + 1) carries into the exponent field by
+    # itself.
+    code = ((exponent - element.min_exponent) << element.mantissa_bits).add_(significand)
+    sign = torch.signbit(values).to(torch.uint8) << (element.bits - 1)
+    return code.to(torch.uint8) | sign
+
+
+def decode_float(codes: Tensor, name: str) -> Tensor:
+    """Values (float32, same shape) of uint8 `codes`. Codes of inf and nan decode to themselves."""
+    book = code_book(name).to(codes.device)
+    return book.index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)

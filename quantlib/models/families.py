@@ -1,0 +1,148 @@
+"""What we know about a model family, as data: `Family` and the rules it is made of.
+
+A family says where the repeated blocks are, which linears in a block read one input (a *group*),
+which embedding and head there are, what is kept in the source precision and why, and how tensors on
+disk become the parameters of the transformers-5 module. Adding a family is one table in `tables/`,
+no class.
+
+Names are parameter names of the transformers-5 module; inside a block they are relative to it. A
+rule that matches nothing is an error (`claims.py`) unless the table calls it optional: silently
+skipping a weight is the most common way a compressed model comes out larger, or worse, than its
+plan says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LANGUAGE_MODEL = "language_model"
+EMBEDDINGS = "embeddings"
+HEAD = "head"
+
+
+@dataclass(frozen=True)
+class GroupRule:
+    """Parameters of a block that read one input.
+
+    name:     of the group, relative to the block ("self_attn.qkv").
+    members:  parameter names relative to the block, in the order an engine would fuse them.
+    kind:     "linear": matrices `[N, K]` of nn.Linear; "experts": stacks `[E, N, K]`, one matrix
+              per expert.
+    fused:    inference engines run the members as one matrix product, hence with one scheme.
+    optional: no block need have it (a biasless or all-sparse variant of the family).
+    inner:    the input exists only inside the forward of the members' module (an expert's down
+              projection).
+    """
+
+    name: str
+    members: tuple[str, ...]
+    kind: str = "linear"
+    fused: bool = False
+    optional: bool = False
+    inner: bool = False
+
+
+@dataclass(frozen=True)
+class KeptRule:
+    """Parameters left in the source's precision: an fnmatch `pattern` of their names, and why."""
+
+    pattern: str
+    reason: str
+    component: str = LANGUAGE_MODEL
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertParts:
+    """Stack `parameter` `[E, N, K]`, stored as 2-D tensors per expert.
+
+    Expert e's matrix is the `parts`, with {expert} = e, one under the other along N. Names are
+    suffixes.
+    """
+
+    parameter: str
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DiskRules:
+    """How names on disk become parameter names of the module.
+
+    renames: (regular expression, replacement), applied in order with re.sub.
+    experts: stacks that may be stored expert by expert (matched after the renames).
+    ignored: regular expressions of tensors the module computes itself (re.search).
+    """
+
+    renames: tuple[tuple[str, str], ...] = ()
+    experts: tuple[ExpertParts, ...] = ()
+    ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What we know about the models whose config.json has one of these `model_types`.
+
+    blocks:     name of the list of repeated blocks; block i is `{blocks}.{i}`.
+    groups:     of the blocks' linears; `component` is the part of the model they belong to.
+    embeddings: token embeddings `[vocabulary, K]`.
+    head:       the output projection, which may be tied to an embedding; None when there is none.
+    kept:       everything else.
+    """
+
+    model_types: tuple[str, ...]
+    groups: tuple[GroupRule, ...]
+    kept: tuple[KeptRule, ...]
+    blocks: str = "model.layers"
+    embeddings: tuple[str, ...] = ("model.embed_tokens.weight",)
+    head: str | None = "lm_head.weight"
+    component: str = LANGUAGE_MODEL
+    disk: DiskRules = DiskRules()
+
+
+def linears(name: str, *modules: str, fused: bool = False, optional: bool = False) -> GroupRule:
+    """The weights of these nn.Linear modules of a block read one input."""
+    members = tuple(f"{module}.weight" for module in modules)
+    return GroupRule(name, members, fused=fused, optional=optional)
+
+
+def experts(parameter: str, *, inner: bool = False) -> GroupRule:
+    """All experts' matrices in one 3-D parameter `[E, N, K]`."""
+    return GroupRule(parameter, (parameter,), kind="experts", inner=inner)
+
+
+def norms(*names: str, prefix: str = "model.layers.*") -> tuple[KeptRule, ...]:
+    """Normalisation weights of every block."""
+    return tuple(KeptRule(f"{prefix}.{name}.weight", "normalisation") for name in names)
+
+
+FINAL_NORM = KeptRule("model.norm.weight", "normalisation")
+BIASES = KeptRule("*.bias", "bias")
+OPTIONAL_BIASES = KeptRule("*.bias", "bias", optional=True)
+
+QKV = linears(
+    "self_attn.qkv", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", fused=True
+)
+ATTENTION = (QKV, linears("self_attn.o_proj", "self_attn.o_proj"))
+MLP = (
+    linears("mlp.gate_up", "mlp.gate_proj", "mlp.up_proj", fused=True),
+    linears("mlp.down_proj", "mlp.down_proj"),
+)
+EXPERTS = (experts("mlp.experts.gate_up_proj"), experts("mlp.experts.down_proj", inner=True))
+ROUTER = KeptRule(
+    "*.mlp.gate.weight", "router: a rounding error here sends tokens to other experts"
+)
+
+QWEN_EXPERT_PARTS = (
+    ExpertParts(
+        "mlp.experts.gate_up_proj",
+        ("mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight"),
+    ),
+    ExpertParts("mlp.experts.down_proj", ("mlp.experts.{expert}.down_proj.weight",)),
+)
+MIXTRAL_EXPERT_PARTS = (
+    ExpertParts(
+        "mlp.experts.gate_up_proj",
+        ("mlp.experts.{expert}.w1.weight", "mlp.experts.{expert}.w3.weight"),
+    ),
+    ExpertParts("mlp.experts.down_proj", ("mlp.experts.{expert}.w2.weight",)),
+)

@@ -1,0 +1,51 @@
+"""Bytes of a checkpoint before it exists: exact payloads, and headers counted with their longest possible offsets.
+
+The solver needs the size as a sum over weights, but a safetensors header holds offsets as text, whose length depends on
+everything before them. Counting every offset with as many digits as the largest file's makes the sum an upper bound, a few
+bytes per tensor above the truth: a budget is never exceeded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+
+from quantlib.formats.scheme import Scheme
+from quantlib.formats.size import kept_bytes, payload_bytes
+from quantlib.formats.weight import packed_layout
+from quantlib.models.modelmap import ModelMap
+from quantlib.models.rows import Weight
+
+_DIGITS = 13
+"""Digits of an offset below ten terabytes."""
+_FILE_OVERHEAD = 8 + 8 + len(json.dumps({"__metadata__": {"format": "pt"}}, separators=(",", ":")))
+"""Length field, padding to 8 bytes, and the fixed part of one file's header."""
+
+
+def weight_bytes(weight: Weight, scheme: Scheme) -> int:
+    """Bytes that `weight` stored in `scheme` adds to the checkpoint: payload and header entries."""
+    rows = weight.parameters // weight.in_features
+    if scheme.weight is None:
+        return kept_bytes(weight.shape, str(scheme.kept)) + _header_entry(weight.name, weight.shape)
+    segments = scheme.segments(weight.in_features)
+    shape = (rows, weight.in_features)
+    entries = sum(
+        _header_entry(weight.name + suffix, tensor_shape)
+        for suffix, (_, tensor_shape) in packed_layout(shape, segments).items()
+    )
+    return payload_bytes(shape, segments) + entries
+
+
+def fixed_bytes(model_map: ModelMap, shard_bytes: int) -> int:
+    """Bytes that no choice changes: kept parameters, and the fixed parts of as many files as there may be."""
+    kept = sum(row.nbytes + _header_entry(row.name, row.shape) for row in model_map.kept)
+    files = 1 + model_map.nbytes // shard_bytes
+    return kept + files * _FILE_OVERHEAD
+
+
+def _header_entry(name: str, shape: Sequence[int]) -> int:
+    """Longest possible header entry of a tensor: `"name":{"dtype":"...","shape":[...],"data_offsets":[a,b]},`."""
+    offset = 10**_DIGITS - 1
+    entry = {name: {"dtype": "F16", "shape": list(shape), "data_offsets": [offset, offset]}}
+    return len(json.dumps(entry, ensure_ascii=False, separators=(",", ":")).encode())

@@ -1,0 +1,134 @@
+"""What every stage of a run shares: the source, its map, the work directory, the recipe, and where progress goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from quantlib.calibration.data import load_windows
+from quantlib.checkpoint.bank import LayerBank
+from quantlib.checkpoint.provenance import digest, file_sha256
+from quantlib.checkpoint.workdir import WorkDir
+from quantlib.formats.scheme import Scheme
+from quantlib.models.modelmap import ModelMap
+from quantlib.models.source import Source
+from quantlib.recipe import Recipe
+
+
+class Progress(Protocol):
+    """Where a stage says how far it is."""
+
+    def start(self, stage: str, total: int) -> None: ...
+
+    def tick(self, message: str = "") -> None: ...
+
+    def finish(self) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+
+class Silent:
+    """Progress for the Python API and tests: says nothing."""
+
+    def start(self, stage: str, total: int) -> None: ...
+
+    def tick(self, message: str = "") -> None: ...
+
+    def finish(self) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+
+@dataclass
+class Run:
+    """One model, one recipe, one work directory."""
+
+    source: Source
+    model_map: ModelMap
+    work: WorkDir
+    recipe: Recipe
+    tokenizer: Any
+    progress: Progress = field(default_factory=Silent)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def bank(self) -> LayerBank:
+        return LayerBank(self.work)
+
+    @cached_property
+    def source_hash(self) -> str:
+        """SHA-256 over the bytes of every weight file: the fingerprint alone would not notice changed weights."""
+        files = sorted(Path(self.source.path).glob("*.safetensors"))
+        return digest([self.source.fingerprint, [[f.name, file_sha256(f)] for f in files]])
+
+    @cached_property
+    def all_windows(self) -> Tensor:
+        """Calibration windows and then probe windows, int64 [windows + probe_windows, seqlen], all different."""
+        recipe = self.recipe
+        return load_windows(
+            recipe.data, self.tokenizer, recipe.seqlen, recipe.windows + recipe.probe_windows, recipe.seed
+        )
+
+    @property
+    def windows(self) -> Tensor:
+        """The windows statistics are taken on; interleaved with the probes' so that both span the whole text."""
+        return self.all_windows[self._is_calibration]
+
+    @property
+    def probe_windows(self) -> Tensor:
+        """Windows held back from statistics, on which probes are measured."""
+        return self.all_windows[~self._is_calibration]
+
+    @cached_property
+    def _is_calibration(self) -> Tensor:
+        import torch
+
+        count, probes = len(self.all_windows), self.recipe.probe_windows
+        held_back = torch.linspace(0, count - 1, probes).round().long()
+        mask = torch.ones(count, dtype=torch.bool)
+        mask[held_back] = False
+        return mask
+
+    @cached_property
+    def data_hash(self) -> str:
+        """Hash of the token ids that calibration sees."""
+        return digest([list(self.windows.shape), self.windows.flatten().tolist()])
+
+    @cached_property
+    def schemes(self) -> tuple[Scheme, ...]:
+        return tuple(Scheme.parse(name) for name in self.recipe.schemes)
+
+    @cached_property
+    def statistics_hash(self) -> str:
+        """Everything the statistics depend on."""
+        recipe = self.recipe
+        return digest([self.source_hash, self.data_hash, recipe.seed, recipe.gradients, STATISTICS_VERSION])
+
+    @cached_property
+    def rounding_hash(self) -> str:
+        """Everything a bank entry depends on, besides the weight and the scheme."""
+        return digest([self.statistics_hash, self.recipe.damping, self.recipe.passes, ROUNDING_VERSION])
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Progress]:
+        """Progress and timing of one stage."""
+        started = time.monotonic()
+        self.progress.start(name, total)
+        try:
+            yield self.progress
+        finally:
+            self.progress.finish()
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+
+
+STATISTICS_VERSION = 1
+"""Raise when the meaning of the statistics changes: old work directories then calibrate again."""
+ROUNDING_VERSION = 1
+"""Raise when rounding changes: old banks are then rounded again."""

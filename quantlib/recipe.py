@@ -1,0 +1,111 @@
+"""What the user asked for: one validated record, written as YAML and hashed into everything it influences.
+
+Presets are data: a preset fills every field the user did not set. `best` is tuned for quality within a quarter of an hour
+on two cores for a 135M model, `fast` for three minutes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from quantlib.errors import FormatError, UsageError
+from quantlib.formats.scheme import Scheme
+
+NATIVE_SCHEMES = (
+    "w2g64z4s4", "w2g32z4s4", "w3g64z4s4", "w3g32z4s4", "w4g64z5s5", "w4g32zs4", "w5g64zs5", "w5g32zs5", "w6g64zs6", "w8g64zs6",
+)  # fmt: skip
+"""Candidates for quantlib's own kernels: widths 2..8, groups of 32 and 64, two-level scales, zero points of 4..8 bits.
+Each lies on the front of weighted error against bytes on SmolLM2 (dev/LOG.md); symmetric ones and groups of 128 did not."""
+FUSED_SCHEMES = ("w4g32", "w4g64", "w4g128", "w8g32", "w8g128", "w8")
+"""Candidates that engines with fused linears (vLLM's Marlin path) run: symmetric 4 and 8 bits, float16 scales."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "best": {"windows": 40, "passes": 3, "probes": 8, "probe_windows": 8, "refine": True},
+    "fast": {
+        "windows": 10,
+        "passes": 1,
+        "probes": 0,
+        "probe_windows": 4,
+        "refine": False,
+        "schemes": ("w2g32z4s4", "w3g32z4s4", "w4g32zs4", "w5g64zs5", "w6g64zs6"),
+    },
+}
+
+
+class Recipe(BaseModel):
+    """Everything that decides the result of a run, except the budget and its constraints.
+
+    windows, seqlen, seed: calibration windows, their length in tokens, and the seed of every draw.
+    schemes:       candidate schemes.
+    gradients:     "auto" (whenever the disk can hold hidden states), or False for block-local scores.
+    passes:        coordinate-descent passes after GPTQ.
+    probes:        plans whose KL is really measured to calibrate the prediction; 0 for none.
+    probe_windows: windows each probe is measured on, taken from the calibration text but not calibrated on.
+    refine:        re-round the chosen plan block by block with quantized inputs.
+    strength:      how far re-rounding moves towards the least-squares target (`rounding.asymmetric`).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str
+    preset: Literal["best", "fast"] = "best"
+    seqlen: int = Field(512, ge=16, le=131072)
+    windows: int = Field(40, ge=1)
+    seed: int = Field(0, ge=0)
+    schemes: tuple[str, ...] = NATIVE_SCHEMES
+    gradients: bool = True
+    damping: float = Field(0.01, gt=0, lt=1)
+    passes: int = Field(3, ge=0, le=20)
+    probes: int = Field(8, ge=0, le=64)
+    probe_windows: int = Field(8, ge=1)
+    refine: bool = True
+    strength: float = Field(0.5, ge=0, le=1)
+
+    @field_validator("schemes")
+    @classmethod
+    def _known_schemes(cls, schemes: tuple[str, ...]) -> tuple[str, ...]:
+        if not schemes:
+            raise ValueError("name at least one candidate scheme")
+        canonical = []
+        for name in schemes:
+            try:
+                canonical.append(str(Scheme.parse(name)))
+            except FormatError as error:
+                raise ValueError(str(error)) from error
+        return tuple(dict.fromkeys(canonical))
+
+    @staticmethod
+    def create(**given: Any) -> Recipe:
+        """A recipe from the preset and the fields that are given (None counts as not given).
+
+        Raises UsageError naming every field that is wrong.
+        """
+        asked = {key: value for key, value in given.items() if value is not None}
+        try:
+            defaults = PRESETS[asked.get("preset", "best")]
+        except KeyError:
+            raise UsageError(f"unknown preset {asked['preset']!r}: use one of {', '.join(PRESETS)}") from None
+        try:
+            return Recipe(**{**defaults, **asked})
+        except ValidationError as error:
+            details = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise UsageError(f"the recipe is not valid: {details}") from error
+
+    @staticmethod
+    def load(path: str | Path) -> Recipe:
+        """Read a YAML recipe."""
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UsageError(f"the recipe {path} cannot be read: {error}") from error
+        if not isinstance(data, dict):
+            raise UsageError(f"the recipe {path} must be a YAML mapping of fields, such as 'data: text.txt'")
+        return Recipe.create(**data)
+
+    def to_yaml(self) -> str:
+        """YAML that `load` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,188 @@
+"""What a report shows, as plain values.
+
+`ReportData` holds nothing but numbers, strings, lists and dicts, so it can be filled from the files
+of a work directory, kept as JSON beside the page it made, and rendered again. Every part but the
+title and the sizes is optional: a report of a run that measured nothing is shorter, not broken.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+from quantlib.errors import DataError
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class WeightRow:
+    """One quantized weight, in model order.
+
+    block:  name of the repeated block it is in ("model.layers.3"), None outside blocks.
+    kind:   linear, embedding, head or experts.
+    bits:   true bits per weight: codes, scales and zero points.
+    loss:   predicted loss of this weight in this scheme, in the unit of the task, with its standard
+        `error`.
+    """
+
+    name: str
+    component: str
+    block: str | None
+    kind: str
+    shape: tuple[int, ...]
+    scheme: str
+    bits: float
+    bytes_before: int
+    bytes_after: int
+    loss: float | None = None
+    error: float | None = None
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the weight holds."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ComponentRow:
+    """Bytes of one component with everything counted: quantized weights and kept tensors."""
+
+    name: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class SensitivityMap:
+    """Predicted loss of each weight, all in one scheme: what the solver saw before it chose."""
+
+    scheme: str
+    loss: dict[str, float]
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """One point of the Pareto front: whole-file bytes, expected loss, ends of its 95 % interval."""
+
+    bytes: int
+    loss: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class MeasuredPoint:
+    """A plan that was really measured; `error` is a standard error. `chosen` marks this model."""
+
+    label: str
+    bytes: int
+    loss: float
+    error: float | None = None
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
+class ProbePoint:
+    """A plan measured to calibrate predictions: its sum of predicted losses, and what was
+    measured."""
+
+    predicted: float
+    measured: float
+    error: float = 0.0
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything one report shows.
+
+    title:       name of the model. `created`: when, as text; the caller's clock, so that rendering
+        is a pure function.
+    budget:      the budget in the user's words ("82.8 MB"), `budget_bytes` the same in bytes when
+        it was one. bytes_before, bytes_after: size of the weight files; parameters: numbers in the
+        model, tied ones counted once.
+    predicted:   (expected loss, low, high): the plan's calibrated prediction with its 95 %
+        interval.
+    predicted_sum: the plan's plain sum of losses: its place on the calibration's axis.
+    evaluation:  `LanguageResult.to_json()`, or None when nothing was measured.
+    front, measured, others: the Pareto front; measured plans of ours; what other tools or rules
+    reach.
+    timings:     (stage, seconds) in the order of the run. facts, provenance: (name, value) for the
+        two lists.
+    unit:        of every loss: nats per token for KL.
+    """
+
+    title: str
+    bytes_before: int
+    bytes_after: int
+    parameters: int
+    budget: str = ""
+    budget_bytes: int | None = None
+    created: str = ""
+    unit: str = "nats per token"
+    predicted: tuple[float, float, float] | None = None
+    predicted_sum: float | None = None
+    evaluation: dict[str, Any] | None = None
+    components: tuple[ComponentRow, ...] = ()
+    weights: tuple[WeightRow, ...] = ()
+    sensitivity: SensitivityMap | None = None
+    front: tuple[FrontPoint, ...] = ()
+    measured: tuple[MeasuredPoint, ...] = ()
+    others: tuple[MeasuredPoint, ...] = ()
+    probes: tuple[ProbePoint, ...] = ()
+    timings: tuple[tuple[str, float], ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()
+    provenance: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def bits(self) -> float:
+        """True bits per parameter of the whole model: the file's bits over all of its numbers."""
+        return 8 * self.bytes_after / self.parameters
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values; `from_json` is the inverse."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> ReportData:
+        """Raises DataError when `data` is not what `to_json` gives."""
+        unknown = set(data) - {item.name for item in fields(ReportData)}
+        if unknown:
+            raise DataError(
+                f"report data has unknown fields: {', '.join(sorted(unknown))}; write the report "
+                "again"
+            )
+        values = dict(data)
+        try:
+            for name, row_class in _ROWS.items():
+                values[name] = tuple(_row(row_class, row) for row in data.get(name, ()))
+            if data.get("sensitivity") is not None:
+                values["sensitivity"] = SensitivityMap(**data["sensitivity"])
+            if data.get("predicted") is not None:
+                values["predicted"] = tuple(data["predicted"])
+            for name in ("timings", "facts", "provenance"):
+                values[name] = tuple((str(key), value) for key, value in data.get(name, ()))
+            return ReportData(**values)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"report data is damaged ({error}); write the report again") from error
+
+
+_ROWS: dict[str, type[Any]] = {
+    "components": ComponentRow,
+    "weights": WeightRow,
+    "front": FrontPoint,
+    "measured": MeasuredPoint,
+    "others": MeasuredPoint,
+    "probes": ProbePoint,
+}
+
+
+def _row(row_class: type[Row], values: dict[str, Any]) -> Row:
+    """A row from its JSON object; JSON has no tuples, so lists become them."""
+    return row_class(
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+    )

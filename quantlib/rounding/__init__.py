@@ -1,0 +1,55 @@
+"""Rounding: pure functions from a weight, the second moment of its input, and a format to a `QuantizedWeight`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from quantlib.formats.rtn import quantize_rtn
+from quantlib.formats.weight import QuantizedWeight
+from quantlib.rounding.asymmetric import asymmetric_target
+from quantlib.rounding.fixed import round_fixed
+from quantlib.rounding.integer import (
+    Layout,
+    RoundingOptions,
+    concatenate,
+    is_batchable,
+    round_integers,
+)
+
+__all__ = [
+    "Layout",
+    "RoundingOptions",
+    "asymmetric_target",
+    "concatenate",
+    "is_batchable",
+    "quantize_rtn",
+    "round_fixed",
+    "round_group",
+    "round_integers",
+]
+
+
+def round_group(
+    weights: Mapping[str, Tensor],
+    hessian: Tensor | None,
+    layouts: Sequence[Layout],
+    options: RoundingOptions = RoundingOptions(),
+) -> dict[tuple[str, int], QuantizedWeight]:
+    """Round the members of a linear group (name -> [N, K]) to every candidate layout (K segments).
+
+    hessian: [K, K] of the shared input; None means no data reached it, and rounds to nearest.
+    Integer layouts are rounded together by `round_integers`, the others one by one by `round_fixed`.
+    """
+    out: dict[tuple[str, int], QuantizedWeight] = {}
+    batch = [i for i, layout in enumerate(layouts) if all(is_batchable(part.format) for part in layout)]
+    if hessian is None:
+        return {(name, i): quantize_rtn(w, layout) for name, w in weights.items() for i, layout in enumerate(layouts)}
+    if batch:
+        rounded = round_integers(weights, hessian, [layouts[i] for i in batch], options)
+        out |= {(name, batch[i]): weight for (name, i), weight in rounded.items()}
+    for index in set(range(len(layouts))) - set(batch):
+        for name, weight in weights.items():
+            out[name, index] = round_fixed(weight, hessian, layouts[index], options.damping)
+    return out

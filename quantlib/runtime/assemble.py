@@ -1,0 +1,237 @@
+"""Putting packed modules into a transformers model.
+
+Two ways in, one set of rules: `replace_modules` prepares an empty model (on `meta`) for a packed
+checkpoint, and `quantize_in_memory` gives a loaded model the weights that were just rounded. Both
+name weights as the model's own state dict does (`model.layers.0.mlp.down_proj.weight`,
+`model.layers.0.mlp.experts.gate_up_proj`), and both keep tied heads tied: the embedding owns the
+weight, the head becomes a `TiedHead`.
+
+A module is replaced only if its forward is known to be the plain one. One that does more (a normed
+embedding, transposed or biased experts) is refused by name: running it as if it were plain would be
+silently wrong.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import cast
+
+from torch import Tensor, nn
+
+from quantlib.errors import ModelError
+from quantlib.formats.scheme import Scheme
+from quantlib.formats.weight import QuantizedWeight, pack
+from quantlib.runtime.modules import (
+    QuantizedEmbedding,
+    QuantizedExperts,
+    QuantizedLinear,
+    TiedHead,
+    packed_modules,
+    packed_weights,
+)
+from quantlib.runtime.packed_module import PackedModule, Segments
+from quantlib.runtime.transformers_plugin import attach
+
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+_PLAIN_EXPERTS = {
+    "has_gate": True,
+    "has_bias": False,
+    "has_post_expert_norm": False,
+    "is_transposed": False,
+    "is_concatenated": True,
+}
+"""What transformers notes about experts that compute as `QuantizedExperts` does."""
+
+
+def replace_modules(
+    model: nn.Module,
+    schemes: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
+    """Swap the modules of the weights named in `schemes` for empty packed ones, device by device.
+
+    schemes: weight name -> scheme name ("w4g64"); kept weights ("bf16", ...) are left alone.
+    shapes:  if given, what the weights must measure.
+    Raises ModelError for a name the model lacks, a shape that differs, and a module whose call is
+    not understood.
+    """
+    parsed = {name: Scheme.parse(scheme) for name, scheme in schemes.items()}
+    parsed = {name: scheme for name, scheme in parsed.items() if scheme.weight is not None}
+    segments: dict[str, Segments] = {}
+    for name, scheme in parsed.items():
+        shape = tuple(_weight(model, name).shape)
+        if shapes is not None and tuple(shapes.get(name, shape)) != shape:
+            raise ModelError(
+                f"{name} is {list(shapes[name])} as quantized and {list(shape)} in the model: "
+                f"they do not belong together"
+            )
+        segments[name] = scheme.segments(shape[-1])
+    modes = {
+        name: "int8" if scheme.activation_bits == 8 else "exact" for name, scheme in parsed.items()
+    }
+    _replace(model, segments, modes)
+
+
+def quantize_in_memory(
+    model: nn.Module, packed: Mapping[str, QuantizedWeight], mode: str = "exact"
+) -> None:
+    """Give a loaded model these quantized weights, each in the place of the dense one it came from.
+
+    A stack of experts `[E, N, K]` comes as one quantized matrix `[E*N, K]`. Weights that are packed
+    already are exchanged, so candidates can be tried one after the other (and keep their mode).
+    mode: "exact" or "int8", see `modules.set_mode`.
+    Raises ModelError as `replace_modules` does.
+    """
+    former = packed_weights(model)
+    for name, weight in packed.items():
+        shape = former[name][0] if name in former else tuple(_weight(model, name).shape)
+        if tuple(weight.shape) != (math.prod(shape[:-1]), shape[-1]):
+            raise ModelError(
+                f"{name} is {list(weight.shape)} as quantized and {list(shape)} in the model: "
+                f"they do not belong together"
+            )
+    segments = {
+        name: tuple(part.segment for part in weight.segments) for name, weight in packed.items()
+    }
+    fresh = {name: segments[name] for name in packed if name not in former}
+    _replace(model, fresh, dict.fromkeys(fresh, mode))
+    modules = packed_modules(model)
+    for name, weight in packed.items():
+        module_name, _, parameter = name.rpartition(".")
+        module = modules[module_name]
+        device = next(iter(module.packed_tensors(parameter).values())).device
+        tensors = {suffix: tensor.to(device) for suffix, tensor in pack(weight).items()}
+        module.exchange_packed(parameter, segments[name], tensors)
+    if hasattr(model, "save_pretrained"):
+        attach(model)
+
+
+def _replace(model: nn.Module, segments: Mapping[str, Segments], modes: Mapping[str, str]) -> None:
+    """Put empty packed modules in. `segments` and `modes` by weight name."""
+    tied = _tied_to(model, segments)
+    by_module: dict[str, list[str]] = {}
+    for name in segments:
+        by_module.setdefault(name.rpartition(".")[0], []).append(name)
+    for module_name, names in by_module.items():
+        old = model.get_submodule(module_name)
+        mode = "int8" if all(modes[name] == "int8" for name in names) else "exact"
+        if isinstance(old, nn.Linear):
+            new: nn.Module = _linear(old, module_name, segments[names[0]], mode)
+        elif isinstance(old, nn.Embedding):
+            new = _embedding(old, module_name, segments[names[0]])
+        else:
+            by_parameter = {name.rpartition(".")[2]: segments[name] for name in names}
+            new = _experts(old, module_name, by_parameter, mode)
+        model.set_submodule(module_name, new.train(old.training))
+    for head_name, source_name in tied.items():
+        _tie(model, head_name, source_name, modes[source_name])
+    _forget_ties(model, {*segments, *tied})
+
+
+def _tie(model: nn.Module, head_name: str, source_name: str, mode: str) -> None:
+    head, source = (
+        model.get_submodule(name.rpartition(".")[0]) for name in (head_name, source_name)
+    )
+    if not isinstance(head, nn.Linear) or not isinstance(source, QuantizedEmbedding):
+        raise ModelError(
+            f"{head_name} is tied to {source_name}, but only a head can be tied to a quantized "
+            f"embedding: keep {source_name} in 16 bits"
+        )
+    model.set_submodule(
+        head_name.rpartition(".")[0], TiedHead(source, head.bias, mode).train(head.training)
+    )
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    module_name, _, parameter = name.rpartition(".")
+    try:
+        module = model.get_submodule(module_name)
+    except AttributeError:
+        module = None
+    if isinstance(module, PackedModule | TiedHead):
+        raise ModelError(f"{name} is quantized already: start again from the unquantized model")
+    weight = getattr(module, parameter, None)
+    if not isinstance(weight, Tensor):
+        raise ModelError(
+            f"{type(model).__name__} has no weight {name}: the plan was made for another model"
+        )
+    return weight
+
+
+def _linear(old: nn.Linear, name: str, segments: Segments, mode: str) -> QuantizedLinear:
+    if type(old).forward is not nn.Linear.forward:
+        raise _unknown(old, name)
+    return QuantizedLinear(
+        old.in_features, old.out_features, segments, old.bias, mode, old.weight.device
+    )
+
+
+def _embedding(old: nn.Embedding, name: str, segments: Segments) -> QuantizedEmbedding:
+    # Gemma's scaled embeddings, and they alone, name their constant so.
+    scale = getattr(old, "scalar_embed_scale", None)
+    if scale is None and type(old).forward is not nn.Embedding.forward:
+        raise _unknown(old, name)
+    weight, (rows, width) = old.weight, (old.num_embeddings, old.embedding_dim)
+    return QuantizedEmbedding(rows, width, segments, scale, weight.dtype, weight.device)
+
+
+def _experts(
+    old: nn.Module, name: str, segments: Mapping[str, Segments], mode: str
+) -> QuantizedExperts:
+    """Packed experts whose gate is the old module's own method.
+
+    The old module lives on behind that method, so its dense parameters are taken from it.
+    """
+    if any(getattr(old, key, None) is not value for key, value in _PLAIN_EXPERTS.items()):
+        raise _unknown(old, name)
+    gate = cast(Callable[[Tensor], Tensor], old._apply_gate)
+    dense = {key: old.get_parameter(key) for key in EXPERT_WEIGHTS}
+    for key in EXPERT_WEIGHTS:
+        delattr(old, key)
+    shapes = {key: tuple(dense[key].shape) for key in segments}
+    kept = {key: parameter for key, parameter in dense.items() if key not in segments}
+    return QuantizedExperts(shapes, segments, kept, gate, mode, dense["down_proj"].device)
+
+
+def _unknown(module: nn.Module, name: str) -> ModelError:
+    return ModelError(
+        f"{name} is a {type(module).__name__}, and quantlib cannot compute what it does on packed "
+        f"weights: keep it in 16 bits (pin it to bf16)"
+    )
+
+
+def _tied_to(model: nn.Module, names: Mapping[str, Segments]) -> dict[str, str]:
+    """Weight that is a quantized one's alias -> name of that one.
+
+    By transformers' table of ties, and by identity in a model that is loaded.
+    """
+    ties = dict(getattr(model, "all_tied_weights_keys", {}))
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for aliases in owners.values():
+        source = next((name for name in aliases if name in names), None)
+        ties.update({name: source for name in aliases if source is not None and name != source})
+    for target, source in ties.items():
+        if target in names:
+            raise ModelError(
+                f"{target} and {source} are one weight: give {source} the scheme, {target} none"
+            )
+    return {target: source for target, source in ties.items() if source in names}
+
+
+def _forget_ties(model: nn.Module, names: set[str]) -> None:
+    """Take these weights out of transformers' tables of ties: no parameter is left to be tied."""
+    for prefix, module in model.named_modules():
+        local = {name.removeprefix(f"{prefix}.") for name in names} if prefix else names
+        for table in ("_tied_weights_keys", "all_tied_weights_keys"):
+            ties = getattr(module, table, None)
+            if isinstance(ties, dict):
+                left = {
+                    to: of
+                    for to, of in ties.items()
+                    if not any(re.match(p, n) for p in (to, of) for n in local)
+                }
+                setattr(module, table, left)

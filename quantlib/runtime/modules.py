@@ -1,0 +1,184 @@
+"""Quantized modules: a linear, an embedding, a head tied to it, and the experts of a mixture.
+
+Each one takes the place of a torch or transformers module, keeps that module's call, and holds packed
+weights and nothing else (`packed_module.py`). No dense weight is ever kept: `dequantize()` makes one
+for whoever asks, and forgets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from quantlib.errors import UsageError
+from quantlib.formats.weight import PACKED
+from quantlib.kernels.ops import MODES, embedding, linear
+from quantlib.runtime.packed_module import PackedModule, Segments
+
+
+class QuantizedLinear(PackedModule):
+    """`nn.Linear` on a packed weight `[out_features, in_features]`. Output dtype: the input's."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        segments: Segments,
+        bias: nn.Parameter | None = None,
+        mode: str = "exact",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(mode)
+        self.in_features, self.out_features = in_features, out_features
+        self.register_packed("weight", (out_features, in_features), segments, device)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.handles("weight")[0], self.bias, self.mode)
+
+
+class QuantizedEmbedding(PackedModule):
+    """`nn.Embedding` on a packed weight `[num_embeddings, embedding_dim]`.
+
+    dtype:       of the output; it follows the model's casts.
+    embed_scale: the constant that Gemma's scaled embeddings multiply their output by, rounded to
+                 `dtype` first, as there. A number, not a buffer: no load has to initialize it.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        segments: Segments,
+        embed_scale: float | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.embed_scale, self.dtype = embed_scale, dtype
+        self.register_packed("weight", (num_embeddings, embedding_dim), segments, device)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = embedding(ids, self.handles("weight")[0], self.dtype)
+        if self.embed_scale is None:
+            return rows
+        return rows * torch.tensor(self.embed_scale, dtype=self.dtype, device=rows.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
+
+class TiedHead(nn.Module):
+    """A head whose weight is the embedding's: no tensor of its own (but a bias, if there is one).
+
+    The embedding sits in a tuple because `nn.Module` would otherwise register it as a child and
+    name its buffers twice.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, source: QuantizedEmbedding, bias: nn.Parameter | None = None, mode: str = "exact"
+    ) -> None:
+        super().__init__()
+        self._source = (source,)
+        self.mode = mode
+        self.in_features, self.out_features = source.embedding_dim, source.num_embeddings
+        self.register_parameter("bias", bias)
+
+    @property
+    def source(self) -> QuantizedEmbedding:
+        """The embedding that owns the weight."""
+        return self._source[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.source.handles("weight")[0]
+        device = weight.tensors[PACKED].device  # the embedding's, wherever the head's input is
+        return linear(x.to(device), weight, self.bias, self.mode)
+
+    def extra_repr(self) -> str:
+        size = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{size}, mode={self.mode}, tied to the embedding"
+
+
+class QuantizedExperts(PackedModule):
+    """Experts of a mixture layer: `gate_up_proj [E, 2I, H]`, `down_proj [E, H, I]`, packed or kept.
+
+    Takes the place of the transformers modules that hold these two as 3-D parameters (Mixtral,
+    Qwen3-MoE and kin), with their call: `(hidden_states [T, H], top_k_index [T, k], top_k_weights
+    [T, k]) -> [T, H]`. Experts that no token chose are not touched; the index E means "no expert".
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        segments: Mapping[str, Segments],
+        kept: Mapping[str, nn.Parameter],
+        gate: Callable[[Tensor], Tensor],
+        mode: str = "exact",
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Empty packed experts.
+
+        shapes, segments: of those of gate_up_proj and down_proj that are packed.
+        kept: the other one, if any.
+        gate: `[t, 2I] -> [t, I]`; in most models the activation of one half times the other.
+        """
+        super().__init__(mode)
+        for name, shape in shapes.items():
+            self.register_packed(name, shape, segments[name], device)
+        for name, parameter in kept.items():
+            self.register_parameter(name, parameter)
+        self.num_experts = next(iter(shapes.values()))[0]
+        self.gate = gate
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        output = torch.zeros_like(hidden_states)
+        for expert in torch.unique(top_k_index).tolist():
+            if expert >= self.num_experts:
+                continue
+            token, position = torch.where(top_k_index == expert)
+            hidden = self.gate(self._linear("gate_up_proj", hidden_states[token], expert))
+            result = self._linear("down_proj", hidden, expert)
+            result = result * top_k_weights[token, position, None]
+            output.index_add_(0, token, result.to(output.dtype))
+        return output
+
+    def _linear(self, name: str, x: Tensor, expert: int) -> Tensor:
+        if name in self._shapes:
+            return linear(x, self.handles(name)[expert], None, self.mode)
+        return nn.functional.linear(x, self.get_parameter(name)[expert])
+
+
+def set_mode(model: nn.Module, mode: str) -> None:
+    """Run every quantized module of `model` in `mode`.
+
+    "exact" takes activations as they are, "int8" rounds them to 8 bits per token.
+    """
+    if mode not in MODES:
+        raise UsageError(f"{mode!r} is not a mode to run in: use one of {', '.join(MODES)}")
+    for module in model.modules():
+        if isinstance(module, PackedModule | TiedHead):
+            module.mode = mode
+
+
+def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
+    """The modules of `model` that own packed weights, by name."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, PackedModule)
+    }
+
+
+def packed_weights(model: nn.Module) -> dict[str, tuple[tuple[int, ...], Segments]]:
+    """Shape and segments of every packed weight of `model`, by the weight's name."""
+    return {
+        f"{module_name}.{name}": described
+        for module_name, module in packed_modules(model).items()
+        for name, described in module.packed_weights().items()
+    }

@@ -1,0 +1,169 @@
+"""From the sum of predicted losses to the KL one will measure, with an honest interval.
+
+Predicted losses add up single-weight effects measured near the full-precision model. At low bits the effects
+interact and the sum is off by a factor that drifts smoothly with its size, so a few plans are really measured and the line
+
+    log KL = a + b log S
+
+is fitted to them. The logarithm makes the error relative, which is how it behaves over three decades. The line is robust
+(Huber weights: one odd probe does not bend it); the interval is not (the same odd probe widens it, because the next plan may be odd
+too). The scatter around the line is split into the probes' own standard errors and a real lack of fit tau^2 (Paule and
+Mandel's estimator, J. Res. NBS 87, 1982), so that noisy probes neither hide nor fake a good fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.stats import t as student_t
+
+from quantlib.errors import SearchError
+from quantlib.search import jsonfile
+
+CONFIDENCE = 0.95
+HUBER = 1.345
+"""Huber's constant: 95 % efficient on normal residuals, bounded influence of the others."""
+
+
+class Probe(NamedTuple):
+    """One measured plan: its sum of predicted losses, the KL measured, and the standard error of the measurement."""
+
+    predicted: float
+    measured: float
+    error: float
+
+
+class Prediction(NamedTuple):
+    """A KL in nats per token, and the ends of the 95 % interval a measurement of it should fall into."""
+
+    kl: float
+    low: float
+    high: float
+
+
+class _Fit(NamedTuple):
+    """log KL = coefficients @ (1, log S - center); `covariance` of the coefficients; `scatter` of one new measurement."""
+
+    coefficients: np.ndarray
+    center: float
+    covariance: np.ndarray
+    scatter: float
+    quantile: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Measured probes and the line through them. Raises SearchError with fewer than three usable, different probes."""
+
+    probes: tuple[Probe, ...]
+
+    def __post_init__(self) -> None:
+        for probe in self.probes:
+            if not all(math.isfinite(value) for value in probe) or probe.error < 0:
+                raise SearchError(f"calibration probe {tuple(probe)}: all three numbers must be finite, the error >= 0")
+            if probe.predicted <= 0 or probe.measured <= 0:
+                raise SearchError(
+                    f"calibration probe {tuple(probe)}: predicted and measured KL must be positive; "
+                    "measure plans that lose something"
+                )
+        sums = [probe.predicted for probe in self.probes]
+        if len(set(sums)) < 3 or max(sums) < 1.01 * min(sums):
+            raise SearchError(
+                f"{len(sums)} calibration probes that are this few or this alike cannot carry a line and its error: "
+                "measure at least three plans of different predicted loss"
+            )
+
+    @staticmethod
+    def fit(points: list[tuple[float, float, float]]) -> Calibration:
+        """A calibration from (predicted sum, measured KL, standard error of the measurement) of several plans."""
+        return Calibration(tuple(Probe(*map(float, point)) for point in points))
+
+    @property
+    def intercept(self) -> float:
+        """`a` of log KL = a + b log S."""
+        return float(self._fit.coefficients[0] - self._fit.coefficients[1] * self._fit.center)
+
+    @property
+    def slope(self) -> float:
+        """`b` of log KL = a + b log S; 1 where single-weight losses simply add up."""
+        return float(self._fit.coefficients[1])
+
+    def predict(self, predicted: float) -> Prediction:
+        """KL expected of a plan whose predicted losses sum to `predicted`, with its 95 % prediction interval.
+
+        The interval is for a measurement with the probes' median standard error. A sum of exactly 0 means that nothing was
+        quantized: KL 0 and no interval. Raises SearchError for a negative or non-finite sum.
+        """
+        if not (math.isfinite(predicted) and predicted >= 0):
+            raise SearchError(f"a plan's predicted loss is {predicted}: it must be finite and not negative")
+        if predicted == 0:
+            return Prediction(0.0, 0.0, 0.0)
+        fit = self._fit
+        row = np.array([1.0, math.log(predicted) - fit.center])
+        middle = float(row @ fit.coefficients)
+        half = fit.quantile * math.sqrt(fit.scatter + float(row @ fit.covariance @ row))
+        return Prediction(*(_exp(value) for value in (middle, middle - half, middle + half)))
+
+    @cached_property
+    def _fit(self) -> _Fit:
+        return _fit_line(np.array(self.probes, dtype=np.float64))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"probes": [probe._asdict() for probe in self.probes]}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any], source: str) -> Calibration:
+        where = f"{source}, calibration"
+        jsonfile.check_keys(data, {"probes"}, set(), where)
+        probes = []
+        for probe in jsonfile.field(data, "probes", list, where):
+            if not isinstance(probe, dict):
+                raise SearchError(f"{where}: a probe must be an object with predicted, measured and error")
+            jsonfile.check_keys(probe, set(Probe._fields), set(), where)
+            probes.append(Probe(*(jsonfile.field(probe, name, float, where) for name in Probe._fields)))
+        return Calibration(tuple(probes))
+
+
+def _exp(value: float) -> float:
+    """exp without overflow: three probes can leave an interval wider than a float."""
+    return math.exp(value) if value < 700 else math.inf
+
+
+def _fit_line(points: np.ndarray) -> _Fit:
+    """Fit the line to `points` [n, 3]: predicted, measured, standard error. Alternates line and lack of fit."""
+    x, y = np.log(points[:, 0]), np.log(points[:, 1])
+    # delta method: the standard error of log KL; the floor (a tenth of a percent) keeps weights finite for exact probes
+    noise = np.maximum(points[:, 2] / points[:, 1], 1e-3) ** 2
+    center = float(x.mean())
+    design = np.stack([np.ones_like(x), x - center], axis=1)
+    free = len(x) - 2
+    lack, robust = 0.0, np.ones_like(x)
+    for _ in range(50):
+        weight = robust / (noise + lack)
+        covariance = np.linalg.inv(design.T @ (weight[:, None] * design))
+        coefficients = covariance @ design.T @ (weight * y)
+        residual = y - design @ coefficients
+        previous, lack = lack, _lack_of_fit(residual**2, noise, free)
+        standardized = np.abs(residual) / np.sqrt(noise + lack)
+        robust = np.minimum(1.0, HUBER / np.maximum(standardized, 1e-12))
+        if abs(lack - previous) <= 1e-9 * (lack + 1e-12):
+            break
+    scatter = lack + float(np.median(noise))
+    return _Fit(coefficients, center, covariance, scatter, float(student_t.ppf(0.5 + CONFIDENCE / 2, free)))
+
+
+def _lack_of_fit(squares: np.ndarray, noise: np.ndarray, free: int) -> float:
+    """tau^2 such that sum r^2 / (noise + tau^2) equals the degrees of freedom; 0 when noise alone explains the scatter."""
+
+    def excess(lack: float) -> float:
+        return float((squares / (noise + lack)).sum()) - free
+
+    if excess(0.0) <= 0:
+        return 0.0
+    return float(brentq(excess, 0.0, float(squares.sum()) / free + 1e-12))

@@ -1,0 +1,204 @@
+"""The sensitivity table: what each weight loses in each scheme, how sure we are, and how many bytes it takes.
+
+This file is the only thing the solver needs to know about a model, and its JSON is meant for other tools too: one line
+per (weight, scheme), units written down, nothing encoded. A loss is the predicted increase of a task's loss when this
+weight alone is quantized; `kl` is the mean KL divergence per token in nats. Losses of a plan are added: that is
+a second-order Taylor expansion without cross terms, which `calibrate.Calibration` checks against measurements.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from quantlib.errors import FormatError, SearchError
+from quantlib.formats.scheme import Scheme
+from quantlib.search import jsonfile
+from quantlib.search.calibrate import Calibration
+
+FORMAT = "quantlib-sensitivity"
+VERSION = 1
+UNITS = {"kl": "nats per token"}
+"""Units of the tasks we define; a task of somebody else's is in the unit of its own loss."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One weight in one scheme.
+
+    bytes: what it adds to the checkpoint file.
+    loss:  task -> predicted increase of the task's loss.
+    error: task -> standard error of that prediction (bootstrap over calibration windows).
+    """
+
+    bytes: int
+    loss: Mapping[str, float]
+    error: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Predicted losses of every weight in every candidate scheme.
+
+    model:       fingerprint of the source model (`Source.fingerprint`).
+    tasks:       names of the loss columns, such as ("kl",).
+    rows:        weight -> scheme -> Entry, weights in model order, schemes in candidate order.
+    provenance:  what this was computed from: name -> hash (calibration data, bank, ...).
+    calibration: predicted sums against measured KL, when probes were measured.
+    """
+
+    model: str
+    tasks: tuple[str, ...]
+    rows: Mapping[str, Mapping[str, Entry]]
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    calibration: Calibration | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        return tuple(self.rows)
+
+    def entry(self, weight: str, scheme: str) -> Entry:
+        """Raises SearchError when the table has no such weight, or the weight no such candidate."""
+        if weight not in self.rows:
+            raise SearchError(f"the sensitivity table has no weight {weight!r}: it was measured for other weights")
+        if scheme not in self.rows[weight]:
+            known = ", ".join(self.rows[weight])
+            raise SearchError(f"{weight} was not measured in {scheme}; it was in {known}")
+        return self.rows[weight][scheme]
+
+    def with_calibration(self, calibration: Calibration | None) -> Sensitivity:
+        return replace(self, calibration=calibration)
+
+    def digest(self) -> str:
+        """SHA-256 of everything but the calibration: new probes do not make an old plan stale."""
+        return hashlib.sha256(self.with_calibration(None).to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """JSON with one line per (weight, scheme), so that people can read it and diff it."""
+        units = {task: UNITS.get(task, "loss of the task") for task in self.tasks}
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": self.model,
+            "tasks": list(self.tasks),
+            "units": units,
+            "provenance": dict(self.provenance),
+        }
+        if self.calibration is not None:
+            head["calibration"] = self.calibration.to_dict()
+        lines = [f"  {jsonfile.dump(key)}: {jsonfile.dump(value)}," for key, value in head.items()]
+        weights = ",\n".join(_weight_lines(weight, row, self.tasks) for weight, row in self.rows.items())
+        return "{\n" + "\n".join(lines) + '\n  "weights": {\n' + weights + "\n  }\n}\n"
+
+    @staticmethod
+    def from_json(text: str, source: str = "the sensitivity table") -> Sensitivity:
+        """Read what `to_json` wrote. Raises SearchError that names `source` and the place of the first mistake."""
+        data = jsonfile.parse_object(text, source)
+        jsonfile.check_header(data, FORMAT, VERSION, source)
+        required = {"format", "version", "model", "tasks", "weights"}
+        jsonfile.check_keys(data, required, {"units", "provenance", "calibration"}, source)
+        tasks = jsonfile.field(data, "tasks", list, source)
+        if not all(isinstance(task, str) for task in tasks):
+            raise SearchError(f"{source}: 'tasks' must list the names of the loss columns")
+        weights = jsonfile.field(data, "weights", dict, source)
+        rows = {name: _read_row(weights, name, tuple(tasks), source) for name in weights}
+        calibration = None
+        if data.get("calibration") is not None:
+            calibration = Calibration.from_dict(jsonfile.field(data, "calibration", dict, source), source)
+        try:
+            return Sensitivity(
+                jsonfile.field(data, "model", str, source),
+                tuple(tasks),
+                rows,
+                jsonfile.texts(data, "provenance", source),
+                calibration,
+            )
+        except SearchError as error:
+            raise SearchError(f"{source}: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        jsonfile.write_text(path, self.to_json())
+
+    @staticmethod
+    def load(path: str | Path, model: str | None = None) -> Sensitivity:
+        """Read a table, and when `model` (a fingerprint) is given insist that it was measured on that model."""
+        table = Sensitivity.from_json(jsonfile.read_text(path, "sensitivity table"), str(path))
+        if model is not None and table.model != model:
+            raise SearchError(
+                f"{path} was measured on another model (fingerprint {table.model[:12]}, this model has {model[:12]}): "
+                "measure this model, or point to its own work directory"
+            )
+        return table
+
+
+def _weight_lines(weight: str, row: Mapping[str, Entry], tasks: tuple[str, ...]) -> str:
+    cells = ",\n".join(
+        f"      {jsonfile.dump(scheme)}: {jsonfile.dump(_cell(entry, tasks))}" for scheme, entry in row.items()
+    )
+    return f"    {jsonfile.dump(weight)}: {{\n{cells}\n    }}"
+
+
+def _cell(entry: Entry, tasks: tuple[str, ...]) -> dict[str, float]:
+    cell: dict[str, float] = {"bytes": entry.bytes}
+    for task in tasks:
+        cell[task] = entry.loss[task]
+        cell[f"{task}_error"] = entry.error[task]
+    return cell
+
+
+def _read_row(weights: dict[str, Any], weight: str, tasks: tuple[str, ...], source: str) -> dict[str, Entry]:
+    row = jsonfile.field(weights, weight, dict, source)
+    entries = {}
+    for scheme in row:
+        where = f"{source}, {weight} in {scheme}"
+        cell = jsonfile.field(row, scheme, dict, where)
+        jsonfile.check_keys(cell, {"bytes", *tasks, *(f"{task}_error" for task in tasks)}, set(), where)
+        entries[scheme] = Entry(
+            jsonfile.field(cell, "bytes", int, where),
+            {task: jsonfile.field(cell, task, float, where) for task in tasks},
+            {task: jsonfile.field(cell, f"{task}_error", float, where) for task in tasks},
+        )
+    return entries
+
+
+def _check(table: Sensitivity) -> None:
+    """Raise SearchError unless every weight has well-formed candidates with finite losses and positive bytes."""
+    if not table.model:
+        raise SearchError("the sensitivity table does not say which model it was measured on")
+    for task in table.tasks:
+        if not re.fullmatch(r"[A-Za-z]\w*", task) or task == "bytes" or task.endswith("_error"):
+            raise SearchError(f"{task!r} cannot name a loss column: use a word such as kl")
+    if not table.tasks or len(set(table.tasks)) != len(table.tasks):
+        raise SearchError("the sensitivity table needs one or more loss columns with different names")
+    if not table.rows:
+        raise SearchError("the sensitivity table is empty: no weight was measured")
+    for weight, row in table.rows.items():
+        if not row:
+            raise SearchError(f"{weight} has no candidate scheme in the sensitivity table")
+        for scheme, entry in row.items():
+            _check_entry(weight, scheme, entry, table.tasks)
+
+
+def _check_entry(weight: str, scheme: str, entry: Entry, tasks: tuple[str, ...]) -> None:
+    try:
+        canonical = str(Scheme.parse(scheme))
+    except FormatError as error:
+        raise SearchError(f"{weight}: {error}") from error
+    if canonical != scheme:
+        raise SearchError(f"{weight}: scheme {scheme!r} must be written {canonical!r}")
+    if isinstance(entry.bytes, bool) or not isinstance(entry.bytes, int) or entry.bytes <= 0:
+        raise SearchError(f"{weight} in {scheme}: bytes must be a positive whole number, not {entry.bytes!r}")
+    for task in tasks:
+        loss, error = entry.loss.get(task, math.nan), entry.error.get(task, math.nan)
+        if not math.isfinite(loss):
+            raise SearchError(f"{weight} in {scheme}: the predicted {task} is {loss}, not a finite number")
+        if not (math.isfinite(error) and error >= 0):
+            raise SearchError(f"{weight} in {scheme}: the standard error of {task} is {error}, not a number >= 0")

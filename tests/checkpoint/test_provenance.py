@@ -1,0 +1,77 @@
+"""Hashes that tell apart what differs and nothing else."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantlib.checkpoint.provenance import (
+    canonical_json,
+    digest,
+    file_sha256,
+    tensor_sha256,
+    versions,
+)
+from quantlib.errors import CheckpointError
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@given(st.dictionaries(st.text(), JSON, max_size=4))
+def test_a_digest_does_not_depend_on_the_order_of_keys(value: dict[str, object]) -> None:
+    assert digest(value) == digest(dict(reversed(value.items())))
+
+
+@given(JSON, JSON)
+def test_digests_are_equal_exactly_when_the_texts_are(first: object, second: object) -> None:
+    assert (digest(first) == digest(second)) == (canonical_json(first) == canonical_json(second))
+
+
+def test_a_digest_is_a_fixed_number() -> None:
+    """Keys of work directories written last year must still be found."""
+    expected = "23c9e60fd93c2c8ac68e0d5ef34c0ab38ab4cbc9b85e56c08018a51d15dfb07a"
+    assert digest({"b": [1, 0.1, None], "a": "ü"}) == expected
+
+
+def test_what_json_cannot_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        digest(float("inf"))
+    with pytest.raises(TypeError):
+        digest({"path": Path()})
+
+
+def test_a_file_hash_reads_the_whole_file(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"abc")
+    # FIPS 180-2, appendix B.1.
+    assert file_sha256(tmp_path / "f").startswith("ba7816bf8f01cfea414140de5dae2223")
+    with pytest.raises(CheckpointError, match="could not read"):
+        file_sha256(tmp_path / "absent")
+
+
+def test_a_tensor_hash_sees_values_dtype_and_shape_but_not_strides() -> None:
+    tensor = torch.arange(6, dtype=torch.float32).reshape(2, 3)
+    same = tensor.t().contiguous().t()
+    assert tensor_sha256(same) == tensor_sha256(tensor)
+    others = [
+        tensor.reshape(3, 2),
+        tensor.view(torch.int32),
+        tensor + torch.tensor([0.0, 0.0, 1e-6]),
+        -tensor.abs() * 0,
+        tensor * 0,
+    ]
+    hashes = {tensor_sha256(other) for other in [tensor, *others]}
+    assert len(hashes) == 6  # -0.0 and 0.0 differ in a bit, so the last two differ
+    for empty in (torch.zeros(0, 3), torch.tensor(1.0), torch.zeros(2, dtype=torch.bool)):
+        assert tensor_sha256(empty) == tensor_sha256(empty.clone())
+
+
+def test_versions_name_the_three_packages() -> None:
+    assert versions()["torch"] == torch.__version__
+    assert set(versions()) == {"quantlib", "torch", "transformers"}

@@ -1,0 +1,170 @@
+"""`quantlib.load`: a folder in, text out, and a sentence when the folder is not right."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+import quantlib
+from quantlib.checkpoint.tensorfile import atomic_save_tensors, read_tensors
+from quantlib.errors import CheckpointError, UsageError
+from quantlib.runtime.load import QuantizedModel
+from quantlib.runtime.modules import QuantizedLinear, TiedHead
+
+PROMPT = "The lighthouse keeper counted"
+
+
+@pytest.fixture
+def folder(write_packed: Callable[..., Any], tiny_tokenizer: Any) -> Path:
+    """A packed tiny Llama with a tokenizer."""
+    path: Path = write_packed("llama").folder
+    tiny_tokenizer.save_pretrained(path)
+    return path
+
+
+def test_text_in_text_out(folder: Path, tiny_tokenizer: Any) -> None:
+    model = quantlib.load(folder)
+    text = model.generate(PROMPT, max_new_tokens=8, chat=False)
+    ids = tiny_tokenizer(PROMPT, return_tensors="pt")
+    options = {"max_new_tokens": 8, "do_sample": False}
+    plain = AutoModelForCausalLM.from_pretrained(folder).generate(**ids, **options)
+    expected = tiny_tokenizer.decode(
+        plain[0, ids["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    assert text == expected
+    assert text == "".join(model.stream(PROMPT, 8, chat=False))
+
+
+def test_a_chat_template_is_used_when_there_is_one(folder: Path, tiny_tokenizer: Any) -> None:
+    model = quantlib.load(folder)
+    templated = tiny_tokenizer.decode(model.encode(PROMPT)[0])
+    assert templated == f"<s>user: {PROMPT}\nassistant: "
+    assert tiny_tokenizer.decode(model.encode(PROMPT, chat=False)[0]) == PROMPT
+    assert model.generate(PROMPT, 4) == model.generate(PROMPT, 4, chat=True)
+    model.tokenizer.chat_template = None
+    assert tiny_tokenizer.decode(model.encode(PROMPT)[0]) == PROMPT
+    with pytest.raises(UsageError, match="no chat template: use chat=False"):
+        model.encode(PROMPT, chat=True)
+
+
+def test_sampling_is_repeatable(folder: Path) -> None:
+    model = quantlib.load(folder)
+    texts = [model.generate(PROMPT, 8, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_checkpoint_without_tokenizer_still_has_a_model(write_packed: Any, ids: Any) -> None:
+    model = quantlib.load(write_packed("llama").folder)
+    assert model.tokenizer is None
+    assert model.model(ids).logits.shape == (2, 12, 384)
+    with pytest.raises(UsageError, match="has no tokenizer"):
+        model.generate(PROMPT)
+
+
+def modes(model: QuantizedModel) -> set[str]:
+    """Those of everything that multiplies: an embedding's own mode means nothing."""
+    computing = (QuantizedLinear, TiedHead)
+    return {module.mode for module in model.model.modules() if isinstance(module, computing)}
+
+
+def test_modes_are_the_schemes_own_or_the_callers(write_packed: Callable[..., Any]) -> None:
+    folder = write_packed("llama", {"": "w8a8", "model.embed_tokens.weight": "w4g32"}).folder
+    own = quantlib.load(folder)
+    assert own.model.model.layers[0].mlp.up_proj.mode == "int8"
+    assert own.model.lm_head.mode == "exact"
+    assert modes(quantlib.load(folder, mode="exact")) == {"exact"}
+    assert modes(quantlib.load(folder, mode="int8")) == {"int8"}
+    with pytest.raises(UsageError, match="'fast' is not a mode"):
+        quantlib.load(folder, mode="fast")
+
+
+def test_int8_activations_change_the_logits_a_little(folder: Path, ids: Any) -> None:
+    with torch.no_grad():
+        exact, int8 = (quantlib.load(folder, mode).model(ids).logits for mode in ("exact", "int8"))
+    error = (exact - int8).norm() / exact.norm()
+    # 8 bits per token: half a step is 1/254 of a token's largest value, in each of a dozen layers.
+    assert 0 < error <= 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "bfloat16"])
+def test_the_dtype_is_the_callers(folder: Path, dtype: Any, ids: Any) -> None:
+    model = quantlib.load(folder, dtype=dtype).model
+    expected = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    assert model.dtype == model(ids).logits.dtype == expected
+
+
+class LargestAllocation(TorchDispatchMode):
+    """Bytes of the largest tensor in memory (not on `meta`) that any operator returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                self.nbytes = max(self.nbytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+def test_loading_makes_no_dense_weight(
+    write_packed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even for a moment: the smallest dense matrix is larger than anything allocated."""
+    folder = write_packed("llama", {"": "w2"}).folder
+    smallest = min(48 * 32, 80 * 48, 384 * 48) * 4
+    packed = max(tensor.nbytes for tensor in read_tensors(folder / "model.safetensors").values())
+    assert packed < smallest
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # the mode sees its own thread only
+    with LargestAllocation() as largest:
+        quantlib.load(folder)
+    assert packed <= largest.nbytes < smallest
+
+
+def test_packed_bytes_are_those_of_the_file(folder: Path) -> None:
+    model = quantlib.load(folder)
+    stored = read_tensors(folder / "model.safetensors")
+    norms = sum(tensor.nbytes for name, tensor in stored.items() if "norm" in name)
+    assert model.packed_bytes() + norms == sum(tensor.nbytes for tensor in stored.values())
+
+
+def test_a_missing_folder_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint folder"):
+        quantlib.load(tmp_path / "nowhere")
+
+
+def test_an_unquantized_model_is_a_sentence(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        CheckpointError, match="is not quantized: give a folder that quantlib wrote"
+    ):
+        quantlib.load(tiny_llama(tmp_path / "dense"))
+
+
+def test_a_missing_kept_parameter_is_a_sentence(folder: Path) -> None:
+    tensors = read_tensors(folder / "model.safetensors")
+    left = {name: tensor.clone() for name, tensor in tensors.items() if name != "model.norm.weight"}
+    atomic_save_tensors(folder / "model.safetensors", left, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks model\.norm\.weight"):
+        quantlib.load(folder)
+
+
+def test_an_unknown_architecture_is_a_sentence(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "quux", "architectures": ["QuuxForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="transformers cannot load"):
+        quantlib.load(folder)
+
+
+def test_a_damaged_tokenizer_is_a_sentence(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"the tokenizer in .* cannot be read"):
+        quantlib.load(folder)
