@@ -7,8 +7,12 @@ elsewhere, or without a compiler, the torch reference.
 
 Modes of `linear`:
     "exact"  activations stay as they are; weights become float32, as the reference's do.
-    "int8"   every token is rounded to int8 (scale amax/127) and multiplied in integers. Weights with a float element
-             cannot be: their product with the rounded activations is taken in float32.
+    "int8"   every token is rounded to int8 (scale amax/127) and multiplied in integers. Weights
+             with a float element cannot be: their product with the rounded activations is taken in
+             float32.
+
+The C++ kernels give the same bits for any number of threads. Exact products of more than a few
+tokens are torch's, and as repeatable as those.
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quantlib.errors import DataError, FormatError, UsageError
+from quantlib import formats
+from quantlib.errors import FormatError, UsageError
 from quantlib.kernels import reference
 from quantlib.kernels.cpu import library as cpu
 from quantlib.kernels.packed import PackedWeight, parse_layout, suffixes_of
@@ -59,7 +64,7 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tens
     tensors = list(weight.tensors.values())
     library = _library(tensors)
     if library is None:
-        return reference.dequantize(weight.to_quantized(), dtype)
+        return formats.dequantize(weight.to_quantized(), dtype)
     return library.dequantize(cpu.describe(tensors, weight.layout)).to(dtype)
 
 
@@ -108,12 +113,8 @@ def _embedding(ids: Tensor, weight: list[Tensor], layout: str, dtype: torch.dtyp
     library = _library([ids, *weight])
     if library is None:
         if int(flat.min()) < 0 or int(flat.max()) >= rows:
-            raise DataError(
-                f"a token id is outside 0..{rows - 1}, the rows of this embedding: "
-                "the tokenizer and the model do not belong together"
-            )
-        chosen = _packed(weight, layout).select_rows(flat).to_quantized()
-        out = reference.dequantize(chosen)
+            raise cpu.row_out_of_range(rows)
+        out = formats.dequantize(_packed(weight, layout).select_rows(flat).to_quantized())
     else:
         out = library.dequantize(cpu.describe(weight, layout), flat)
     return out.to(dtype).view(*ids.shape, columns)
@@ -157,8 +158,8 @@ def _check_linear(x: Tensor, layout: str, bias: Tensor | None, mode: str) -> Non
         )
     if x.dim() == 0 or x.shape[-1] != columns:
         raise FormatError(
-            f"the input has shape {list(x.shape)}, but a weight of {rows} x {columns} takes {columns} features in the "
-            "last dimension: the layer and its input do not belong together"
+            f"the input has shape {list(x.shape)}, but a weight of {rows} x {columns} takes "
+            f"{columns} features in the last dimension: give it the layer's own input"
         )
     if x.dtype not in _DTYPES:
         raise FormatError(

@@ -45,18 +45,15 @@ class PackedWeight:
     def from_tensors(
         tensors: Mapping[str, Tensor], shape: Sequence[int], segments: Sequence[Segment]
     ) -> PackedWeight:
-        """Take the tensors that `formats.pack` made, keyed by suffix (`"_packed"`, `"_scale"`,
-        ...), without copying.
+        """Take the tensors that `formats.pack` made, keyed by suffix ("_packed", ...), uncopied.
 
         Raises FormatError when one is missing, unexpected, or of another dtype or shape. Values are
         not read: `formats.unpack` checks those when a file is first opened.
         """
         expected = packed_layout(shape, segments)
         if set(tensors) != set(expected):
-            missing, extra = (
-                sorted(set(expected) - set(tensors)),
-                sorted(set(tensors) - set(expected)),
-            )
+            missing = sorted(set(expected) - set(tensors))
+            extra = sorted(set(tensors) - set(expected))
             raise FormatError(
                 f"packed tensors do not match the format: missing {missing}, unexpected {extra}"
             )
@@ -75,13 +72,11 @@ class PackedWeight:
         )
 
     def to_quantized(self) -> QuantizedWeight:
-        """The unpacked weight: what the reference computes with. Raises FormatError on damaged
-        values."""
+        """The unpacked weight, for the reference. Raises FormatError on damaged values."""
         return unpack(self.tensors, self.shape, self.segments)
 
     def select_rows(self, rows: Tensor) -> PackedWeight:
-        """The weight whose rows are `rows` (int64 [n], n >= 1, each in 0..N-1) of this one, packed
-        again."""
+        """The packed weight of the rows `rows`: int64 [n], at least one, each in 0..N-1."""
         chosen = {}
         for index, segment in enumerate(self.segments):
             form, tail = segment.format, f"_{index}" if index else ""
@@ -106,8 +101,10 @@ class PackedWeight:
 
 
 def layout_of(shape: Sequence[int], segments: Sequence[Segment]) -> str:
-    """Shape and segments as text, for example `96x512|0:448:int4:64:z:f16|448:64:int8:0:s:f16` (z:
-    asymmetric)."""
+    """Shape and segments as text, for example `96x512|0:448:int4:64:z:f16|448:64:int8:0:s:f16`.
+
+    A segment is start, length, element, group size, s (symmetric) or z, and scale.
+    """
     parts = [f"{shape[0]}x{shape[1]}"]
     for segment in segments:
         form = segment.format
@@ -120,8 +117,7 @@ def layout_of(shape: Sequence[int], segments: Sequence[Segment]) -> str:
 
 @lru_cache(maxsize=4096)
 def parse_layout(layout: str) -> tuple[tuple[int, int], tuple[Segment, ...]]:
-    """The inverse of `layout_of`: shape and segments. Raises FormatError when the text is not a
-    layout."""
+    """The inverse of `layout_of`. Raises FormatError when the text is not a layout."""
     try:
         head, *parts = layout.split("|")
         rows, columns = (int(size) for size in head.split("x"))

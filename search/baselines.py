@@ -1,10 +1,13 @@
-"""What one would do without a solver: uniform bits, random bits, and the rule of thumb of llama.cpp.
+"""What one would do without a solver: uniform bits, random bits, and the rule of thumb of
+llama.cpp.
 
-All take the same problem and the same budget in bytes as the solver, never exceed it, and spend what they leave over in the
-same way (layer by layer, first to last, skipping what does not fit), so that a comparison is about the allocation and nothing else.
+All take the same problem and the same budget in bytes as the solver, never exceed it, and spend
+what they leave over in the same way (layer by layer, first to last, skipping what does not fit), so
+that a comparison is about the allocation and nothing else.
 
-Each allocator climbs a *ladder*: the schemes that every item offers, those that are beaten by another in both total bytes and
-total loss left out. A pinned or floored item that does not offer a rung takes the choice nearest to it in bits.
+Each allocator climbs a *ladder*: the schemes that every item offers, those that are beaten by
+another in both total bytes and total loss left out. A pinned or floored item that does not offer a
+rung takes the choice nearest to it in bits.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from quantlib.search.problem import Choice, Item, Picks, Problem
 from quantlib.search.relaxation import undominated
 
 FAVOURED = re.compile(r"\b(?:down_proj|v_proj)\b")
-"""The matrices that llama.cpp's K_M mixtures give more bits: feed-forward down and attention values."""
+"""The matrices that llama.cpp's K_M mixtures give more bits: feed-forward down and attention
+values."""
 
 
 def uniform(problem: Problem, budget: int) -> Picks:
@@ -29,10 +33,12 @@ def uniform(problem: Problem, budget: int) -> Picks:
 
 
 def heuristic_first_last(problem: Problem, budget: int) -> Picks:
-    """llama.cpp's rule: one level up for the first and last eighth of the blocks, down_proj and v_proj.
+    """llama.cpp's rule: one level up for the first and last eighth of the blocks, down_proj and
+    v_proj.
 
-    One level up is the next rung of the ladder with more bits. Where even the lowest rung with its favoured items
-    raised does not fit, the favoured items are raised in order as far as the budget goes.
+    One level up is the next rung of the ladder with more bits. Where even the lowest rung with its
+    favoured items raised does not fit, the favoured items are raised in order as far as the budget
+    goes.
     """
     rungs = ladder(problem)
     favoured = _favoured(problem)
@@ -45,10 +51,11 @@ def heuristic_first_last(problem: Problem, budget: int) -> Picks:
 
 
 def random_allocation(problem: Problem, budget: int, seed: int) -> Picks:
-    """A random allocation that uses the budget up: items climb one undominated choice at a time, drawn at random.
+    """A random allocation that uses the budget up: items climb one undominated choice at a time,
+    drawn at random.
 
-    Each item is drawn in proportion to an appetite of its own (exponential), so that allocations differ widely and
-    not only by the noise of many equal draws.
+    Each item is drawn in proportion to an appetite of its own (exponential), so that allocations
+    differ widely and not only by the noise of many equal draws.
     """
     generator = np.random.default_rng(seed)
     stairs = [_stairs(item) for item in problem.items]
@@ -61,7 +68,9 @@ def random_allocation(problem: Problem, budget: int, seed: int) -> Picks:
         index = int(generator.choice(len(stairs), p=appetite / appetite.sum()))
         choices, stair = problem.items[index].choices, stairs[index]
         above = stair[level[index] + 1] if level[index] + 1 < len(stair) else None
-        price = choices[above].bytes - choices[picks[index]].bytes if above is not None else slack + 1
+        price = (
+            choices[above].bytes - choices[picks[index]].bytes if above is not None else slack + 1
+        )
         if above is None or price > slack:
             appetite[index] = 0.0
             continue
@@ -70,7 +79,8 @@ def random_allocation(problem: Problem, budget: int, seed: int) -> Picks:
 
 
 def ladder(problem: Problem) -> list[str]:
-    """Schemes that can be everybody's, smallest first, each losing less in total than the one before."""
+    """Schemes that can be everybody's, smallest first, each losing less in total than the one
+    before."""
     levels = {}
     for scheme in dict.fromkeys(choice.scheme for item in problem.items for choice in item.choices):
         picks = _level(problem, scheme)
@@ -119,20 +129,30 @@ def _stairs(item: Item) -> list[int]:
 def _check_fits(problem: Problem, budget: int, picks: Picks) -> None:
     if problem.bytes(picks) > budget:
         raise SearchError(
-            f"a budget of {budget:,} bytes is too small for this allocation rule: it needs at least "
-            f"{problem.bytes(picks):,} bytes"
+            f"a budget of {budget:,} bytes is too small for this allocation rule: it needs at "
+            f"least {problem.bytes(picks):,} bytes"
         )
 
 
 def _climb(problem: Problem, budget: int, options: Sequence[Picks]) -> Picks:
-    """The option that loses least among those that fit, then in item order towards the next that loses less."""
+    """The option that loses least among those that fit, then in item order towards the next that
+    loses less."""
     fitting = [index for index, picks in enumerate(options) if problem.bytes(picks) <= budget]
     if not fitting:
         _check_fits(problem, budget, min(options, key=problem.bytes))
     losses = [problem.loss(picks) for picks in options]
     best = min(fitting, key=lambda index: losses[index])
-    above = next((picks for picks, loss in zip(options[best:], losses[best:], strict=True) if loss < losses[best]), None)
-    return options[best] if above is None else _raise_in_order(problem, budget, options[best], above)
+    above = next(
+        (
+            picks
+            for picks, loss in zip(options[best:], losses[best:], strict=True)
+            if loss < losses[best]
+        ),
+        None,
+    )
+    return (
+        options[best] if above is None else _raise_in_order(problem, budget, options[best], above)
+    )
 
 
 def _raise_in_order(problem: Problem, budget: int, picks: Picks, above: Picks) -> Picks:

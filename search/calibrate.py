@@ -1,14 +1,16 @@
 """From the sum of predicted losses to the KL one will measure, with an honest interval.
 
-Predicted losses add up single-weight effects measured near the full-precision model. At low bits the effects
-interact and the sum is off by a factor that drifts smoothly with its size, so a few plans are really measured and the line
+Predicted losses add up single-weight effects measured near the full-precision model. At low bits
+the effects interact and the sum is off by a factor that drifts smoothly with its size, so a few
+plans are really measured and the line
 
     log KL = a + b log S
 
-is fitted to them. The logarithm makes the error relative, which is how it behaves over three decades. The line is robust
-(Huber weights: one odd probe does not bend it); the interval is not (the same odd probe widens it, because the next plan may be odd
-too). The scatter around the line is split into the probes' own standard errors and a real lack of fit tau^2 (Paule and
-Mandel's estimator, J. Res. NBS 87, 1982), so that noisy probes neither hide nor fake a good fit.
+is fitted to them. The logarithm makes the error relative, which is how it behaves over three
+decades. The line is robust (Huber weights: one odd probe does not bend it); the interval is not
+(the same odd probe widens it, because the next plan may be odd too). The scatter around the line is
+split into the probes' own standard errors and a real lack of fit tau^2 (Paule and Mandel's
+estimator, J. Res. NBS 87, 1982), so that noisy probes neither hide nor fake a good fit.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ HUBER = 1.345
 
 
 class Probe(NamedTuple):
-    """One measured plan: its sum of predicted losses, the KL measured, and the standard error of the measurement."""
+    """One measured plan: its sum of predicted losses, the KL measured, and the standard error of
+    the measurement."""
 
     predicted: float
     measured: float
@@ -40,7 +43,8 @@ class Probe(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """A KL in nats per token, and the ends of the 95 % interval a measurement of it should fall into."""
+    """A KL in nats per token, and the ends of the 95 % interval a measurement of it should fall
+    into."""
 
     kl: float
     low: float
@@ -48,7 +52,8 @@ class Prediction(NamedTuple):
 
 
 class _Fit(NamedTuple):
-    """log KL = coefficients @ (1, log S - center); `covariance` of the coefficients; `scatter` of one new measurement."""
+    """log KL = coefficients @ (1, log S - center); `covariance` of the coefficients; `scatter` of
+    one new measurement."""
 
     coefficients: np.ndarray
     center: float
@@ -59,29 +64,33 @@ class _Fit(NamedTuple):
 
 @dataclass(frozen=True)
 class Calibration:
-    """Measured probes and the line through them. Raises SearchError with fewer than three usable, different probes."""
+    """Measured probes and the line through them. Raises SearchError with fewer than three usable,
+    different probes."""
 
     probes: tuple[Probe, ...]
 
     def __post_init__(self) -> None:
         for probe in self.probes:
             if not all(math.isfinite(value) for value in probe) or probe.error < 0:
-                raise SearchError(f"calibration probe {tuple(probe)}: all three numbers must be finite, the error >= 0")
+                raise SearchError(
+                    f"calibration probe {tuple(probe)}: all numbers must be finite, the error >= 0"
+                )
             if probe.predicted <= 0 or probe.measured <= 0:
                 raise SearchError(
-                    f"calibration probe {tuple(probe)}: predicted and measured KL must be positive; "
-                    "measure plans that lose something"
+                    f"calibration probe {tuple(probe)}: predicted and measured KL must be "
+                    "positive; measure plans that lose something"
                 )
         sums = [probe.predicted for probe in self.probes]
         if len(set(sums)) < 3 or max(sums) < 1.01 * min(sums):
             raise SearchError(
-                f"{len(sums)} calibration probes that are this few or this alike cannot carry a line and its error: "
-                "measure at least three plans of different predicted loss"
+                f"{len(sums)} calibration probes that are so few or so alike cannot carry a line "
+                "and its error: measure at least three plans of different predicted loss"
             )
 
     @staticmethod
     def fit(points: list[tuple[float, float, float]]) -> Calibration:
-        """A calibration from (predicted sum, measured KL, standard error of the measurement) of several plans."""
+        """A calibration from (predicted sum, measured KL, standard error of the measurement) of
+        several plans."""
         return Calibration(tuple(Probe(*map(float, point)) for point in points))
 
     @property
@@ -95,13 +104,17 @@ class Calibration:
         return float(self._fit.coefficients[1])
 
     def predict(self, predicted: float) -> Prediction:
-        """KL expected of a plan whose predicted losses sum to `predicted`, with its 95 % prediction interval.
+        """KL expected of a plan whose predicted losses sum to `predicted`, with its 95 % prediction
+        interval.
 
-        The interval is for a measurement with the probes' median standard error. A sum of exactly 0 means that nothing was
-        quantized: KL 0 and no interval. Raises SearchError for a negative or non-finite sum.
+        The interval is for a measurement with the probes' median standard error. A sum of exactly 0
+        means that nothing was quantized: KL 0 and no interval. Raises SearchError for a negative or
+        non-finite sum.
         """
         if not (math.isfinite(predicted) and predicted >= 0):
-            raise SearchError(f"a plan's predicted loss is {predicted}: it must be finite and not negative")
+            raise SearchError(
+                f"a plan's predicted loss is {predicted}: it must be finite and not negative"
+            )
         if predicted == 0:
             return Prediction(0.0, 0.0, 0.0)
         fit = self._fit
@@ -124,9 +137,13 @@ class Calibration:
         probes = []
         for probe in jsonfile.field(data, "probes", list, where):
             if not isinstance(probe, dict):
-                raise SearchError(f"{where}: a probe must be an object with predicted, measured and error")
+                raise SearchError(
+                    f"{where}: a probe must be an object with predicted, measured and error"
+                )
             jsonfile.check_keys(probe, set(Probe._fields), set(), where)
-            probes.append(Probe(*(jsonfile.field(probe, name, float, where) for name in Probe._fields)))
+            probes.append(
+                Probe(*(jsonfile.field(probe, name, float, where) for name in Probe._fields))
+            )
         return Calibration(tuple(probes))
 
 
@@ -136,9 +153,11 @@ def _exp(value: float) -> float:
 
 
 def _fit_line(points: np.ndarray) -> _Fit:
-    """Fit the line to `points` [n, 3]: predicted, measured, standard error. Alternates line and lack of fit."""
+    """Fit the line to `points` [n, 3]: predicted, measured, standard error. Alternates line and
+    lack of fit."""
     x, y = np.log(points[:, 0]), np.log(points[:, 1])
-    # delta method: the standard error of log KL; the floor (a tenth of a percent) keeps weights finite for exact probes
+    # delta method: the standard error of log KL; the floor (a tenth of a percent) keeps weights
+    # finite for exact probes
     noise = np.maximum(points[:, 2] / points[:, 1], 1e-3) ** 2
     center = float(x.mean())
     design = np.stack([np.ones_like(x), x - center], axis=1)
@@ -155,11 +174,14 @@ def _fit_line(points: np.ndarray) -> _Fit:
         if abs(lack - previous) <= 1e-9 * (lack + 1e-12):
             break
     scatter = lack + float(np.median(noise))
-    return _Fit(coefficients, center, covariance, scatter, float(student_t.ppf(0.5 + CONFIDENCE / 2, free)))
+    return _Fit(
+        coefficients, center, covariance, scatter, float(student_t.ppf(0.5 + CONFIDENCE / 2, free))
+    )
 
 
 def _lack_of_fit(squares: np.ndarray, noise: np.ndarray, free: int) -> float:
-    """tau^2 such that sum r^2 / (noise + tau^2) equals the degrees of freedom; 0 when noise alone explains the scatter."""
+    """tau^2 such that sum r^2 / (noise + tau^2) equals the degrees of freedom; 0 when noise alone
+    explains the scatter."""
 
     def excess(lack: float) -> float:
         return float((squares / (noise + lack)).sum()) - free

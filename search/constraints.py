@@ -4,11 +4,13 @@
     --ceiling 're:.*down_proj=6'      at most 6 bits where the regular expression matches
     --pin lm_head=w8g64               exactly this scheme
 
-A pattern is the name of a component or of a kind (`embedding`, `experts`), or a glob for a dotted name or the end
-of one (`down_proj`, `layers.0.*`, `*.self_attn.?_proj`), or a regular expression after `re:`, matched in full against
-module and weight names. A tied head is an alias of its embedding and matches by both names. Every rule that matches a
-weight applies to it; there is no order of precedence to remember, so rules that cannot all hold are an error that names
-both, and a rule that matches nothing is an error too: elsewhere those are silently ignored, and found out much later.
+A pattern is the name of a component or of a kind (`embedding`, `experts`), or a glob for a dotted
+name or the end of one (`down_proj`, `layers.0.*`, `*.self_attn.?_proj`), or a regular expression
+after `re:`, matched in full against module and weight names. A tied head is an alias of its
+embedding and matches by both names. Every rule that matches a weight applies to it; there is no
+order of precedence to remember, so rules that cannot all hold are an error that names both, and a
+rule that matches nothing is an error too: elsewhere those are silently ignored, and found out much
+later.
 """
 
 from __future__ import annotations
@@ -53,12 +55,16 @@ class Rule:
         example = "lm_head=w8g64" if kind == "pin" else "vision=8"
         pattern, separator, value = (part.strip() for part in text.rpartition("="))
         if not separator or not pattern or not value:
-            raise UsageError(f"--{kind} {text}: write PATTERN=VALUE, for example --{kind} {example}")
+            raise UsageError(
+                f"--{kind} {text}: write PATTERN=VALUE, for example --{kind} {example}"
+            )
         if pattern.startswith("re:"):
             try:
                 re.compile(pattern[3:])
             except re.error as error:
-                raise UsageError(f"--{kind} {text}: {pattern[3:]!r} is not a regular expression ({error})") from error
+                raise UsageError(
+                    f"--{kind} {text}: {pattern[3:]!r} is not a regular expression ({error})"
+                ) from error
         return Rule(kind, pattern, _canonical(kind, text, value))
 
     def matches(self, weight: WeightInfo) -> bool:
@@ -67,7 +73,10 @@ class Rule:
             return any(re.fullmatch(self.pattern[3:], name) for name in _names(weight))
         if self.pattern in (weight.component, weight.kind, weight.group):
             return True
-        return any(fnmatchcase(name, self.pattern) or fnmatchcase(name, f"*.{self.pattern}") for name in _names(weight))
+        return any(
+            fnmatchcase(name, self.pattern) or fnmatchcase(name, f"*.{self.pattern}")
+            for name in _names(weight)
+        )
 
     def allows(self, scheme: str) -> bool:
         """Whether a weight under this rule may have `scheme`."""
@@ -104,13 +113,15 @@ def _canonical(kind: str, text: str, value: str) -> str:
 
 
 def _names(weight: WeightInfo) -> list[str]:
-    """Every dotted name the weight goes by: with and without `.weight`, its own and its aliases'."""
+    """Every dotted name the weight goes by: with and without `.weight`, its own and its
+    aliases'."""
     full = (weight.name, weight.module, *weight.aliases)
     return [*full, *(name.removesuffix(".weight") for name in full if name.endswith(".weight"))]
 
 
 def check_matches(rules: Iterable[Rule], weights: Sequence[WeightInfo]) -> None:
-    """Raise UsageError for the first rule that is about no weight at all, with the names it may have meant."""
+    """Raise UsageError for the first rule that is about no weight at all, with the names it may
+    have meant."""
     for rule in rules:
         if not any(rule.matches(weight) for weight in weights):
             near = near_matches(rule.pattern, weights)
@@ -123,11 +134,14 @@ def _components(weights: Sequence[WeightInfo]) -> str:
 
 
 def near_matches(pattern: str, weights: Sequence[WeightInfo], count: int = 4) -> list[str]:
-    """Component, kind and module names most like `pattern`, best first; empty when nothing is close."""
+    """Component, kind and module names most like `pattern`, best first; empty when nothing is
+    close."""
     wanted = pattern.removeprefix("re:").replace("*", "").replace("\\", "").strip(".")
     known: dict[str, None] = {}
     for weight in weights:
-        tails = [name.rsplit(".", 1)[-1] for name in (weight.module, *_names(weight)) if "." in name]
+        tails = [
+            name.rsplit(".", 1)[-1] for name in (weight.module, *_names(weight)) if "." in name
+        ]
         known |= dict.fromkeys((weight.component, weight.kind, *tails, *_names(weight)))
     known.pop("weight", None)
     return difflib.get_close_matches(wanted, known, n=count, cutoff=0.6)
@@ -136,19 +150,24 @@ def near_matches(pattern: str, weights: Sequence[WeightInfo], count: int = 4) ->
 def allowed(item: str, schemes: Sequence[str], rules: Sequence[Rule]) -> list[str]:
     """The candidates of `item` that every one of `rules` allows, in order.
 
-    Raises UsageError that names the rules when one of them alone, or two of them together, allow nothing.
+    Raises UsageError that names the rules when one of them alone, or two of them together, allow
+    nothing.
     """
     for index, rule in enumerate(rules):
         if not any(rule.allows(scheme) for scheme in schemes):
-            raise UsageError(f"{rule} leaves no scheme for {item}: its candidates are {', '.join(schemes)}")
+            raise UsageError(
+                f"{rule} leaves no scheme for {item}: its candidates are {', '.join(schemes)}"
+            )
         for other in rules[:index]:
             if not any(rule.allows(scheme) and other.allows(scheme) for scheme in schemes):
                 raise UsageError(
-                    f"{other} and {rule} contradict each other at {item} (its candidates are {', '.join(schemes)}): "
-                    "change or remove one of them"
+                    f"{other} and {rule} contradict each other at {item}, whose candidates are "
+                    f"{', '.join(schemes)}: change or remove one of them"
                 )
     kept = [scheme for scheme in schemes if all(rule.allows(scheme) for rule in rules)]
     if not kept:
         named = ", ".join(map(str, rules))
-        raise UsageError(f"{named} together leave no scheme for {item}: its candidates are {', '.join(schemes)}")
+        raise UsageError(
+            f"{named} together leave no scheme for {item}: its candidates are {', '.join(schemes)}"
+        )
     return kept

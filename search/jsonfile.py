@@ -1,8 +1,10 @@
-"""Strict JSON for the files of this room: what people edit by hand is checked like what a program wrote.
+"""Strict JSON for the files of this room: what people edit by hand is checked like what a program
+wrote.
 
-Python's reader keeps the last of two equal keys and accepts NaN; in a plan that somebody edited the first hides a
-mistake and the second poisons every sum, so both are refused here. Errors name the file and the place in it.
-Files are written to a temporary neighbour and renamed: a reader never sees half of one.
+Python's reader keeps the last of two equal keys and accepts NaN; in a plan that somebody edited the
+first hides a mistake and the second poisons every sum, so both are refused here. Errors name the
+file and the place in it. Files are written to a temporary neighbour and renamed: a reader never
+sees half of one.
 """
 
 from __future__ import annotations
@@ -18,11 +20,18 @@ from quantlib.errors import SearchError
 
 T = TypeVar("T")
 
-_NAMES = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number"}
+_NAMES = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+}
 
 
 def parse_object(text: str, source: str) -> dict[str, Any]:
-    """The JSON object in `text`. Raises SearchError when it is not one, repeats a key, or holds NaN or infinity."""
+    """The JSON object in `text`. Raises SearchError when it is not one, repeats a key, or holds NaN
+    or infinity."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
@@ -55,7 +64,8 @@ def check_header(data: Mapping[str, Any], kind: str, version: int, source: str) 
         raise SearchError(f"{source} is not a {kind} file: its 'format' is {data.get('format')!r}")
     if data.get("version") != version:
         raise SearchError(
-            f"{source} has version {data.get('version')!r} and this quantlib reads version {version}: make it again"
+            f"{source} has version {data.get('version')!r} and this quantlib reads version "
+            f"{version}: make it again"
         )
 
 
@@ -66,11 +76,14 @@ def check_keys(data: Mapping[str, Any], required: set[str], optional: set[str], 
     if missing:
         raise SearchError(f"{where}: {', '.join(map(repr, missing))} is missing")
     if unknown:
-        raise SearchError(f"{where}: nothing reads {', '.join(map(repr, unknown))}; a misspelled key?")
+        raise SearchError(
+            f"{where}: nothing reads {', '.join(map(repr, unknown))}; a misspelled key?"
+        )
 
 
 def field(data: Mapping[str, Any], key: str, kind: type[T], where: str) -> T:
-    """`data[key]`, which must be a `kind`. A whole number is a number; a boolean is neither; infinity never passes."""
+    """`data[key]`, which must be a `kind`. A whole number is a number; a boolean is neither;
+    infinity never passes."""
     value = data.get(key)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 1e300 else math.inf
@@ -99,7 +112,8 @@ def _shorten(value: object) -> str:
 
 
 def dump(value: object) -> str:
-    """One line of JSON; refuses NaN and infinity (ValueError: a bug of the caller, not of a file)."""
+    """One line of JSON; refuses NaN and infinity (ValueError: a bug of the caller, not of a
+    file)."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
@@ -114,7 +128,8 @@ def read_text(path: str | Path, what: str) -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` so that `path` holds either its old content or all of the new, whatever happens."""
+    """Write `text` so that `path` holds either its old content or all of the new, whatever
+    happens."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

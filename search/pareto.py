@@ -1,7 +1,8 @@
 """Size against loss: the same problem solved for many budgets.
 
-Preparing a problem (dominated choices, arrays) is shared by all points, and a point that is a few thousandths above
-its optimum looks the same in a plot, so a front of thirty budgets takes a few seconds.
+Preparing a problem (dominated choices, arrays) is shared by all points, and a point that is a few
+thousandths above its optimum looks the same in a plot, so a front of thirty budgets takes a few
+seconds.
 """
 
 from __future__ import annotations
@@ -54,10 +55,11 @@ def pareto_front(
     calibration: Calibration | None = None,
     limits: Mapping[str, float] | None = None,
 ) -> list[Point]:
-    """The best allocation for every budget, smallest first, each strictly better than the one before.
+    """The best allocation for every budget, smallest first, each strictly better than the one
+    before.
 
-    Budgets default to `spread_budgets`. A budget that is impossible, or that buys nothing over a smaller one, is left
-    out; SearchError when that leaves nothing.
+    Budgets default to `spread_budgets`. A budget that is impossible, or that buys nothing over a
+    smaller one, is left out; SearchError when that leaves nothing.
     """
     solver = Solver(problem, limits)
     smallest = solver.smallest_size()

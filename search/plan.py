@@ -1,9 +1,11 @@
-"""The plan: which scheme every weight gets, what that is predicted to cost, and where it comes from.
+"""The plan: which scheme every weight gets, what that is predicted to cost, and where it comes
+from.
 
-`search` writes it, `apply` executes it, and people edit and compare it: one line per weight, in model order, so that a diff of two
-plans reads as the list of changes. Someone who edits changes a `scheme`; the numbers beside it are then stale, and
-`Plan.priced` computes them again from the sensitivity table. What a plan was made for (model, table, engine) is written in
-it and checked when it is used.
+`search` writes it, `apply` executes it, and people edit and compare it: one line per weight, in
+model order, so that a diff of two plans reads as the list of changes. Someone who edits changes a
+`scheme`; the numbers beside it are then stale, and `Plan.priced` computes them again from the
+sensitivity table. What a plan was made for (model, table, engine) is written in it and checked when
+it is used.
 """
 
 from __future__ import annotations
@@ -39,14 +41,17 @@ class Assignment(NamedTuple):
 class Plan:
     """An allocation of schemes to the weights of one model.
 
-    model:       fingerprint of the source model. engine: who will run the checkpoint (`problem.ENGINES`).
+    model:       fingerprint of the source model. engine: who will run the checkpoint
+                 (`problem.ENGINES`).
     weights:     weight -> Assignment, in model order.
     fixed_bytes: bytes of the checkpoint that do not depend on the plan.
-    budget:      bytes allowed, None for a plan written by hand. limits: further cost -> most allowed.
+    budget:      bytes allowed, None for a plan written by hand. limits: further cost -> most
+                 allowed.
     task:        the loss column that was minimised.
     rules:       the user's floors, ceilings and pins, as text.
-    predicted:   what the search promised of the allocation it found: "kl", "kl_low", "kl_high" (95 % interval),
-                 "lp_gap", "proven_gap". Dropped when the plan is changed, because it no longer holds.
+    predicted:   what the search promised of the allocation it found: "kl", "kl_low", "kl_high" (95
+                 % interval), "lp_gap", "proven_gap". Dropped when the plan is changed, because it
+                 no longer holds.
     provenance:  name -> hash of what the plan was computed from ("sensitivity", ...).
     """
 
@@ -62,27 +67,32 @@ class Plan:
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def of(problem: Problem, picks: Picks, **fields: Any) -> Plan:
-        """The plan that gives `problem`'s items their `picks`. `fields`: budget, limits, predicted, provenance."""
+    def of(
+        problem: Problem,
+        picks: Picks,
+        *,
+        budget: int | None = None,
+        limits: Mapping[str, float] | None = None,
+        predicted: Mapping[str, float] | None = None,
+        provenance: Mapping[str, str] | None = None,
+    ) -> Plan:
+        """The plan that gives `problem`'s items their `picks`."""
         rows: dict[str, Assignment] = {}
         for item, choice in zip(problem.items, problem.chosen(picks), strict=True):
-            parts = choice.parts or ((choice.bytes, choice.loss),)
-            if len(parts) != len(item.members):
-                raise SearchError(f"{item.name} has {len(item.members)} members and {len(parts)} costs: use fuse()")
-            for member, (size, loss) in zip(item.members, parts, strict=True):
+            for member, (size, loss) in zip(item.members, choice.shares(), strict=True):
                 rows[member] = Assignment(choice.scheme, size, loss)
-        provenance = {"sensitivity": problem.sensitivity} if problem.sensitivity else {}
+        source = {"sensitivity": problem.sensitivity} if problem.sensitivity else {}
         return Plan(
             problem.model,
             {weight: rows[weight] for weight in problem.weights},
             problem.engine,
             problem.fixed_bytes,
-            fields.get("budget"),
-            fields.get("limits", {}),
+            budget,
+            dict(limits or {}),
             problem.task,
             problem.rules,
-            fields.get("predicted", {}),
-            provenance | dict(fields.get("provenance", {})),
+            dict(predicted or {}),
+            source | dict(provenance or {}),
         )
 
     @staticmethod
@@ -94,7 +104,8 @@ class Plan:
         calibration: Calibration | None = None,
         provenance: Mapping[str, str] | None = None,
     ) -> Plan:
-        """The plan of a solution, with its certificate and, given a calibration, the KL to expect."""
+        """The plan of a solution, with its certificate and, given a calibration, the KL to
+        expect."""
         predicted = {"lp_gap": solution.gap, "proven_gap": solution.proven_gap}
         if calibration is not None:
             kl = calibration.predict(max(0.0, solution.loss))
@@ -104,9 +115,9 @@ class Plan:
             problem,
             solution.picks,
             budget=solution.budget,
-            limits=dict(limits or {}),
+            limits=limits,
             predicted=predicted,
-            provenance=dict(provenance or {}),
+            provenance=provenance,
         )
 
     @property
@@ -124,36 +135,58 @@ class Plan:
         return {weight: row.scheme for weight, row in self.weights.items()}
 
     def priced(self, table: Sensitivity) -> Plan:
-        """The same schemes with bytes and losses from `table`: what to do after loading a plan that may be edited.
+        """The same schemes with bytes and losses from `table`: for a plan that somebody may have
+        edited.
 
-        The search's promises are kept only if no number changed. Raises SearchError for a scheme that was not measured.
+        The search's promises are kept only if no number changed. Raises SearchError for a table of
+        another model or task, and for a scheme that was not measured.
         """
+        if table.model != self.model or self.task not in table.tasks:
+            raise SearchError(
+                f"the sensitivity table is of model {table.model[:12]} with "
+                f"{', '.join(table.tasks)}; the plan needs model {self.model[:12]} with {self.task}"
+            )
         rows = {}
         for weight, row in self.weights.items():
             entry = table.entry(weight, row.scheme)
             rows[weight] = Assignment(row.scheme, entry.bytes, entry.loss[self.task])
-        unchanged = rows == dict(self.weights)
-        return replace(self, weights=rows, predicted=self.predicted if unchanged else {})
+        return replace(
+            self,
+            weights=rows,
+            predicted=self.predicted if rows == dict(self.weights) else {},
+            provenance={**self.provenance, "sensitivity": table.digest()},
+        )
 
-    def check(self, model: str, weights: Sequence[WeightInfo]) -> None:
-        """Raise SearchError unless the plan is for this model, names exactly its weights, and suits its engine."""
+    def check(self, model: str, weights: Sequence[WeightInfo] | None = None) -> None:
+        """Raise SearchError unless the plan is for this model and, given `weights`, names exactly
+        them.
+
+        For an engine that fuses linear groups, the members of a group must also share a scheme.
+        """
         if self.model != model:
             raise SearchError(
-                f"the plan is for another model (fingerprint {self.model[:12]}, this one has {model[:12]}): "
-                "search again in this model's work directory"
+                f"the plan is for another model (fingerprint {self.model[:12]}, this one has "
+                f"{model[:12]}): search again in this model's work directory"
             )
-        known = [info.name for info in weights]
-        for weight in self.weights:
-            if weight not in known:
-                near = difflib.get_close_matches(weight, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise SearchError(f"the plan names {weight!r}, which is not a weight of this model{hint}")
+        if weights is not None:
+            self._check_weights([info.name for info in weights])
+            if ENGINES[self.engine]:
+                self._check_fused(weights)
+
+    def _check_weights(self, known: Sequence[str]) -> None:
+        unknown = sorted(self.weights.keys() - set(known))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise SearchError(
+                f"the plan names {unknown[0]!r}, which is not a weight of this model{hint}"
+            )
         missing = [weight for weight in known if weight not in self.weights]
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise SearchError(f"the plan has no scheme for {missing[0]!r}{more}: every weight needs a line")
-        if ENGINES[self.engine]:
-            self._check_fused(weights)
+            raise SearchError(
+                f"the plan has no scheme for {missing[0]!r}{more}: every weight needs a line"
+            )
 
     def _check_fused(self, weights: Iterable[WeightInfo]) -> None:
         leaders: dict[str, str] = {}
@@ -162,8 +195,8 @@ class Plan:
             ours, theirs = self.weights[info.name].scheme, self.weights[leader].scheme
             if ours != theirs:
                 raise SearchError(
-                    f"{self.engine} fuses {leader} and {info.name}, and the plan gives them {theirs} and {ours}: "
-                    "give them one scheme, or plan for engine quantlib"
+                    f"{self.engine} fuses {leader} and {info.name}, and the plan gives them "
+                    f"{theirs} and {ours}: give them one scheme, or plan for engine quantlib"
                 )
 
     def to_json(self) -> str:
@@ -184,19 +217,37 @@ class Plan:
             "provenance": dict(self.provenance),
         }
         lines = [f"  {jsonfile.dump(key)}: {jsonfile.dump(value)}," for key, value in head.items()]
-        rows = [f"    {jsonfile.dump(name)}: {jsonfile.dump(row._asdict())}" for name, row in self.weights.items()]
+        rows = [
+            f"    {jsonfile.dump(name)}: {jsonfile.dump(row._asdict())}"
+            for name, row in self.weights.items()
+        ]
         return "{\n" + "\n".join(lines) + '\n  "weights": {\n' + ",\n".join(rows) + "\n  }\n}\n"
 
     @staticmethod
     def from_json(text: str, source: str = "the plan") -> Plan:
-        """Read what `to_json` or a person wrote. Raises SearchError that names `source` and the first mistake."""
+        """Read what `to_json` or a person wrote. Raises SearchError that names `source` and the
+        first mistake."""
         data = jsonfile.parse_object(text, source)
         jsonfile.check_header(data, FORMAT, VERSION, source)
-        optional = {"task", "budget", "limits", "rules", "fixed_bytes", "bytes", "loss", "predicted", "provenance"}
-        jsonfile.check_keys(data, {"format", "version", "model", "engine", "weights"}, optional, source)
+        optional = {
+            "task",
+            "budget",
+            "limits",
+            "rules",
+            "fixed_bytes",
+            "bytes",
+            "loss",
+            "predicted",
+            "provenance",
+        }
+        jsonfile.check_keys(
+            data, {"format", "version", "model", "engine", "weights"}, optional, source
+        )
         engine = jsonfile.field(data, "engine", str, source)
         if engine not in ENGINES:
-            raise SearchError(f"{source}: unknown engine {engine!r}; use one of {', '.join(ENGINES)}")
+            raise SearchError(
+                f"{source}: unknown engine {engine!r}; use one of {', '.join(ENGINES)}"
+            )
         rules = jsonfile.field(data, "rules", list, source) if "rules" in data else []
         if not all(isinstance(rule, str) for rule in rules):
             raise SearchError(f"{source}: 'rules' must be a list of texts")
@@ -223,11 +274,12 @@ class Plan:
     def load(
         path: str | Path, model: str | None = None, weights: Sequence[WeightInfo] | None = None
     ) -> Plan:
-        """Read a plan; with `model` (a fingerprint) and `weights`, also `check` that it fits that model."""
+        """Read a plan; with `model` (a fingerprint) and `weights`, also `check` that it fits that
+        model."""
         plan = Plan.from_json(jsonfile.read_text(path, "plan"), str(path))
         if model is not None:
             try:
-                plan.check(model, weights if weights is not None else [])
+                plan.check(model, weights)
             except SearchError as error:
                 raise SearchError(f"{path}: {error}") from error
         return plan
@@ -269,13 +321,20 @@ class Change(NamedTuple):
 
 
 def diff(before: Plan, after: Plan) -> list[Change]:
-    """The weights whose scheme differs, in model order, with what the change does to bytes and predicted loss."""
+    """The weights whose scheme differs, in model order, with what the change does to bytes and
+    predicted loss."""
     nothing = Assignment("", 0, 0.0)
     changes = []
     for weight in dict.fromkeys((*before.weights, *after.weights)):
         old, new = before.weights.get(weight, nothing), after.weights.get(weight, nothing)
         if old.scheme != new.scheme:
             changes.append(
-                Change(weight, old.scheme or None, new.scheme or None, new.bytes - old.bytes, new.loss - old.loss)
+                Change(
+                    weight,
+                    old.scheme or None,
+                    new.scheme or None,
+                    new.bytes - old.bytes,
+                    new.loss - old.loss,
+                )
             )
     return changes

@@ -1,9 +1,11 @@
-"""The allocation problem: items, each with choices that cost bytes and lose something, and what is fixed.
+"""The allocation problem: items, each with choices that cost bytes and lose something, and what is
+fixed.
 
-An item is the smallest thing that gets a scheme of its own: one weight; or one linear group (q/k/v, gate/up) when the engine
-that will run the checkpoint fuses the group into one matrix and therefore needs one scheme for all of it. Bytes and losses
-of a group's members add. Nothing here knows how to solve; `solve.py` takes a `Problem` and returns picks: for every item,
-in order, the index of its choice.
+An item is the smallest thing that gets a scheme of its own: one weight; or one linear group (q/k/v,
+gate/up) when the engine that will run the checkpoint fuses the group into one matrix and therefore
+needs one scheme for all of it. Bytes and losses of a group's members add. Nothing here knows how to
+solve; `solve.py` takes a `Problem` and returns picks: for every item, in order, the index of its
+choice.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ from quantlib.search.constraints import Rule, allowed, check_matches
 from quantlib.search.sensitivity import Sensitivity
 
 ENGINES = {"quantlib": False, "vllm": True}
-"""Engines a plan can be for, and whether they fuse the linears that read one input into one matrix."""
+"""Engines a plan can be for, and whether they fuse the linears that read one input into one
+matrix."""
 
 COST_TOLERANCE = 1e-9
-"""Relative tolerance on limits of measured costs, whose sums depend on the order of addition. Bytes have none."""
+"""Relative tolerance on limits of measured costs, whose sums depend on the order of addition. Bytes
+have none."""
 
 Picks = tuple[int, ...]
 """For every item of a problem, in order, the index of its choice."""
@@ -54,7 +58,8 @@ class WeightInfo(Protocol):
 class Choice:
     """One way to store an item.
 
-    bytes: what it adds to the file. loss: predicted increase of the task's loss. error: standard error of `loss`.
+    bytes: what it adds to the file. loss: predicted increase of the task's loss. error: standard
+           error of `loss`.
     costs: further additive costs by name (such as measured milliseconds), each >= 0.
     parts: (bytes, loss) of each member when the item has several.
     """
@@ -66,10 +71,15 @@ class Choice:
     error: float = 0.0
     parts: tuple[tuple[int, float], ...] = ()
 
+    def shares(self) -> tuple[tuple[int, float], ...]:
+        """(bytes, loss) of every member, in order."""
+        return self.parts or ((self.bytes, self.loss),)
+
 
 @dataclass(frozen=True)
 class Item:
-    """Weights that get one scheme together; `block` is where they live ("" outside of the repeated blocks)."""
+    """Weights that get one scheme together; `block` is where they live ("" outside of the repeated
+    blocks)."""
 
     name: str
     members: tuple[str, ...]
@@ -81,7 +91,14 @@ class Item:
             raise SearchError(f"{self.name} has no candidate scheme left to choose from")
         for choice in self.choices:
             if not (math.isfinite(choice.loss) and choice.bytes >= 0):
-                raise SearchError(f"{self.name} in {choice.scheme}: bytes must be >= 0 and the loss finite")
+                raise SearchError(
+                    f"{self.name} in {choice.scheme}: bytes must be >= 0 and the loss finite"
+                )
+            if len(choice.shares()) != len(self.members):
+                raise SearchError(
+                    f"{self.name} has {len(self.members)} members and {len(choice.shares())} costs "
+                    f"in {choice.scheme}: build it with fuse()"
+                )
             if not all(math.isfinite(cost) and cost >= 0 for cost in choice.costs.values()):
                 raise SearchError(f"{self.name} in {choice.scheme}: costs must be finite and >= 0")
         if len({choice.scheme for choice in self.choices}) != len(self.choices):
@@ -94,8 +111,10 @@ class Problem:
 
     fixed_bytes: bytes that are there whatever is chosen (kept tensors, file headers).
     weights:     member weights in model order (a fused group may not be contiguous in it).
-    model, sensitivity, task: fingerprint of the model, digest of the table, loss column: provenance for the plan.
-    rules:       the user's constraints, as text; `rule_bytes`: what each adds to the smallest possible size.
+    model, sensitivity, task: fingerprint of the model, digest of the table, loss column: provenance
+                              for the plan.
+    rules:       the user's constraints, as text; `rule_bytes`: what each adds to the smallest
+                 possible size.
     """
 
     items: tuple[Item, ...]
@@ -132,23 +151,32 @@ class Problem:
         costs = []
         for item, choice in zip(self.items, self.chosen(picks), strict=True):
             if name not in choice.costs:
-                raise SearchError(f"{item.name} in {choice.scheme} has no {name!r} cost: measure it, or drop the limit")
+                raise SearchError(
+                    f"{item.name} in {choice.scheme} has no {name!r} cost: measure it or drop its "
+                    "limit"
+                )
             costs.append(choice.costs[name])
         return math.fsum(costs)
 
     def fits(self, picks: Picks, budget: int, limits: Mapping[str, float] | None = None) -> bool:
         """Whether the size is within `budget` and every further cost within its limit."""
         return self.bytes(picks) <= budget and all(
-            self.cost(name, picks) <= limit * (1 + COST_TOLERANCE) for name, limit in (limits or {}).items()
+            self.cost(name, picks) <= limit * (1 + COST_TOLERANCE)
+            for name, limit in (limits or {}).items()
         )
 
     def smallest(self) -> Picks:
         """The smallest allocation (of equally small choices the one that loses less)."""
-        return tuple(_argmin(item, lambda choice: (choice.bytes, choice.loss)) for item in self.items)
+        return tuple(
+            _argmin(item, lambda choice: (choice.bytes, choice.loss)) for item in self.items
+        )
 
     def best(self) -> Picks:
-        """The allocation that loses least (of equally good choices the smaller): no budget needs more bytes."""
-        return tuple(_argmin(item, lambda choice: (choice.loss, choice.bytes)) for item in self.items)
+        """The allocation that loses least (of equally good choices the smaller): no budget needs
+        more bytes."""
+        return tuple(
+            _argmin(item, lambda choice: (choice.loss, choice.bytes)) for item in self.items
+        )
 
     def schemes(self, picks: Picks) -> dict[str, str]:
         """weight -> scheme, in model order."""
@@ -167,9 +195,13 @@ class Problem:
             scheme = wanted.pop()
             known = [choice.scheme for choice in item.choices]
             if wanted:
-                raise SearchError(f"the members of {item.name} must share one scheme for engine {self.engine}")
+                raise SearchError(
+                    f"the members of {item.name} must share one scheme for engine {self.engine}"
+                )
             if scheme not in known:
-                raise SearchError(f"{item.name} cannot be {scheme}: its candidates are {', '.join(known)}")
+                raise SearchError(
+                    f"{item.name} cannot be {scheme}: its candidates are {', '.join(known)}"
+                )
             picks.append(known.index(scheme))
         return tuple(picks)
 
@@ -179,9 +211,11 @@ def _argmin(item: Item, key: Callable[[Choice], tuple[float, float]]) -> int:
 
 
 def fuse(name: str, items: Sequence[Item]) -> Item:
-    """One item out of several: the schemes that all of them offer, with bytes, losses and costs added.
+    """One item out of several: the schemes that all of them offer, with bytes, losses and costs
+    added.
 
-    Errors add too (not in quadrature): the members were measured on the same windows and err together.
+    Errors add too (not in quadrature): the members were measured on the same windows and err
+    together.
     """
     offered = [{choice.scheme: choice for choice in item.choices} for item in items]
     choices = []
@@ -194,15 +228,25 @@ def fuse(name: str, items: Sequence[Item]) -> Item:
                     scheme,
                     sum(choice.bytes for choice in together),
                     math.fsum(choice.loss for choice in together),
-                    {cost: math.fsum(choice.costs[cost] for choice in together) for cost in sorted(shared)},
+                    {
+                        cost: math.fsum(choice.costs[cost] for choice in together)
+                        for cost in sorted(shared)
+                    },
                     math.fsum(choice.error for choice in together),
                     tuple((choice.bytes, choice.loss) for choice in together),
                 )
             )
     if not choices:
         names = ", ".join(item.name for item in items)
-        raise SearchError(f"{names} must share a scheme and have no candidate in common: measure them in the same ones")
-    return Item(name, tuple(member for item in items for member in item.members), tuple(choices), items[0].block)
+        raise SearchError(
+            f"{names} must share a scheme and have no candidate in common: measure them alike"
+        )
+    return Item(
+        name,
+        tuple(member for item in items for member in item.members),
+        tuple(choices),
+        items[0].block,
+    )
 
 
 def build_problem(
@@ -215,19 +259,23 @@ def build_problem(
     task: str | None = None,
     costs: Mapping[str, Mapping[tuple[str, str], float]] | None = None,
 ) -> Problem:
-    """The problem of choosing a scheme for each of `weights` from what `table` measured, under `rules`.
+    """The problem of choosing a scheme for each of `weights` from what `table` measured, under
+    `rules`.
 
-    fixed_bytes: bytes of the checkpoint that no choice changes. task: loss column, the first one by default.
-    costs: name -> (weight, scheme) -> cost, for limits other than bytes.
-    Raises UsageError for an unknown engine and for rules that match nothing or contradict each other, SearchError
-    when the table and the model do not have the same weights.
+    fixed_bytes: bytes of the checkpoint that no choice changes. task: loss column, the first one by
+                 default.
+    costs: name -> (weight, scheme) -> cost, for limits other than bytes. Raises UsageError for an
+    unknown engine and for rules that match nothing or contradict each other, SearchError when the
+    table and the model do not have the same weights.
     """
     infos = list(weights)
     task = task or table.tasks[0]
     if engine not in ENGINES:
         raise UsageError(f"unknown engine {engine!r}: use one of {', '.join(ENGINES)}")
     if task not in table.tasks:
-        raise UsageError(f"the sensitivity table has no {task!r} column: it has {', '.join(table.tasks)}")
+        raise UsageError(
+            f"the sensitivity table has no {task!r} column: it has {', '.join(table.tasks)}"
+        )
     _check_same_weights(table, infos)
     check_matches(rules, infos)
     items: list[Item] = []
@@ -253,10 +301,15 @@ def _check_same_weights(table: Sensitivity, infos: Sequence[WeightInfo]) -> None
     names = {info.name for info in infos}
     missing = [info.name for info in infos if info.name not in table.rows]
     unknown = [weight for weight in table.weights if weight not in names]
-    for what, found in (("was never measured", missing), ("is not a weight of this model", unknown)):
+    for what, found in (
+        ("was never measured", missing),
+        ("is not a weight of this model", unknown),
+    ):
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            raise SearchError(f"{found[0]}{more} {what}: the sensitivity table and the model do not belong together")
+            raise SearchError(
+                f"{found[0]}{more} {what}: the table and the model do not belong together"
+            )
 
 
 def _units(infos: Sequence[WeightInfo], fused: bool) -> dict[str, list[WeightInfo]]:
@@ -264,21 +317,33 @@ def _units(infos: Sequence[WeightInfo], fused: bool) -> dict[str, list[WeightInf
     units: dict[str, list[WeightInfo]] = {}
     for info in infos:
         units.setdefault((info.group if fused else None) or info.name, []).append(info)
-    return {name if len(members) > 1 else members[0].name: members for name, members in units.items()}
+    return {
+        name if len(members) > 1 else members[0].name: members for name, members in units.items()
+    }
 
 
 def _weight_item(
-    table: Sensitivity, info: WeightInfo, task: str, costs: Mapping[str, Mapping[tuple[str, str], float]]
+    table: Sensitivity,
+    info: WeightInfo,
+    task: str,
+    costs: Mapping[str, Mapping[tuple[str, str], float]],
 ) -> Item:
     choices = []
     for scheme, entry in table.rows[info.name].items():
-        cost = {name: prices[info.name, scheme] for name, prices in costs.items() if (info.name, scheme) in prices}
+        cost = {
+            name: prices[info.name, scheme]
+            for name, prices in costs.items()
+            if (info.name, scheme) in prices
+        }
         choices.append(Choice(scheme, entry.bytes, entry.loss[task], cost, entry.error[task]))
     return Item(info.name, (info.name,), tuple(choices), info.block or "")
 
 
-def _constrain(item: Item, members: Sequence[WeightInfo], rules: Sequence[Rule], rule_bytes: dict[str, int]) -> Item:
-    """The item with only the choices its rules allow; adds to `rule_bytes` what each rule costs at the least."""
+def _constrain(
+    item: Item, members: Sequence[WeightInfo], rules: Sequence[Rule], rule_bytes: dict[str, int]
+) -> Item:
+    """The item with only the choices its rules allow; adds to `rule_bytes` what each rule costs at
+    the least."""
     applying = [rule for rule in rules if any(rule.matches(info) for info in members)]
     if not applying:
         return item

@@ -1,7 +1,8 @@
 """Keep a C library from printing into our standard output.
 
-The HiGHS that SciPy 1.15 to 1.17 ship prints a line of debugging text with `printf` when it re-solves an integer point, whatever
-`disp` says. Standard output is where `--json` answers go, so file descriptor 1 points to nowhere while HiGHS runs.
+The HiGHS that SciPy 1.15 to 1.17 ship prints a line of debugging text with `printf` when it
+re-solves an integer point, whatever `disp` says. Standard output is where `--json` answers go, so
+file descriptor 1 points to nowhere while HiGHS runs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def no_stdout() -> Iterator[None]:
-    """Discard what C code writes to standard output inside the `with`. A process without one runs as it is."""
+    """Discard what C code writes to standard output inside the `with`. A process without one runs
+    as it is."""
     try:
         saved = os.dup(1)
     except OSError:

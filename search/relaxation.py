@@ -1,14 +1,16 @@
-"""What can be said about an allocation without searching: which choices never matter, and a bound on the best loss.
+"""What can be said about an allocation without searching: which choices never matter, and a bound
+on the best loss.
 
-A multiple-choice knapsack is mostly decided by its linear relaxation: with m constraints at most m items are
-fractional in an optimal vertex (Sinha and Zoltners, Oper. Res. 27, 1979). So we solve the LP, and from its multipliers
-compute the Lagrangian bound
+A multiple-choice knapsack is mostly decided by its linear relaxation: with m constraints at most m
+items are fractional in an optimal vertex (Sinha and Zoltners, Oper. Res. 27, 1979). So we solve the
+LP, and from its multipliers compute the Lagrangian bound
 
     L(u) = sum_i min_j (loss_ij + u . cost_ij) - u . capacity
 
-ourselves: it is a lower bound for *any* u >= 0, so the certificate does not rest on a solver's tolerances. A choice whose reduced
-cost exceeds the distance between L and a known feasible loss is in no better solution and is dropped. What is left is a core of a
-few choices per item, and that is what `solve.py` hands to branch and bound.
+ourselves: it is a lower bound for *any* u >= 0, so the certificate does not rest on a solver's
+tolerances. A choice whose reduced cost exceeds the distance between L and a known feasible loss is
+in no better solution and is dropped. What is left is a core of a few choices per item, and that is
+what `solve.py` hands to branch and bound.
 """
 
 from __future__ import annotations
@@ -26,26 +28,33 @@ from quantlib.search.swaps import NONE, best_swap
 
 
 def undominated(choices: Sequence[Choice], limited: Sequence[str] = ()) -> list[int]:
-    """Indices of the choices that no other choice matches or beats in loss, bytes and every cost in `limited`.
+    """Indices of the choices that no other choice matches or beats in loss, bytes and every cost in
+    `limited`.
 
     This keeps choices off the convex hull, which an optimum of the integer problem may need.
     """
-    keys = [(choice.bytes, choice.loss, *(choice.costs[name] for name in limited)) for choice in choices]
+    keys = [
+        (choice.bytes, choice.loss, *(choice.costs[name] for name in limited)) for choice in choices
+    ]
     order = sorted(range(len(keys)), key=lambda index: (keys[index], index))
     kept: list[int] = []
     for index in order:
-        if not any(all(a <= b for a, b in zip(keys[other], keys[index], strict=True)) for other in kept):
+        if not any(
+            all(a <= b for a, b in zip(keys[other], keys[index], strict=True)) for other in kept
+        ):
             kept.append(index)
     return sorted(kept)
 
 
 @dataclass(frozen=True)
 class Table:
-    """The undominated choices of a problem as arrays: row r is choice `choice[r]` of item `item[r]`.
+    """The undominated choices of a problem as arrays: row r is choice `choice[r]` of item
+    `item[r]`.
 
-    Rows are sorted by item; `starts[i]` is item i's first row. `loss` [rows] and `cost` [constraints, rows] are
-    what the row has above its item's own smallest; the sums of those smallest are `base_loss` and `base_cost`.
-    Constraint 0 is bytes (whole numbers, exact in float64), the others are `limited`, in order.
+    Rows are sorted by item; `starts[i]` is item i's first row. `loss` [rows] and `cost`
+    [constraints, rows] are what the row has above its item's own smallest; the sums of those
+    smallest are `base_loss` and `base_cost`. Constraint 0 is bytes (whole numbers, exact in
+    float64), the others are `limited`, in order.
     """
 
     item: np.ndarray
@@ -62,7 +71,10 @@ class Table:
         for item in problem.items:
             for name in limited:
                 if not all(name in choice.costs for choice in item.choices):
-                    raise SearchError(f"{item.name} has no {name!r} cost in every scheme: measure it, or drop the limit")
+                    raise SearchError(
+                        f"{item.name} lacks a {name!r} cost in some scheme: measure it or drop its "
+                        "limit"
+                    )
         rows = [
             (index, pick, item.choices[pick])
             for index, item in enumerate(problem.items)
@@ -71,7 +83,8 @@ class Table:
         owner = np.array([index for index, _, _ in rows], dtype=np.int64)
         loss = np.array([choice.loss for _, _, choice in rows])
         cost = np.array(
-            [[choice.bytes, *(choice.costs[name] for name in limited)] for _, _, choice in rows], dtype=np.float64
+            [[choice.bytes, *(choice.costs[name] for name in limited)] for _, _, choice in rows],
+            dtype=np.float64,
         ).T.reshape(1 + len(limited), len(rows))
         starts = np.searchsorted(owner, np.arange(len(problem.items)))
         least_loss = np.minimum.reduceat(loss, starts)
@@ -92,8 +105,9 @@ class Table:
         return len(self.starts)
 
     def fitting(self, capacity: np.ndarray) -> Table | None:
-        """The rows that fit by themselves (everything else at its smallest), or None when some item has none."""
-        keep = (self.cost <= capacity[:, None]).all(axis=0)
+        """The rows that fit by themselves (everything else at its smallest), or None when some item
+        has none."""
+        keep = np.all(self.cost <= capacity[:, None], axis=0)
         return self.select(keep) if len(np.unique(self.item[keep])) == self.items else None
 
     def rows(self, picks: np.ndarray) -> np.ndarray:
@@ -119,14 +133,15 @@ class Table:
         return bool((self.cost[:, rows].sum(axis=1) <= capacity).all())
 
     def least(self, value: np.ndarray) -> np.ndarray:
-        """For each item its row with the least `value`, the first of several. [items]"""
+        """[items] For each item its row with the least `value`, the first of several."""
         order = np.lexsort((np.arange(len(value)), value, self.item))
         return order[self.starts]
 
 
 @dataclass(frozen=True)
 class Bound:
-    """A lower bound (in the table's loss above base), its multipliers [constraints], and each row's reduced cost [rows]."""
+    """A lower bound (in the table's loss above base), its multipliers [constraints], and each row's
+    reduced cost [rows]."""
 
     value: float
     multipliers: np.ndarray
@@ -134,22 +149,28 @@ class Bound:
 
 
 def lagrangian(table: Table, capacity: np.ndarray, multipliers: np.ndarray) -> Bound:
-    """L(u) of the module's docstring, for `multipliers` u >= 0 and the `capacity` left above the base costs."""
+    """L(u) of the module's docstring, for `multipliers` u >= 0 and the `capacity` left above the
+    base costs."""
     priced = table.loss + multipliers @ table.cost
     least = np.minimum.reduceat(priced, table.starts)
-    return Bound(float(least.sum() - multipliers @ capacity), multipliers, priced - least[table.item])
+    return Bound(
+        float(least.sum() - multipliers @ capacity), multipliers, priced - least[table.item]
+    )
 
 
 def linear_bound(table: Table, capacity: np.ndarray) -> Bound | None:
     """The bound of the linear relaxation, or None when even that is infeasible."""
-    return _bound_of_one(table, capacity) if len(capacity) == 1 else _bound_of_several(table, capacity)
+    return (
+        _bound_of_one(table, capacity) if len(capacity) == 1 else _bound_of_several(table, capacity)
+    )
 
 
 def _bound_of_one(table: Table, capacity: np.ndarray) -> Bound | None:
     """One constraint: L(u) is concave and made of straight pieces, so follow its chords to the top.
 
-    Every price u gives an allocation, and that a line of L; the next price is where the last line that rises and the
-    last one that does not meet. No price is visited twice, about ten are, and each costs one pass over the table.
+    Every price u gives an allocation, and that a line of L; the next price is where the last line
+    that rises and the last one that does not meet. No price is visited twice, about ten are, and
+    each costs one pass over the table.
     """
 
     def line(rows: np.ndarray) -> tuple[float, float]:
@@ -177,7 +198,8 @@ def _bound_of_one(table: Table, capacity: np.ndarray) -> Bound | None:
 
 
 def _bound_of_several(table: Table, capacity: np.ndarray) -> Bound | None:
-    """Several constraints: HiGHS, with losses and costs scaled to order one; its multipliers are evaluated by ourselves."""
+    """Several constraints: HiGHS, with losses and costs scaled to order one; its multipliers are
+    evaluated by ourselves."""
     rows = len(table.loss)
     loss_unit = float(table.loss.max()) or 1.0
     units = np.where(capacity > 0, capacity, 1.0)
@@ -199,7 +221,8 @@ def _bound_of_several(table: Table, capacity: np.ndarray) -> Bound | None:
 
 
 def repair(table: Table, capacity: np.ndarray, rows: np.ndarray) -> np.ndarray | None:
-    """Make `rows` (one per item) feasible: while something is over, the change that costs least loss per unit of excess removed.
+    """Make `rows` (one per item) feasible: while something is over, the change that costs least
+    loss per unit of excess removed.
 
     Returns None when it gets stuck, which with several constraints does not prove infeasibility.
     """
@@ -225,12 +248,15 @@ def repair(table: Table, capacity: np.ndarray, rows: np.ndarray) -> np.ndarray |
 
 
 def fill(table: Table, capacity: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Spend what `rows` leave of `capacity`: again and again the change that lowers the loss most and still fits."""
+    """Spend what `rows` leave of `capacity`: again and again the change that lowers the loss most
+    and still fits."""
     rows = rows.copy()
     while True:
         used = table.cost[:, rows].sum(axis=1)
         current = rows[table.item]
-        fits = (used[:, None] + table.cost - table.cost[:, current] <= capacity[:, None]).all(axis=0)
+        fits = (used[:, None] + table.cost - table.cost[:, current] <= capacity[:, None]).all(
+            axis=0
+        )
         gain = np.where(fits, table.loss[current] - table.loss, 0.0)
         best = int(gain.argmax())
         if gain[best] <= 0:
@@ -239,7 +265,8 @@ def fill(table: Table, capacity: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def exchange(table: Table, capacity: np.ndarray, rows: np.ndarray, rounds: int = 200) -> np.ndarray:
-    """Fill, then apply the best exchange of two items (`swaps.py`) as long as one lowers the loss; bytes only.
+    """Fill, then apply the best exchange of two items (`swaps.py`) as long as one lowers the loss;
+    bytes only.
 
     Further constraints are not looked at by the exchange: one that breaks them ends it.
     """
@@ -248,14 +275,19 @@ def exchange(table: Table, capacity: np.ndarray, rows: np.ndarray, rounds: int =
         used = table.cost[:, rows].sum(axis=1)
         current = rows[table.item]
         change = table.cost[0] - table.cost[0, current]
-        swap = best_swap(table.item, table.loss - table.loss[current], change, float(capacity[0] - used[0]))
+        swap = best_swap(
+            table.item, table.loss - table.loss[current], change, float(capacity[0] - used[0])
+        )
         if swap is None:
             break
         swapped = rows.copy()
         for row in (swap.first, swap.second):
             if row != NONE:
                 swapped[table.item[row]] = row
-        if not table.feasible(swapped, capacity) or not table.loss[swapped].sum() < table.loss[rows].sum():
+        if (
+            not table.feasible(swapped, capacity)
+            or not table.loss[swapped].sum() < table.loss[rows].sum()
+        ):
             break
         rows = swapped
     return fill(table, capacity, rows)

@@ -1,16 +1,18 @@
 """What a rounding error costs: scores of one weight in one scheme, and their standard errors.
 
-The KL divergence between the model and itself with one weight W changed by E is, to second order, half the Fisher
-information in the direction of E. With gradients g_t = dL/dy_t of a loss on labels sampled from the model, and taking
-gradients of different outputs and tokens as uncorrelated,
+The KL divergence between the model and itself with one weight W changed by E is, to second order,
+half the Fisher information in the direction of E. With gradients g_t = dL/dy_t of a loss on labels
+sampled from the model, and taking gradients of different outputs and tokens as uncorrelated,
 
     KL per token  ~  1/2 mean_t sum_n g_tn^2 (e_n . x_t)^2  ~  1/2 sum_n fisher_n  e_n H e_n^T
 
-where H is the token-weighted second moment of the inputs (see `calibration.statistics`). The first form on a sample of
-tokens gives the standard error, by bootstrap over calibration windows; the second, on all tokens, the score.
+where H is the token-weighted second moment of the inputs (see `calibration.statistics`). The first
+form on a sample of tokens gives the standard error, by bootstrap over calibration windows; the
+second, on all tokens, the score.
 
-For a tied embedding the two uses add: as a head the Fisher information is exact, `diag(p) - p p^T`, of which the diagonal
-is kept; as an embedding, row v matters in proportion to how often token v is looked up.
+For a tied embedding the two uses add: as a head the Fisher information is exact, `diag(p) - p p^T`,
+of which the diagonal is kept; as an embedding, row v matters in proportion to how often token v is
+looked up.
 """
 
 from __future__ import annotations
@@ -33,13 +35,17 @@ def fisher_score(error: Tensor, statistics: MatrixStatistics, weight: str) -> fl
 
 
 def output_score(weight: Tensor, error: Tensor, statistics: MatrixStatistics) -> float:
-    """Relative squared output error of `error` on `weight` [N, K]: the block-local score where there are no gradients."""
+    """Relative squared output error of `error` on `weight` [N, K]: the block-local score where
+    there are no gradients."""
     energy = _row_energy(weight, statistics.hessian).sum().clamp_(min=1e-30)
     return float(_row_energy(error, statistics.hessian).sum() / energy)
 
 
-def embedding_score(error: Tensor, statistics: EmbeddingStatistics, head: bool, lookup: bool) -> float:
-    """Predicted KL per token of the error `error` [V, D] of an embedding (`lookup`), a head, or both when they are tied."""
+def embedding_score(
+    error: Tensor, statistics: EmbeddingStatistics, head: bool, lookup: bool
+) -> float:
+    """Predicted KL per token of the error `error` [V, D] of an embedding (`lookup`), a head, or
+    both when they are tied."""
     score = 0.0
     if head:
         score += 0.5 * float(statistics.variance @ _row_energy(error, statistics.head_input))
@@ -49,11 +55,13 @@ def embedding_score(error: Tensor, statistics: EmbeddingStatistics, head: bool, 
     return score
 
 
-def relative_error(error: Tensor, statistics: MatrixStatistics, weight: str, generator: torch.Generator) -> float:
+def relative_error(
+    error: Tensor, statistics: MatrixStatistics, weight: str, generator: torch.Generator
+) -> float:
     """Standard error of a score divided by the score, by bootstrap over calibration windows.
 
-    Uses the sampled tokens: every window's mean of sum_n g_n^2 (e_n . x)^2 is one observation. 0 when there are
-    fewer than two windows.
+    Uses the sampled tokens: every window's mean of sum_n g_n^2 (e_n . x)^2 is one observation. 0
+    when there are fewer than two windows.
     """
     outputs = statistics.sample_x.float() @ error.T
     if statistics.fisher:
@@ -61,7 +69,9 @@ def relative_error(error: Tensor, statistics: MatrixStatistics, weight: str, gen
     return _bootstrap(outputs.square().sum(1), statistics.sample_window, generator)
 
 
-def embedding_relative_error(error: Tensor, statistics: EmbeddingStatistics, generator: torch.Generator) -> float:
+def embedding_relative_error(
+    error: Tensor, statistics: EmbeddingStatistics, generator: torch.Generator
+) -> float:
     """As `relative_error`, for a head: windows differ in their head inputs."""
     outputs = (statistics.sample_h @ error.T).square() @ statistics.variance
     return _bootstrap(outputs, statistics.sample_window, generator)
@@ -73,7 +83,8 @@ def _row_energy(error: Tensor, hessian: Tensor) -> Tensor:
 
 
 def _bootstrap(values: Tensor, window: Tensor, generator: torch.Generator) -> float:
-    """Relative standard error of the mean over windows of the per-token `values` [S]; `window` [S] int64."""
+    """Relative standard error of the mean over windows of the per-token `values` [S]; `window` [S]
+    int64."""
     windows, index = torch.unique(window, return_inverse=True)
     if len(windows) < 2:
         return 0.0

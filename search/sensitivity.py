@@ -1,9 +1,11 @@
-"""The sensitivity table: what each weight loses in each scheme, how sure we are, and how many bytes it takes.
+"""The sensitivity table: what each weight loses in each scheme, how sure we are, and how many bytes
+it takes.
 
-This file is the only thing the solver needs to know about a model, and its JSON is meant for other tools too: one line
-per (weight, scheme), units written down, nothing encoded. A loss is the predicted increase of a task's loss when this
-weight alone is quantized; `kl` is the mean KL divergence per token in nats. Losses of a plan are added: that is
-a second-order Taylor expansion without cross terms, which `calibrate.Calibration` checks against measurements.
+This file is the only thing the solver needs to know about a model, and its JSON is meant for other
+tools too: one line per (weight, scheme), units written down, nothing encoded. A loss is the
+predicted increase of a task's loss when this weight alone is quantized; `kl` is the mean KL
+divergence per token in nats. Losses of a plan are added: that is a second-order Taylor expansion
+without cross terms, which `calibrate.Calibration` checks against measurements.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ class Sensitivity:
     def entry(self, weight: str, scheme: str) -> Entry:
         """Raises SearchError when the table has no such weight, or the weight no such candidate."""
         if weight not in self.rows:
-            raise SearchError(f"the sensitivity table has no weight {weight!r}: it was measured for other weights")
+            raise SearchError(
+                f"the sensitivity table has no weight {weight!r}: it was measured for other weights"
+            )
         if scheme not in self.rows[weight]:
             known = ", ".join(self.rows[weight])
             raise SearchError(f"{weight} was not measured in {scheme}; it was in {known}")
@@ -95,12 +99,15 @@ class Sensitivity:
         if self.calibration is not None:
             head["calibration"] = self.calibration.to_dict()
         lines = [f"  {jsonfile.dump(key)}: {jsonfile.dump(value)}," for key, value in head.items()]
-        weights = ",\n".join(_weight_lines(weight, row, self.tasks) for weight, row in self.rows.items())
+        weights = ",\n".join(
+            _weight_lines(weight, row, self.tasks) for weight, row in self.rows.items()
+        )
         return "{\n" + "\n".join(lines) + '\n  "weights": {\n' + weights + "\n  }\n}\n"
 
     @staticmethod
     def from_json(text: str, source: str = "the sensitivity table") -> Sensitivity:
-        """Read what `to_json` wrote. Raises SearchError that names `source` and the place of the first mistake."""
+        """Read what `to_json` wrote. Raises SearchError that names `source` and the place of the
+        first mistake."""
         data = jsonfile.parse_object(text, source)
         jsonfile.check_header(data, FORMAT, VERSION, source)
         required = {"format", "version", "model", "tasks", "weights"}
@@ -112,7 +119,9 @@ class Sensitivity:
         rows = {name: _read_row(weights, name, tuple(tasks), source) for name in weights}
         calibration = None
         if data.get("calibration") is not None:
-            calibration = Calibration.from_dict(jsonfile.field(data, "calibration", dict, source), source)
+            calibration = Calibration.from_dict(
+                jsonfile.field(data, "calibration", dict, source), source
+            )
         try:
             return Sensitivity(
                 jsonfile.field(data, "model", str, source),
@@ -129,19 +138,21 @@ class Sensitivity:
 
     @staticmethod
     def load(path: str | Path, model: str | None = None) -> Sensitivity:
-        """Read a table, and when `model` (a fingerprint) is given insist that it was measured on that model."""
+        """Read a table, and when `model` (a fingerprint) is given insist that it was measured on
+        that model."""
         table = Sensitivity.from_json(jsonfile.read_text(path, "sensitivity table"), str(path))
         if model is not None and table.model != model:
             raise SearchError(
-                f"{path} was measured on another model (fingerprint {table.model[:12]}, this model has {model[:12]}): "
-                "measure this model, or point to its own work directory"
+                f"{path} was measured on another model (fingerprint {table.model[:12]}, this one "
+                f"has {model[:12]}): measure this model, or point to its own work directory"
             )
         return table
 
 
 def _weight_lines(weight: str, row: Mapping[str, Entry], tasks: tuple[str, ...]) -> str:
     cells = ",\n".join(
-        f"      {jsonfile.dump(scheme)}: {jsonfile.dump(_cell(entry, tasks))}" for scheme, entry in row.items()
+        f"      {jsonfile.dump(scheme)}: {jsonfile.dump(_cell(entry, tasks))}"
+        for scheme, entry in row.items()
     )
     return f"    {jsonfile.dump(weight)}: {{\n{cells}\n    }}"
 
@@ -154,13 +165,17 @@ def _cell(entry: Entry, tasks: tuple[str, ...]) -> dict[str, float]:
     return cell
 
 
-def _read_row(weights: dict[str, Any], weight: str, tasks: tuple[str, ...], source: str) -> dict[str, Entry]:
+def _read_row(
+    weights: dict[str, Any], weight: str, tasks: tuple[str, ...], source: str
+) -> dict[str, Entry]:
     row = jsonfile.field(weights, weight, dict, source)
     entries = {}
     for scheme in row:
         where = f"{source}, {weight} in {scheme}"
         cell = jsonfile.field(row, scheme, dict, where)
-        jsonfile.check_keys(cell, {"bytes", *tasks, *(f"{task}_error" for task in tasks)}, set(), where)
+        jsonfile.check_keys(
+            cell, {"bytes", *tasks, *(f"{task}_error" for task in tasks)}, set(), where
+        )
         entries[scheme] = Entry(
             jsonfile.field(cell, "bytes", int, where),
             {task: jsonfile.field(cell, task, float, where) for task in tasks},
@@ -170,14 +185,17 @@ def _read_row(weights: dict[str, Any], weight: str, tasks: tuple[str, ...], sour
 
 
 def _check(table: Sensitivity) -> None:
-    """Raise SearchError unless every weight has well-formed candidates with finite losses and positive bytes."""
+    """Raise SearchError unless every weight has well-formed candidates with finite losses and
+    positive bytes."""
     if not table.model:
         raise SearchError("the sensitivity table does not say which model it was measured on")
     for task in table.tasks:
         if not re.fullmatch(r"[A-Za-z]\w*", task) or task == "bytes" or task.endswith("_error"):
             raise SearchError(f"{task!r} cannot name a loss column: use a word such as kl")
     if not table.tasks or len(set(table.tasks)) != len(table.tasks):
-        raise SearchError("the sensitivity table needs one or more loss columns with different names")
+        raise SearchError(
+            "the sensitivity table needs one or more loss columns with different names"
+        )
     if not table.rows:
         raise SearchError("the sensitivity table is empty: no weight was measured")
     for weight, row in table.rows.items():
@@ -195,10 +213,16 @@ def _check_entry(weight: str, scheme: str, entry: Entry, tasks: tuple[str, ...])
     if canonical != scheme:
         raise SearchError(f"{weight}: scheme {scheme!r} must be written {canonical!r}")
     if isinstance(entry.bytes, bool) or not isinstance(entry.bytes, int) or entry.bytes <= 0:
-        raise SearchError(f"{weight} in {scheme}: bytes must be a positive whole number, not {entry.bytes!r}")
+        raise SearchError(
+            f"{weight} in {scheme}: bytes must be a positive whole number, not {entry.bytes!r}"
+        )
     for task in tasks:
-        loss, error = entry.loss.get(task, math.nan), entry.error.get(task, math.nan)
+        loss, spread = entry.loss.get(task, math.nan), entry.error.get(task, math.nan)
         if not math.isfinite(loss):
-            raise SearchError(f"{weight} in {scheme}: the predicted {task} is {loss}, not a finite number")
-        if not (math.isfinite(error) and error >= 0):
-            raise SearchError(f"{weight} in {scheme}: the standard error of {task} is {error}, not a number >= 0")
+            raise SearchError(
+                f"{weight} in {scheme}: the predicted {task} is {loss}, not a finite number"
+            )
+        if not (math.isfinite(spread) and spread >= 0):
+            raise SearchError(
+                f"{weight} in {scheme}: the standard error of {task} is {spread}, not a number >= 0"
+            )

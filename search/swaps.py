@@ -1,8 +1,9 @@
 """The best exchange: one item changes its choice, another pays for it in bytes.
 
-With one byte constraint the pair of changes that lowers the loss most can be found without looking at all pairs: sort the changes
-that free bytes by how much they free; the cheapest partner for a change that needs `b` bytes is then a running minimum over
-those that free at least `b`. Ten thousand changes take a few milliseconds instead of 1e8 pairs.
+With one byte constraint the pair of changes that lowers the loss most can be found without looking
+at all pairs: sort the changes that free bytes by how much they free; the cheapest partner for a
+change that needs `b` bytes is then a running minimum over those that free at least `b`. Ten
+thousand changes take a few milliseconds instead of 1e8 pairs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ NONE = -1
 
 
 class Swap(NamedTuple):
-    """Rows of the change and of the change that pays for it (NONE where nothing has to), and what both do to the loss."""
+    """Rows of the change and of the change that pays for it (NONE where nothing has to), and what
+    both do to the loss."""
 
     first: int
     second: int
@@ -23,21 +25,27 @@ class Swap(NamedTuple):
 
 
 def best_swap(item: np.ndarray, loss: np.ndarray, size: np.ndarray, slack: float) -> Swap | None:
-    """The change, or pair of changes of two different items, of least total `loss` that needs at most `slack` bytes.
+    """The change, or pair of changes of two different items, of least total `loss` that needs at
+    most `slack` bytes.
 
-    item, loss, size [changes]: whose choice a change replaces, and what it adds (or frees, negative) in loss and in bytes.
-    None when no change or pair lowers the loss.
+    item, loss, size [changes]: whose choice a change replaces, and what it adds (or frees,
+    negative) in loss and in bytes. None when no change or pair lowers the loss.
     """
     payers = np.flatnonzero(size < 0)
     payers = payers[np.argsort(size[payers], kind="stable")]
     first_of, second_of = _running_least_two(item[payers], loss[payers])
-    # number of payers that free enough for each change, largest first; with none needed the partner is optional
+    # number of payers that free enough for each change, largest first; with none needed the partner
+    # is optional
     enough = np.searchsorted(size[payers], slack - size, side="right")
     best, second_best = np.full(len(item), NONE), np.full(len(item), NONE)
     some = enough > 0
     best[some], second_best[some] = first_of[enough[some] - 1], second_of[enough[some] - 1]
     # a change cannot be paid for by its own item: then the best of the other items
-    own = (best >= 0) & (item[payers[best]] == item) if len(payers) else np.zeros(len(item), dtype=bool)
+    own = (
+        (best >= 0) & (item[payers[best]] == item)
+        if len(payers)
+        else np.zeros(len(item), dtype=bool)
+    )
     partner = np.where(own, second_best, best)
     price = np.where(partner >= 0, loss[payers[partner]] if len(payers) else 0.0, np.inf)
     alone = size <= slack
@@ -51,7 +59,8 @@ def best_swap(item: np.ndarray, loss: np.ndarray, size: np.ndarray, slack: float
 
 
 def _running_least_two(item: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For every prefix: position of the least loss, and of the least one of another item (NONE when there is none)."""
+    """For every prefix: position of the least loss, and of the least one of another item (NONE when
+    there is none)."""
     first, second = np.full(len(item), NONE), np.full(len(item), NONE)
     best = other = NONE
     for position in range(len(item)):

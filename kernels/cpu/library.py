@@ -34,8 +34,7 @@ from quantlib.kernels.cpu import build
 from quantlib.kernels.packed import parse_layout
 
 ISAS = ("best", "portable", "avx2", "avx512")
-"""Instruction sets, in the order of `QlIsa` in src/abi.h; "best" is the best that this processor
-has."""
+"""Instruction sets, in the order of `QlIsa` in src/abi.h; "best" is the processor's best."""
 
 _ABI_VERSION = 1
 _NO_MEMORY, _NO_SUCH_ISA, _ROW_OUT_OF_RANGE = 1, 2, 3
@@ -79,8 +78,7 @@ class _Weight(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Description:
-    """A weight as the library sees it. It holds pointers, not tensors: the caller keeps those
-    alive."""
+    """A weight as the library sees it: pointers, not tensors, which the caller keeps alive."""
 
     weight: _Weight
     rows: int
@@ -89,10 +87,13 @@ class Description:
 
 
 def describe(tensors: Sequence[Tensor], layout: str) -> Description:
-    """Describe the tensors of a PackedWeight, in the order of its layout. Raises FormatError if one
-    is too small."""
-    # Pointers, sizes and the layout determine the whole description: a cached one can never be
-    # stale.
+    """Describe the tensors of a PackedWeight, in the order of its layout.
+
+    Raises FormatError when they have other sizes than the layout says, or are not contiguous.
+    """
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        raise FormatError("a packed tensor is not contiguous: build the weight with from_tensors")
+    # Pointers, sizes and layout determine the whole description: a cached one is never stale.
     return _describe(layout, tuple(t.data_ptr() for t in tensors), tuple(t.nbytes for t in tensors))
 
 
@@ -237,10 +238,15 @@ def _check(status: int, weight: Description, isa: str) -> None:
     if status == _NO_SUCH_ISA:
         raise UsageError(f"this processor has no {isa}: leave the instruction set to 'best'")
     if status == _ROW_OUT_OF_RANGE:
-        raise DataError(
-            f"a token id is outside 0..{weight.rows - 1}, the rows of this embedding: "
-            "the tokenizer and the model do not belong together"
-        )
+        raise row_out_of_range(weight.rows)
+
+
+def row_out_of_range(rows: int) -> DataError:
+    """The error for a row that a weight of `rows` rows does not have."""
+    return DataError(
+        f"a token id is outside 0..{rows - 1}, the rows of this embedding: "
+        "the tokenizer and the model do not belong together"
+    )
 
 
 @lru_cache(maxsize=1)
@@ -251,7 +257,7 @@ def load() -> Library | None:
         return Library(build.find() or build.build())
     except (build.BuildError, OSError) as error:
         warnings.warn(
-            f"quantlib computes with its torch reference, slower and with the same results: {error}",
+            f"quantlib computes with its torch reference, which is slow and as exact: {error}",
             RuntimeWarning,
             stacklevel=2,
         )

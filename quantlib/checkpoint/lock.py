@@ -30,14 +30,14 @@ class FolderLock:
     """
 
     def __init__(self, path: Path, command: str | None = None) -> None:
-        self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (open as long as the lock is held)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._close()
+            self._file.close()
             raise CheckpointError(_busy(path)) from None
         except OSError as error:
-            self._close()
+            self._file.close()
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
             raise CheckpointError(
@@ -49,27 +49,26 @@ class FolderLock:
             "host": socket.gethostname(),
             "command": command if command is not None else shlex.join(sys.argv),
         }
-        os.ftruncate(self._descriptor, 0)
-        os.write(self._descriptor, json.dumps(holder).encode("utf-8"))
+        self._file.truncate(0)
+        self._file.write(json.dumps(holder).encode("utf-8"))
         _held.add(self)
 
     @property
     def held(self) -> bool:
-        return self._descriptor is not None
+        return not self._file.closed
 
     def release(self) -> None:
         """Give the lock back.
 
         The file stays: removing it would let two later processes lock two different files.
         """
-        if self._descriptor is not None:
-            os.ftruncate(self._descriptor, 0)
-            self._close()
+        if self.held:
+            self._file.truncate(0)
+            self._file.close()
 
-    def _close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+    def abandon(self) -> None:
+        """Close this process's copy of an inherited lock; the process that took it keeps it."""
+        self._file.close()
 
 
 def _busy(path: Path) -> str:
@@ -87,7 +86,7 @@ def _busy(path: Path) -> str:
 def _forget_in_child() -> None:
     """Close the lock in a forked child, which inherits it: an orphaned worker would keep it."""
     for lock in list(_held):
-        lock._close()
+        lock.abandon()
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

@@ -28,13 +28,13 @@ from quantlib.errors import CheckpointError, ModelError
 from quantlib.models.headers import TORCH_DTYPES, TensorHeader, read_headers
 
 # fmt: off
-_LAYOUT = (
+LAYOUT = (
     "I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
 )
 # fmt: on
-"""The order in which the library lays tensors out in a file."""
-_NAMES = {TORCH_DTYPES[name]: name for name in _LAYOUT}
-_RANKS = {TORCH_DTYPES[name]: rank for rank, name in enumerate(_LAYOUT)}
+"""The dtypes a checkpoint may hold, in the order in which the library lays tensors out in a file."""
+_NAMES = {TORCH_DTYPES[name]: name for name in LAYOUT}
+_RANKS = {TORCH_DTYPES[name]: rank for rank, name in enumerate(LAYOUT)}
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """Two model folders, one text: sizes and quality side by side.
 
 The reference runs first and leaves only what `reference_logprobs` keeps of it, so both models are
-never in memory together. Folders are opened through `transformers`, which reads dense models as
-they are and packed ones through the plug-in that `import quantlib` registers; a caller with another
-way to open them passes `load`.
+never in memory together. A folder holds a dense `transformers` model or a packed checkpoint of
+ours; a caller with another way to open folders passes `load`.
 """
 
 from __future__ import annotations
@@ -15,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from quantlib.calibration.data import TextSource, load_text, load_windows
+from quantlib.checkpoint.disk import read_json
 from quantlib.errors import ModelError
 from quantlib.evaluation.estimate import Estimate
 from quantlib.evaluation.language import LanguageResult, evaluate_language
@@ -102,7 +103,7 @@ def compare(
     is keyed by the folder's path and weight sizes.
     """
     began = time.monotonic()
-    load = load or load_dense
+    load = load or load_folder
     target, base = _folder(model), None if against is None else _folder(against)
     loaded, tokenizer = load(base if base is not None else target)
     if tokenizer is None and base is not None:
@@ -140,6 +141,23 @@ def compare(
     )
 
 
+def load_folder(folder: Path) -> tuple[nn.Module, Any]:
+    """Open a packed checkpoint with the runtime, any other folder with `transformers`."""
+    if not is_packed(folder):
+        return load_dense(folder)
+    from quantlib.runtime.load import load
+
+    packed = load(folder)
+    return packed.model, packed.tokenizer
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether the folder's config.json says that quantlib made it."""
+    config = read_json(folder / "config.json")
+    described = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(described, dict) and described.get("quant_method") == "quantlib"
+
+
 def load_dense(folder: Path) -> tuple[nn.Module, Any]:
     """Open a folder with `transformers`, in float32: a reference should add no rounding."""
     from transformers import AutoModelForCausalLM
@@ -148,7 +166,7 @@ def load_dense(folder: Path) -> tuple[nn.Module, Any]:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"model {folder} could not be opened: {reason[0]}") from error
     return model, load_tokenizer(folder)

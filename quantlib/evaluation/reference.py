@@ -12,21 +12,21 @@ and logits, which is not assumed but checked, bit by bit, on every window: the k
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quantlib.calibration.data import windows_sha256
+from quantlib.checkpoint.disk import atomic_write
 from quantlib.errors import DataError, ModelError
 
 MAX_LOGIT_BYTES = 2 << 30
@@ -155,11 +155,8 @@ def reference_logprobs(
 
 def model_device(model: nn.Module) -> torch.device:
     """Where the model's tensors are (a packed model may hold buffers only)."""
-    for tensor in model.parameters():
-        return tensor.device
-    for tensor in model.buffers():
-        return tensor.device
-    return torch.device("cpu")
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 # -- keeping -------------------------------------------------------------------------------------
@@ -230,7 +227,8 @@ def _find_afterthought(
     """The entry of AFTERTHOUGHTS that turns the head's output into the logits, bit by bit."""
     if torch.equal(output, logits):
         return None
-    config = model.config.get_text_config() if hasattr(model, "config") else None
+    config: Any = getattr(model, "config", None)
+    config = config and config.get_text_config()
     for name, function in AFTERTHOUGHTS.items():
         number = getattr(config, name, None)
         if isinstance(number, int | float) and torch.equal(function(output, number), logits):
@@ -257,7 +255,7 @@ def _require_finite(logits: Tensor, window: int) -> None:
 
 
 def _write_cache(path: Path, key: dict[str, str], reference: Reference) -> None:
-    """Atomic: the file appears complete or not at all."""
+    """Whole or not at all. Raises CheckpointError when it cannot be written."""
     if isinstance(reference, LogitReference):
         tensors, afterthought = {"logits": reference.values}, None
     else:
@@ -265,19 +263,9 @@ def _write_cache(path: Path, key: dict[str, str], reference: Reference) -> None:
         if reference.bias is not None:
             tensors["bias"] = reference.bias
         afterthought = reference.afterthought
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, partial, metadata={**key, "afterthought": json.dumps(afterthought)})
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise DataError(
-            f"the reference cache {path} cannot be written: {error}; free disk space or give "
-            "another path"
-        ) from error
+    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {**key, "afterthought": json.dumps(afterthought)}
+    atomic_write(path, safetensors.torch.save(contiguous, metadata), durable=False)
 
 
 def _read_cache(path: Path, key: dict[str, str]) -> Reference | None:

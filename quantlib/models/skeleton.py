@@ -18,6 +18,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from quantlib.errors import ModelError
+from quantlib.models.memory import empty
 from quantlib.models.source import Source
 
 
@@ -89,7 +90,9 @@ def materialize(
                 f"{stored} has shape {list(value.shape)} in {source.path}, "
                 f"the module expects {list(parameter.shape)}."
             )
-        _set_parameter(module, names, value if dtype is None else value.to(dtype))
+        if dtype is not None and dtype != value.dtype:
+            value = empty(value.shape, dtype).copy_(value)
+        _set_parameter(module, names, value)
     for name, buffer in module.named_buffers():
         if _is_under(name, prefix, exclude) and name in source.parameters:
             buffer.copy_(source.read(name))

@@ -28,6 +28,7 @@ from quantlib.models.folder import (
     read_config,
 )
 from quantlib.models.headers import TORCH_DTYPES, TensorHeader, read_headers
+from quantlib.models.memory import empty
 from quantlib.models.stored import StoredParameter, stored_parameters
 from quantlib.models.tables import find
 
@@ -98,15 +99,12 @@ class Source:
         Raises ModelError when there is no such tensor, or when it holds inf or nan.
         """
         tensor = self.read_raw(name, expert)
-        if tensor.is_floating_point():
-            # 8-bit floats have no isfinite of their own
-            wide = tensor.float() if tensor.element_size() == 1 else tensor
-            bad = tensor.numel() - int(torch.isfinite(wide).sum())
-            if bad:
-                raise ModelError(
-                    f"{name} in {self.path} holds {bad} values that are inf or nan, of "
-                    f"{tensor.numel()}: fetch the model again, or repair these weights first."
-                )
+        bad = _not_finite(tensor)
+        if bad:
+            raise ModelError(
+                f"{name} in {self.path} holds {bad} values that are inf or nan, of "
+                f"{tensor.numel()}: fetch the model again, or repair these weights first."
+            )
         return tensor
 
     def read_raw(self, name: str, expert: int | None = None) -> Tensor:
@@ -123,7 +121,7 @@ class Source:
         if not stored.stacked:
             return self._read_tensor(stored.parts[0][0], expert)
         shape = stored.shape if expert is None else stored.shape[1:]
-        result = torch.empty(shape, dtype=TORCH_DTYPES[stored.dtype])
+        result = empty(shape, TORCH_DTYPES[stored.dtype])
         chosen = stored.parts if expert is None else (stored.parts[expert],)
         # copied part by part: a second copy of a whole stack of experts would double the peak
         for matrix, tensors in zip(result.view(-1, *stored.shape[1:]), chosen, strict=True):
@@ -157,7 +155,7 @@ class Source:
         return data.view(TORCH_DTYPES[header.dtype]).view(shape)
 
     def _read_bytes(self, file: str, start: int, nbytes: int) -> Tensor:
-        data = torch.empty(nbytes, dtype=torch.uint8)
+        data = empty((nbytes,), torch.uint8)
         view = data.numpy().data
         try:
             with (self.path / file).open("rb", buffering=0) as handle:
@@ -185,3 +183,16 @@ def _disk_rules(model_type: str) -> DiskRules:
     from quantlib.models.conversion import derive_disk_rules
 
     return derive_disk_rules(model_type)
+
+
+def _not_finite(tensor: Tensor) -> int:
+    """How many values are inf or nan."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return 0
+    if tensor.element_size() == 1:
+        tensor = tensor.float()  # 8-bit floats have no arithmetic of their own
+    # both are nan if any value is; unlike isfinite, this needs no memory of the tensor's size
+    low, high = torch.aminmax(tensor)
+    if low.isfinite() and high.isfinite():
+        return 0
+    return tensor.numel() - int(tensor.isfinite().sum())

@@ -25,16 +25,23 @@ _FILE_OVERHEAD = 8 + 8 + len(json.dumps({"__metadata__": {"format": "pt"}}, sepa
 
 def weight_bytes(weight: Weight, scheme: Scheme) -> int:
     """Bytes that `weight` stored in `scheme` adds to the checkpoint: payload and header entries."""
-    rows = weight.parameters // weight.in_features
     if scheme.weight is None:
-        return kept_bytes(weight.shape, str(scheme.kept)) + _header_entry(weight.name, weight.shape)
-    segments = scheme.segments(weight.in_features)
-    shape = (rows, weight.in_features)
-    entries = sum(
-        _header_entry(weight.name + suffix, tensor_shape)
-        for suffix, (_, tensor_shape) in packed_layout(shape, segments).items()
-    )
-    return payload_bytes(shape, segments) + entries
+        return payload(weight, scheme) + _header_entry(weight.name, weight.shape)
+    layout = packed_layout(_matrix_shape(weight), scheme.segments(weight.in_features))
+    entries = sum(_header_entry(weight.name + suffix, shape) for suffix, (_, shape) in layout.items())
+    return payload(weight, scheme) + entries
+
+
+def payload(weight: Weight, scheme: Scheme) -> int:
+    """Bytes of the tensors of `weight` in `scheme`, headers not counted."""
+    if scheme.weight is None:
+        return kept_bytes(weight.shape, str(scheme.kept))
+    return payload_bytes(_matrix_shape(weight), scheme.segments(weight.in_features))
+
+
+def _matrix_shape(weight: Weight) -> tuple[int, int]:
+    """[N, K]; stacks are stored as [E*N, K]."""
+    return weight.parameters // weight.in_features, weight.in_features
 
 
 def fixed_bytes(model_map: ModelMap, shard_bytes: int) -> int:

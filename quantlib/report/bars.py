@@ -49,9 +49,7 @@ def components(data: ReportData) -> Picture | None:
         description = f"Stacked bars of bytes, before and after: {'; '.join(changes)}."
         svg = to_svg(figure, description, "components")
     key = tuple((colour, row.name, "fill") for row, colour in zip(rows, PALETTE, strict=False))
-    caption = (
-        "Whole weight files: codes, scales, zero points, and everything kept in 16 or 32 bits."
-    )
+    caption = "Codes, scales, zero points, and everything kept in 16 or 32 bits."
     return Picture("Bytes per component", caption, svg, key)
 
 
@@ -67,7 +65,7 @@ def schemes(data: ReportData) -> Picture | None:
             share = 100 * bar.numbers / everything
             axes.barh(y, share, 0.74, color=bits_colour(bar.bits), edgecolor=LINE, linewidth=0.6)
             note(axes, f"{words.count(bar.weights, 'weight')}, {share:.1f} %", (share, y))
-        axes.set_yticks(range(len(bars)), [bar.name for bar in bars], color=INK)
+        axes.set_yticks(range(len(bars)), [words.shorten(bar.name, 20) for bar in bars], color=INK)
         axes.invert_yaxis()
         _plain_bars(axes)
         largest = max(bars, key=lambda bar: bar.numbers)

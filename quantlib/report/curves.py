@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -131,7 +132,7 @@ def _plans(axes: Axes, data: ReportData, key: Key) -> None:
             _points(axes, [point.bytes / 1e6 for point in points], points, colour, size)
             key.append((css(colour), label, "dot" if size < 8 else "big"))
     for point in data.others:
-        note(axes, point.label, (point.bytes / 1e6, point.loss), above=4)
+        note(axes, words.shorten(point.label, 28), (point.bytes / 1e6, point.loss), above=4)
 
 
 def _points(
@@ -155,7 +156,7 @@ def _points(
     )
 
 
-def _log_axis(axes: Axes, name: str) -> None:
+def _log_axis(axes: Axes, name: Literal["x", "y"]) -> None:
     """Logarithmic, with plain numbers: at 1, 2 and 5 of each decade when there are few decades."""
     getattr(axes, f"set_{name}scale")("log")
     axis = getattr(axes, f"{name}axis")

@@ -94,7 +94,9 @@ def loss_pictures(data: ReportData) -> list[Picture]:
     positive = sorted(loss for loss in losses.values() if loss > 0)
     if data.sensitivity is None or not positive:
         return []
-    norm, scheme = _log_range(positive), data.sensitivity.scheme
+    scheme = data.sensitivity.scheme
+    lowest, highest = _decades(positive)
+    norm = LogNorm(10.0**lowest, 10.0**highest, clip=True)
     step = 10.0 ** math.floor(math.log10(positive[len(positive) // 2]))
 
     def total(cell: Sequence[WeightRow]) -> float | None:
@@ -102,13 +104,13 @@ def loss_pictures(data: ReportData) -> list[Picture]:
         return math.fsum(known) if known else None
 
     def colour(loss: float) -> str:
-        return to_hex(LOSS_RAMP(norm(max(loss, norm.vmin))))
+        return to_hex(LOSS_RAMP(norm(max(loss, 10.0**lowest))))
 
     def text(loss: float) -> str:
         return f"{loss / step:.0f}" if loss >= 10 * step else f"{loss / step:.1f}"
 
     paint = _Paint("loss", total, colour, text)
-    decades = range(round(math.log10(norm.vmin)), round(math.log10(norm.vmax)) + 1)
+    decades = range(lowest, highest + 1)
     key = tuple((colour(10.0**power), words.tick(10.0**power), "fill") for power in decades)
     caption = (
         f"Loss predicted when one weight alone is stored as {scheme}: colour in {data.unit}, "
@@ -145,7 +147,7 @@ def _draw(stack: Stack, paint: _Paint, description: str) -> str:
         outside = [*enumerate(stack.before)]
         outside += [*enumerate(stack.after, len(stack.before) + len(stack.blocks))]
         for y, weight in outside:
-            short = weight.name.removesuffix(".weight").split(".")[-1]
+            short = words.shorten(weight.name.removesuffix(".weight").split(".")[-1], 40)
             _cell(axes, (0, y), columns, paint, [weight], f"{short} · ", row_points)
         for (block, column), weights in stack.cells.items():
             place = column, block + len(stack.before)
@@ -187,15 +189,16 @@ def _frame(axes: Axes, stack: Stack, rows: int, slanted: bool) -> None:
     axes.xaxis.tick_top()
     turn: dict[str, Any] = {"rotation": 35, "ha": "left"} if slanted else {"ha": "center"}
     places = [column + (0.3 if slanted else 0.5) for column in range(columns)]
-    axes.set_xticks(places, stack.labels, fontsize=10.5, **turn)
+    labels = [words.shorten(label, 18) for label in stack.labels]
+    axes.set_xticks(places, labels, fontsize=10.5, **turn)
     shown = range(0, len(stack.blocks), 1 if len(stack.blocks) <= _TALL else 5)
     numbers = [stack.blocks[index].rpartition(".")[2] for index in shown]
     heights = [len(stack.before) + index + 0.5 for index in shown]
     axes.set_yticks(heights, numbers, fontsize=9.5, color=MUTED)
 
 
-def _log_range(values: Sequence[float]) -> LogNorm:
-    """Whole decades around sorted values; at most five, the smallest values sharing a colour."""
+def _decades(values: Sequence[float]) -> tuple[int, int]:
+    """Powers of ten around sorted values; at most five apart, the smallest sharing a colour."""
     high = math.ceil(math.log10(values[-1]) - 1e-9)
     low = min(math.floor(math.log10(values[0]) + 1e-9), high - 1)
-    return LogNorm(10.0 ** max(low, high - 5), 10.0**high, clip=True)
+    return max(low, high - 5), high

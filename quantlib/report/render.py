@@ -8,8 +8,6 @@ user pass through jinja's autoescape; the only markup let through unescaped is t
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 
 import jinja2
 
-from quantlib.errors import DataError
+from quantlib.checkpoint.disk import atomic_write_text
 from quantlib.evaluation.language import LanguageResult
 from quantlib.report import bars, curves, grids, words
 from quantlib.report.data import ReportData, WeightRow
@@ -57,22 +55,9 @@ class Cell:
 
 
 def write_report(data: ReportData, path: str | Path) -> Path:
-    """Render into `path`, atomically. Raises DataError when it cannot be written."""
-    path = Path(path)
-    text = render(data)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise DataError(
-            f"the report {path} cannot be written ({error.strerror}); free disk space or give "
-            "another path"
-        ) from error
-    return path
+    """Render into `path`, whole or not at all. Raises CheckpointError when it cannot be written."""
+    atomic_write_text(path, render(data))
+    return Path(path)
 
 
 def render(data: ReportData) -> str:

@@ -51,3 +51,11 @@ def count(value: int, noun: str) -> str:
 def millions(value: int) -> str:
     """`134.5 million`, `1.24 billion`: parameters of a model."""
     return f"{value / 1e9:.2f} billion" if value >= 1e9 else f"{value / 1e6:.1f} million"
+
+
+def shorten(text: str, most: int) -> str:
+    """A name that fits a figure: its beginning and its end around an ellipsis."""
+    if len(text) <= most:
+        return text
+    head = (most - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"

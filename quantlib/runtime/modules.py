@@ -1,8 +1,8 @@
 """Quantized modules: a linear, an embedding, a head tied to it, and the experts of a mixture.
 
-Each one takes the place of a torch or transformers module, keeps that module's call, and holds packed
-weights and nothing else (`packed_module.py`). No dense weight is ever kept: `dequantize()` makes one
-for whoever asks, and forgets it.
+Each one takes the place of a torch or transformers module, keeps that module's call, and holds
+packed weights and nothing else (`packed_module.py`). No dense weight is ever kept: `dequantize()`
+makes one for whoever asks, and forgets it.
 """
 
 from __future__ import annotations

@@ -1,13 +1,22 @@
-"""Processes that are killed, and disks that fill up, on demand."""
+"""Processes that are killed, disks that fill up, and a small checkpoint, on demand."""
 
 import errno
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from quantlib.checkpoint.disk import Sink
+from quantlib.checkpoint.writer import write_checkpoint
+from quantlib.formats.rtn import quantize_rtn
+from quantlib.formats.scheme import Scheme
+from quantlib.formats.weight import dequantize, pack
 
 DISK_CALLS = ("replace", "rename", "unlink", "fsync", "mkdir", "rmdir", "ftruncate", "write")
 """What changes a disk, as functions of `os`: pathlib, shutil and our own code end up in these."""
@@ -76,7 +85,6 @@ def run_in_child() -> Callable[..., int | None]:
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
     """`with full_disk(after=n):` the (n+1)-th byte written by quantlib finds the disk full."""
-    from quantlib.checkpoint.disk import Sink
 
     @contextmanager
     def fill(after: int) -> Iterator[None]:
@@ -118,3 +126,56 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def folder_contents() -> Callable[[Path], dict[str, bytes]]:
     return contents
+
+
+SCHEMES = {
+    "layers.0.q.weight": "w4g32z",
+    "layers.0.k.weight": "w3g16zs6",
+    "layers.0.experts.up": "w5",
+    "layers.1.q.weight": "nvfp4",
+    "layers.1.k.weight": "bf16",
+    "embed.weight": "w6ta8",
+}
+SHAPES = {name: (20, 72) for name in SCHEMES} | {"layers.0.experts.up": (3, 7, 40)}
+
+
+@dataclass
+class Parts:
+    """What a checkpoint is made of, and the folder it is written to."""
+
+    out: Path
+    tensors: dict[str, torch.Tensor]
+    config: dict[str, Any]
+    files: dict[str, bytes | Path]
+    schemes: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    weights: dict[str, torch.Tensor]
+
+    def write(self, out: Path | None = None, **options: Any) -> Path:
+        options = {"files": self.files, "provenance": {"source": "hash"}} | options
+        out = self.out if out is None else out
+        parts = self.tensors, self.config, self.schemes, self.shapes
+        return write_checkpoint(out, *parts, **options)
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Parts:
+    """A small checkpoint of every kind of scheme, a stack of experts, norms, and a tokenizer."""
+    generator = torch.Generator().manual_seed(0)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tokenizer.json").write_bytes(b'{"odd":   "spacing"}\r\n')
+    tensors = {"norm.weight": torch.ones(72, dtype=torch.bfloat16), "scalar": torch.tensor(1.5)}
+    weights = {}
+    for name, scheme in SCHEMES.items():
+        weight = torch.randn(SHAPES[name], generator=generator)
+        if scheme == "bf16":
+            tensors[name] = weight.to(torch.bfloat16)
+            continue
+        flat = weight.reshape(-1, weight.shape[-1])
+        quantized = quantize_rtn(flat, Scheme.parse(scheme).segments(flat.shape[1]))
+        tensors |= {name + suffix: tensor for suffix, tensor in pack(quantized).items()}
+        weights[name] = dequantize(quantized)
+    files = {"tokenizer.json": source / "tokenizer.json", "quantlib_plan.json": b"{}\n"}
+    config = {"model_type": "llama", "hidden_size": 72}
+    return Parts(tmp_path / "out", tensors, config, files, dict(SCHEMES), dict(SHAPES), weights)

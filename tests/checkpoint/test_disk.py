@@ -73,7 +73,9 @@ def test_unfinished_files_are_removed_and_others_are_not(tmp_path: Path) -> None
 
 def test_too_little_room_is_told_before_work_starts(tmp_path: Path) -> None:
     require_free(tmp_path / "not" / "there" / "yet", 1)
-    with pytest.raises(CheckpointError, match=r"the bank needs 1000000\.0 TB .* free there") as told:
+    with pytest.raises(
+        CheckpointError, match=r"the bank needs 1000000\.0 TB .* free there"
+    ) as told:
         require_free(tmp_path / "not" / "there", 10**18, "the bank")
     assert str(tmp_path) in str(told.value)
     assert os.listdir(tmp_path) == []

@@ -26,7 +26,9 @@ def work_through(folder: Path, units: int = 3) -> None:
                 work.commit(key, "unit", files, {"i": i})
         summary = work.key("summary", units=units)
         if not work.has(summary):
-            total = sum(read_json(work.file(u.key, f"{u.values['i']}/b.json"))["i"] for u in work.units())
+            total = sum(
+                read_json(work.file(u.key, f"{u.values['i']}/b.json"))["i"] for u in work.units()
+            )
             work.commit(summary, "summary", {"summary.json": json.dumps(total).encode()})
 
 
@@ -113,7 +115,9 @@ def test_a_second_process_is_told_who_holds_the_lock(
     def second() -> None:
         with pytest.raises(CheckpointError) as told:
             WorkDir.open(tmp_path / "work")
-        assert re.search(rf"in use by process {parent} on .+ \(quantlib measure X\)", str(told.value))
+        assert re.search(
+            rf"in use by process {parent} on .+ \(quantlib measure X\)", str(told.value)
+        )
         assert "wait until it has ended" in str(told.value)
 
     parent = os.getpid()
@@ -128,11 +132,12 @@ def test_the_lock_dies_with_its_process_even_if_a_worker_lives_on(tmp_path: Path
     readable, writable = os.pipe()
     holder = os.fork()
     if holder == 0:
-        WorkDir.open(tmp_path / "work", command="holder")
+        work = WorkDir.open(tmp_path / "work", command="holder")
         worker = os.fork()
         if worker == 0:
             time.sleep(60)
             os._exit(0)
+        assert work.path.exists()
         os.write(writable, str(worker).encode())
         time.sleep(60)
         os._exit(0)
@@ -186,7 +191,9 @@ def test_a_corrupt_line_in_the_middle_is_named(two_units: Path, bad: bytes) -> N
     journal = two_units / "journal.jsonl"
     header, one, two, _ = journal.read_bytes().split(b"\n")
     journal.write_bytes(b"\n".join([header, one, bad, two, b""]))
-    with pytest.raises(CheckpointError, match=r"line 3 of .*journal.jsonl is corrupt .* delete that"):
+    with pytest.raises(
+        CheckpointError, match=r"line 3 of .*journal.jsonl is corrupt .* delete that"
+    ):
         WorkDir.open(two_units)
     journal.write_bytes(b"\n".join([header, one, two, b""]))
     WorkDir.open(two_units).close()  # and the failed open gave the lock back
@@ -219,7 +226,9 @@ def test_a_damaged_file_is_told_once_and_then_made_again(two_units: Path) -> Non
     (two_units / "one.bin").write_bytes(b"1112")
     with WorkDir.open(two_units) as work:
         assert work.has("one")  # by its size: nothing has been read yet
-        with pytest.raises(CheckpointError, match=r"one\.bin .*damaged .* run the same command again"):
+        with pytest.raises(
+            CheckpointError, match=r"one\.bin .*damaged .* run the same command again"
+        ):
             work.file("one")
         assert not work.has("one")
     with WorkDir.open(two_units) as work:
@@ -276,6 +285,9 @@ def test_a_closed_work_directory_records_nothing(two_units: Path) -> None:
 def test_keys_depend_on_kind_and_inputs_and_not_on_their_order() -> None:
     key = WorkDir.key("statistics", source="f", layer=3)
     assert key == WorkDir.key("statistics", layer=3, source="f")
-    others = {WorkDir.key("bank", source="f", layer=3), WorkDir.key("statistics", source="f", layer=4)}
+    others = {
+        WorkDir.key("bank", source="f", layer=3),
+        WorkDir.key("statistics", source="f", layer=4),
+    }
     assert key not in others
     assert len(others) == 2

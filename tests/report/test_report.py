@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from quantlib.errors import DataError
+from quantlib.errors import CheckpointError, DataError
 from quantlib.report import MeasuredPoint, ProbePoint, ReportData, WeightRow, render, write_report
 
 VOID = {"meta", "input", "br", "link", "img", "hr"}
@@ -209,7 +209,7 @@ def test_probes_that_carry_no_line_are_still_shown(data):
 def test_error_bars_larger_than_the_value_stay_on_the_axis(data):
     wide = (MeasuredPoint("wide", data.bytes_after, 0.05, error=0.2),)
     text = render(dataclasses.replace(data, others=wide))
-    assert not re.search(r'd="[^"]*(nan|inf)', text)
+    assert not re.search(r' d="[^"]*(nan|inf)', text)
 
 
 def test_a_scheme_that_a_weight_was_not_measured_in_leaves_its_cell_empty(data):
@@ -264,12 +264,12 @@ def test_writing_is_all_or_nothing(data, tmp_path, monkeypatch):
     assert path.read_text(encoding="utf-8") == render(data)
     folder = tmp_path / "file"
     folder.write_text("not a folder")
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(CheckpointError, match="could not write"):
         write_report(data, folder / "report.html")
     monkeypatch.setattr(
         "os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
     )
-    with pytest.raises(DataError, match="No space left"):
+    with pytest.raises(CheckpointError, match="the disk is full"):
         write_report(data, path)
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
 

@@ -1,7 +1,9 @@
-// The plain C interface of the CPU kernels: what Python fills in (kernels/cpu/library.py mirrors these structs) and calls.
+// The plain C interface of the CPU kernels: what Python fills in (kernels/cpu/library.py mirrors
+// these structs) and calls.
 //
-// A weight is used exactly as the checkpoint stores it, so its file can be mapped and nothing is copied:
-// every pointer below points into a canonical tensor, with no alignment beyond that of bytes.
+// A weight is used exactly as the checkpoint stores it, so its file can be mapped and nothing is
+// copied: every pointer below points into a canonical tensor, with no alignment beyond that of
+// bytes.
 #pragma once
 
 #include <cstdint>
@@ -12,28 +14,38 @@ constexpr int32_t QL_ABI_VERSION = 1;
 
 enum QlIsa : int32_t { QL_ISA_BEST = 0, QL_ISA_PORTABLE = 1, QL_ISA_AVX2 = 2, QL_ISA_AVX512 = 3 };
 
-enum QlStatus : int32_t { QL_OK = 0, QL_NO_MEMORY = 1, QL_NO_SUCH_ISA = 2, QL_ROW_OUT_OF_RANGE = 3 };
+enum QlStatus : int32_t {
+  QL_OK = 0,
+  QL_NO_MEMORY = 1,
+  QL_NO_SUCH_ISA = 2,
+  QL_ROW_OUT_OF_RANGE = 3
+};
 
 enum QlRowScale : int32_t { QL_ROW_SCALE_NONE = 0, QL_ROW_SCALE_F16 = 1, QL_ROW_SCALE_F32 = 2 };
 
 // Columns [start, start + length) of a weight, in one format.
 struct QlSegment {
-  const uint8_t* packed;      // [N] rows of row_bytes; codes bit-contiguous along K, least significant bit first
-  const uint8_t* scale;       // rows of scale_row_bytes: float16 [groups], or scale codes of scale_bits each
-  const uint8_t* row_scale;   // multiplies every group scale of a row: float16 or float32, or null
-  const uint8_t* zero_point;  // int32 [ceil(N*bits/32), groups], packed along N; null when symmetric
-  const float* code_book;     // 2^bits values of a float element; null for integers
-  const float* scale_book;    // 2^scale_bits values of the scale codes; null when scales are float16
+  const uint8_t*
+      packed;  // [N] rows of row_bytes; codes bit-contiguous along K, least significant bit first
+  const uint8_t*
+      scale;  // rows of scale_row_bytes: float16 [groups], or scale codes of scale_bits each
+  const uint8_t* row_scale;  // multiplies every group scale of a row: float16 or float32, or null
+  const uint8_t*
+      zero_point;           // int32 [ceil(N*bits/32), groups], packed along N; null when symmetric
+  const float* code_book;   // 2^bits values of a float element; null for integers
+  const float* scale_book;  // 2^scale_bits values of the scale codes; null when scales are float16
   int64_t row_bytes;
-  int64_t scale_row_bytes;    // 0: one row of scales serves all rows
-  int64_t row_scale_stride;   // in elements; 0: one value serves all rows
+  int64_t scale_row_bytes;   // 0: one row of scales serves all rows
+  int64_t row_scale_stride;  // in elements; 0: one value serves all rows
   int64_t start;
   int64_t length;
-  int64_t group_size;         // a multiple of 16; 0: the whole segment is one group
+  int64_t group_size;  // a multiple of 16; 0: the whole segment is one group
   int32_t groups;
-  int32_t bits;               // 2..8
-  int32_t scale_bits;         // 16 for float16
-  int32_t row_scale_kind;     // QlRowScale
+  int32_t bits;            // 2..8
+  int32_t scale_bits;      // 16 for float16
+  int32_t row_scale_kind;  // QlRowScale
+  int32_t zero_bits;       // bits of a stored zero point
+  float zero_step;         // what one unit of it is worth, in codes
 };
 
 struct QlWeight {
@@ -49,13 +61,15 @@ QL_API int32_t ql_best_isa();
 QL_API int32_t ql_supports_isa(int32_t isa);
 
 // y [M, N] = x [M, K] * weight^T + bias, float32, row-major; bias may be null. Returns a QlStatus.
-// int8: x is rounded per token to int8 (scale amax/127) and multiplied in integers; every element must be an integer.
-// exact: x stays float32. Meant for few tokens: the weight is decoded again for every four of them.
-QL_API int32_t ql_linear_int8(const QlWeight* weight, const float* x, int64_t tokens, const float* bias, float* y,
-                              int32_t isa, int32_t threads);
-QL_API int32_t ql_linear_exact(const QlWeight* weight, const float* x, int64_t tokens, const float* bias, float* y,
-                               int32_t isa, int32_t threads);
+// int8: x is rounded per token to int8 (scale amax/127) and multiplied in integers; every element
+// must be an integer. exact: x stays float32. Meant for few tokens: the weight is decoded again for
+// every four of them.
+QL_API int32_t ql_linear_int8(const QlWeight* weight, const float* x, int64_t tokens,
+                              const float* bias, float* y, int32_t isa, int32_t threads);
+QL_API int32_t ql_linear_exact(const QlWeight* weight, const float* x, int64_t tokens,
+                               const float* bias, float* y, int32_t isa, int32_t threads);
 
-// out [count, K] float32: the dequantized rows `ids` (int64 [count]), or first .. first + count - 1 when ids is null.
-QL_API int32_t ql_dequantize(const QlWeight* weight, const int64_t* ids, int64_t first, int64_t count, float* out,
-                             int32_t isa, int32_t threads);
+// out [count, K] float32: the dequantized rows `ids` (int64 [count]), or first .. first + count - 1
+// when ids is null.
+QL_API int32_t ql_dequantize(const QlWeight* weight, const int64_t* ids, int64_t first,
+                             int64_t count, float* out, int32_t isa, int32_t threads);

@@ -1,8 +1,9 @@
-// What every kernel needs whatever the instruction set: reading the packed rows, scales and zero points of one output
-// row, and rounding activations. Included by the ISA units, hence the anonymous namespace (see kernels.h).
+// What every kernel needs whatever the instruction set: reading the packed rows, scales and zero
+// points of one output row, and rounding activations. Included by the ISA units, hence the
+// anonymous namespace (see kernels.h).
 //
-// Inside a kernel a segment's K is padded with zero activations to a multiple of 64, so that ragged shapes need no
-// special case in the loops: the codes under the padding do not matter.
+// Inside a kernel a segment's K is padded with zero activations to a multiple of 64, so that ragged
+// shapes need no special case in the loops: the codes under the padding do not matter.
 #pragma once
 
 #include <cstring>
@@ -28,10 +29,15 @@ inline int64_t group_span(const QlSegment& s) { return s.group_size ? s.group_si
 
 // A piece is the run of K that is summed in integers: one group, or kMaxPiece of a longer one.
 inline int64_t piece_span(const QlSegment& s) { return smaller(group_span(s), kMaxPiece); }
-inline int64_t pieces(const QlSegment& s) { return (padded(s) + piece_span(s) - 1) / piece_span(s); }
+inline int64_t pieces(const QlSegment& s) {
+  return (padded(s) + piece_span(s) - 1) / piece_span(s);
+}
 
-// Groups are never longer than a piece unless there is one; past a ragged last group there is only padding.
-inline int64_t group_of_piece(const QlSegment& s, int64_t piece) { return smaller(piece, s.groups - 1); }
+// Groups are never longer than a piece unless there is one; past a ragged last group there is only
+// padding.
+inline int64_t group_of_piece(const QlSegment& s, int64_t piece) {
+  return smaller(piece, s.groups - 1);
+}
 
 inline int64_t padded_columns(const QlWeight& w) {
   int64_t total = 0;
@@ -47,7 +53,8 @@ inline int64_t total_pieces(const QlWeight& w) {
 
 inline int64_t most_groups(const QlWeight& w) {
   int64_t most = 0;
-  for (int64_t i = 0; i < w.segment_count; ++i) most = most > w.segments[i].groups ? most : w.segments[i].groups;
+  for (int64_t i = 0; i < w.segment_count; ++i)
+    most = most > w.segments[i].groups ? most : w.segments[i].groups;
   return most;
 }
 
@@ -75,10 +82,12 @@ inline float float_of_bits(uint32_t bits) { return load<float>(&bits); }
 inline float half_to_float(uint16_t half) {
   const uint32_t magnitude = half & 0x7FFFu;
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
-  // Shifted into float32's fields the exponent is 112 too small; a multiplication repairs it, subnormals included.
-  const float value = float_of_bits(magnitude << 13) * 0x1p112f;
-  const uint32_t bits = magnitude >= 0x7C00u ? (magnitude << 13) | 0x7F800000u : load<uint32_t>(&value);
-  return float_of_bits(bits | sign);
+  if (magnitude < 0x0400u) {  // subnormal: a multiple of 2^-24
+    const float value = static_cast<float>(magnitude) * 0x1p-24f;
+    return float_of_bits(load<uint32_t>(&value) | sign);
+  }
+  const uint32_t exponent_shift = magnitude >= 0x7C00u ? 224u << 23 : 112u << 23;
+  return float_of_bits(((magnitude << 13) + exponent_shift) | sign);
 }
 
 inline void halves_to_floats(const uint8_t* halves, int64_t count, float* out) {
@@ -92,17 +101,17 @@ inline void halves_to_floats(const uint8_t* halves, int64_t count, float* out) {
   for (; i < count; ++i) out[i] = half_to_float(load<uint16_t>(halves + 2 * i));
 }
 
-// Eight codes of `bits` bits fill `bits` bytes. Spreads them to one code per byte: the inverse of the three moves of
-// quantlib/formats/packing.py (4+4, 2+2, 1+1 codes), without a loop over codes and for every width alike.
+// Eight codes of `bits` bits fill `bits` bytes. Spreads them to one code per byte: the inverse of
+// the three moves of quantlib/formats/packing.py (4+4, 2+2, 1+1 codes), without a loop over codes
+// and for every width alike.
 struct Spread {
   int bits;
   uint64_t low1, low2, low4;
 
   explicit Spread(int width) : bits(width) {
-    const uint64_t one = (1ull << bits) - 1, two = (1ull << 2 * bits) - 1, four = (1ull << 4 * bits) - 1;
-    low1 = one * 0x0001000100010001ull;
-    low2 = two | two << 32;
-    low4 = four;
+    low1 = ((1ull << bits) - 1) * 0x0001000100010001ull;
+    low2 = ((1ull << 2 * bits) - 1) * 0x0000000100000001ull;
+    low4 = (1ull << 4 * bits) - 1;
   }
   uint64_t operator()(uint64_t word) const {
     word = (word & low4) | ((word >> 4 * bits) & low4) << 32;
@@ -111,9 +120,10 @@ struct Spread {
   }
 };
 
-// Writes round_up(count, 8) codes, one per byte. Never reads past `bytes`; missing bytes count as zero.
+// Writes round_up(count, 8) codes, one per byte. Bytes past `bytes` are not read and count as zero.
 template <class Spreader>
-inline void unpack_row(const uint8_t* packed, int64_t bytes, int bits, int64_t count, uint8_t* codes) {
+inline void unpack_row(const uint8_t* packed, int64_t bytes, int bits, int64_t count,
+                       uint8_t* codes) {
   const Spreader spread(bits);
   for (int64_t i = 0; i < count; i += 8) {
     const int64_t offset = i / 8 * bits;
@@ -130,12 +140,11 @@ inline void unpack_row(const uint8_t* packed, int64_t bytes, int bits, int64_t c
 
 inline float row_factor(const QlSegment& s, int64_t row) {
   const int64_t at = row * s.row_scale_stride;
-  if (s.row_scale_kind == QL_ROW_SCALE_F16) return half_to_float(load<uint16_t>(s.row_scale + 2 * at));
   if (s.row_scale_kind == QL_ROW_SCALE_F32) return load<float>(s.row_scale + 4 * at);
-  return 1.0f;
+  return half_to_float(load<uint16_t>(s.row_scale + 2 * at));
 }
 
-// How many scales and zero points `row_scales` and `row_zeros` write: whole vectors, zero past the last group.
+// How many scales and zero points are written per row: whole vectors, zero past the last group.
 inline int64_t group_slots(int64_t groups) { return round_up(groups, 16) + 16; }
 
 // The scales of one row as floats. `codes` is scratch for group_slots bytes.
@@ -144,7 +153,8 @@ inline void row_scales(const QlSegment& s, int64_t row, float* out, uint8_t* cod
   if (!s.scale_book) {
     halves_to_floats(stored, s.groups, out);
   } else {
-    unpack_row<Spread>(stored, (s.groups * static_cast<int64_t>(s.scale_bits) + 7) / 8, s.scale_bits, s.groups, codes);
+    unpack_row<Spread>(stored, (s.groups * static_cast<int64_t>(s.scale_bits) + 7) / 8,
+                       s.scale_bits, s.groups, codes);
     for (int64_t g = 0; g < s.groups; ++g) out[g] = s.scale_book[codes[g]];
   }
   if (s.row_scale_kind != QL_ROW_SCALE_NONE) {
@@ -154,29 +164,66 @@ inline void row_scales(const QlSegment& s, int64_t row, float* out, uint8_t* cod
   for (int64_t g = s.groups; g < group_slots(s.groups); ++g) out[g] = 0.0f;
 }
 
-// The zero points of one row. They are packed along N, so for one row they lie at one bit position of consecutive
-// words, one word per group.
-inline void row_zeros(const QlSegment& s, int64_t row, int32_t* out) {
-  for (int64_t g = s.groups; g < group_slots(s.groups); ++g) out[g] = 0;
+// The zero points of one row, in codes. They are packed along N, so those of one row lie at one bit
+// position of consecutive words, one word per group.
+inline void row_zeros(const QlSegment& s, int64_t row, float* out) {
+  for (int64_t g = s.groups; g < group_slots(s.groups); ++g) out[g] = 0.0f;
   if (!s.zero_point) {
-    for (int64_t g = 0; g < s.groups; ++g) out[g] = 1 << (s.bits - 1);
+    for (int64_t g = 0; g < s.groups; ++g) out[g] = static_cast<float>(1 << (s.bits - 1));
     return;
   }
-  const int64_t bit = s.scale_row_bytes ? row * s.bits : 0;  // one scale for all rows: one zero point too
+  // One scale for all rows comes with one zero point.
+  const int64_t bit = s.scale_row_bytes ? row * s.zero_bits : 0;
   const int shift = static_cast<int>(bit % 32);
-  const int32_t mask = (1 << s.bits) - 1;
+  const uint32_t mask = (1u << s.zero_bits) - 1;
   const uint8_t* words = s.zero_point + bit / 32 * s.groups * 4;
-  const bool straddles = shift + s.bits > 32;
+  const bool straddles = shift + s.zero_bits > 32;
   for (int64_t g = 0; g < s.groups; ++g) {
     uint32_t value = load<uint32_t>(words + 4 * g) >> shift;
     if (straddles) value |= load<uint32_t>(words + 4 * (s.groups + g)) << (32 - shift);
-    out[g] = static_cast<int32_t>(value) & mask;
+    out[g] = static_cast<float>(value & mask) * s.zero_step;
   }
 }
 
+// Whether zero points can be other than whole numbers of codes.
+inline bool has_rest(const QlSegment& s) {
+  return s.zero_point && static_cast<float>(static_cast<int32_t>(s.zero_step)) != s.zero_step;
+}
+
+// Scales and zero points of one output row in one segment, decoded.
+struct RowGroups {
+  uint8_t* codes;  // scratch: the stored scale codes, then most_codes bytes for the kernel's own use
+  float* scales;
+  float* zeros;
+  // A zero point is a whole number, subtracted in integers, and what is left of it, times the scale.
+  int32_t* whole;
+  float* rest;
+
+  RowGroups(const QlWeight& w, Arena& arena, int64_t most_codes = 0) {
+    const int64_t slots = group_slots(most_groups(w));
+    codes = arena.take<uint8_t>(most_codes > slots ? most_codes : slots);
+    scales = arena.take<float>(slots);
+    zeros = arena.take<float>(slots);
+    whole = arena.take<int32_t>(slots);
+    rest = arena.take<float>(slots);
+  }
+  void decode(const QlSegment& s, int64_t row) const {
+    row_scales(s, row, scales, codes);
+    row_zeros(s, row, zeros);
+  }
+  void decode_and_split(const QlSegment& s, int64_t row) const {
+    decode(s, row);
+    for (int64_t g = 0; g < group_slots(s.groups); ++g) {
+      whole[g] = static_cast<int32_t>(zeros[g] + 0.5f);
+      rest[g] = scales[g] * (zeros[g] - static_cast<float>(whole[g]));
+    }
+  }
+};
+
 // amax / 127 of one token; NaN when a value is not finite, so that the whole output row says so.
 inline float token_scale(const float* x, int64_t count) {
-  int32_t largest = 0;  // of the magnitudes' bits, which order like the magnitudes themselves; NaNs above infinity
+  // Bits of magnitudes order like the magnitudes, with NaNs above infinity.
+  int32_t largest = 0;
   for (int64_t k = 0; k < count; ++k) {
     const int32_t bits = load<int32_t>(x + k) & 0x7FFFFFFF;
     largest = bits > largest ? bits : largest;
@@ -201,24 +248,6 @@ inline void round_token(const float* x, int64_t count, float scale, T* out) {
     out[k] = static_cast<T>(load<int32_t>(&shifted) - 0x4B400000);
   }
 }
-
-// Scales and zero points of one output row in one segment, decoded.
-struct RowGroups {
-  uint8_t* codes;  // scratch: scale codes of a segment, then whatever the kernel wants in most_codes bytes
-  float* scales;
-  int32_t* zeros;
-
-  RowGroups(const QlWeight& w, Arena& arena, int64_t most_codes = 0) {
-    const int64_t slots = group_slots(most_groups(w));
-    codes = arena.take<uint8_t>(most_codes > slots ? most_codes : slots);
-    scales = arena.take<float>(slots);
-    zeros = arena.take<int32_t>(slots);
-  }
-  void decode(const QlSegment& s, int64_t row) const {
-    row_scales(s, row, scales, codes);
-    row_zeros(s, row, zeros);
-  }
-};
 
 // Copies a token segment by segment, each padded with zeros.
 inline void pad_token(const QlWeight& w, const float* x, float* out) {

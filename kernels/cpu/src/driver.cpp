@@ -12,8 +12,8 @@ using ql::Problem;
 
 #ifdef __x86_64__
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-         __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
 }
 
 bool has_avx512() {
@@ -89,15 +89,16 @@ void linear_task(void* context, int64_t index) {
   job.kernel->rows(*job.problem, begin, end < rows ? end : rows, scratch);
 }
 
-// Rows per task: whole row blocks, several tasks per thread so that a slow one does not hold up the rest.
+// Rows per task: whole row blocks, several tasks per thread so that a slow one does not hold up the
+// rest.
 int64_t task_rows(int64_t rows, int64_t block, int32_t threads) {
   const int64_t tasks = 8 * static_cast<int64_t>(threads);
   const int64_t blocks = (rows + block - 1) / block;
   return (blocks + tasks - 1) / tasks * block;
 }
 
-int32_t run_linear(const LinearKernel& kernel, const QlWeight* weight, const float* x, int64_t tokens, const float* bias,
-                   float* y, int32_t threads) {
+int32_t run_linear(const LinearKernel& kernel, const QlWeight* weight, const float* x,
+                   int64_t tokens, const float* bias, float* y, int32_t threads) {
   if (tokens == 0 || weight->rows == 0) return QL_OK;
   Problem problem{weight, x, bias, y, tokens, nullptr, kernel.token_bytes(*weight, tokens)};
   problem.token_data = token_buffer.reserve(problem.token_bytes * tokens);
@@ -110,7 +111,8 @@ int32_t run_linear(const LinearKernel& kernel, const QlWeight* weight, const flo
   ql::parallel_for((tokens + kTokensPerTask - 1) / kTokensPerTask, threads, prepare_task, &prepare);
   LinearJob job{&kernel, &problem, task_rows(weight->rows, kernel.row_block, threads),
                 kernel.scratch_bytes(*weight, tokens), false};
-  ql::parallel_for((weight->rows + job.rows_per_task - 1) / job.rows_per_task, threads, linear_task, &job);
+  ql::parallel_for((weight->rows + job.rows_per_task - 1) / job.rows_per_task, threads, linear_task,
+                   &job);
   return job.out_of_memory ? QL_NO_MEMORY : QL_OK;
 }
 
@@ -146,7 +148,9 @@ int64_t ql_segment_bytes() { return sizeof(QlSegment); }
 
 int32_t ql_best_isa() {
 #ifdef __x86_64__
-  static const int32_t best = has_avx512() ? QL_ISA_AVX512 : has_avx2() ? QL_ISA_AVX2 : QL_ISA_PORTABLE;
+  static const int32_t best = has_avx512() ? QL_ISA_AVX512
+                              : has_avx2() ? QL_ISA_AVX2
+                                           : QL_ISA_PORTABLE;
   return best;
 #else
   return QL_ISA_PORTABLE;
@@ -155,20 +159,20 @@ int32_t ql_best_isa() {
 
 int32_t ql_supports_isa(int32_t isa) { return kernels_of(isa) != nullptr; }
 
-int32_t ql_linear_int8(const QlWeight* weight, const float* x, int64_t tokens, const float* bias, float* y, int32_t isa,
-                       int32_t threads) {
+int32_t ql_linear_int8(const QlWeight* weight, const float* x, int64_t tokens, const float* bias,
+                       float* y, int32_t isa, int32_t threads) {
   const IsaKernels* kernels = kernels_of(isa);
   return kernels ? run_linear(kernels->int8, weight, x, tokens, bias, y, threads) : QL_NO_SUCH_ISA;
 }
 
-int32_t ql_linear_exact(const QlWeight* weight, const float* x, int64_t tokens, const float* bias, float* y, int32_t isa,
-                        int32_t threads) {
+int32_t ql_linear_exact(const QlWeight* weight, const float* x, int64_t tokens, const float* bias,
+                        float* y, int32_t isa, int32_t threads) {
   const IsaKernels* kernels = kernels_of(isa);
   return kernels ? run_linear(kernels->exact, weight, x, tokens, bias, y, threads) : QL_NO_SUCH_ISA;
 }
 
-int32_t ql_dequantize(const QlWeight* weight, const int64_t* ids, int64_t first, int64_t count, float* out, int32_t isa,
-                      int32_t threads) {
+int32_t ql_dequantize(const QlWeight* weight, const int64_t* ids, int64_t first, int64_t count,
+                      float* out, int32_t isa, int32_t threads) {
   const IsaKernels* kernels = kernels_of(isa);
   if (!kernels) return QL_NO_SUCH_ISA;
   for (int64_t i = 0; ids && i < count; ++i) {
@@ -177,6 +181,8 @@ int32_t ql_dequantize(const QlWeight* weight, const int64_t* ids, int64_t first,
   if (!ids && (first < 0 || count < 0 || first > weight->rows - count)) return QL_ROW_OUT_OF_RANGE;
   if (count * weight->columns < kernels->exact.serial_work || threads < 1) threads = 1;
   DequantizeJob job{kernels, weight, ids, first, count, out, task_rows(count, 1, threads), false};
-  if (count) ql::parallel_for((count + job.rows_per_task - 1) / job.rows_per_task, threads, dequantize_task, &job);
+  if (count)
+    ql::parallel_for((count + job.rows_per_task - 1) / job.rows_per_task, threads, dequantize_task,
+                     &job);
   return job.out_of_memory ? QL_NO_MEMORY : QL_OK;
 }

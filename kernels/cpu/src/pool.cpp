@@ -13,7 +13,8 @@
 namespace ql {
 namespace {
 
-// How often a thread looks again before it goes to sleep or yields: some microseconds, the gap between two layers.
+// How often a thread looks again before it goes to sleep or yields: some microseconds, the gap
+// between two layers.
 constexpr int kSpins = 2000;
 
 inline void pause() {
@@ -40,9 +41,10 @@ class Pool {
     }
     wake_.notify_all();
     work();
-    // A thread that wakes up from now on finds the job closed and leaves it alone: nobody waits for a late one. The
-    // order of these two steps here, and of the opposite ones in serve(), is what makes that safe (both sequentially
-    // consistent): either the thread sees the job closed, or we see the thread inside.
+    // A thread that wakes up from now on finds the job closed and leaves it alone: nobody waits for
+    // a late one. The order of these two steps here, and of the opposite ones in serve(), is what
+    // makes that safe (both sequentially consistent): either the thread sees the job closed, or we
+    // see the thread inside.
     open_.store(false);
     for (int spin = 0; inside_.load() != 0; ++spin) {
       if (spin < kSpins) {
@@ -114,7 +116,8 @@ Pool* pool() {
   Pool* current = shared_pool.load(std::memory_order_acquire);
   if (current) return current;
   // A forked child has the parent's pool but none of its threads: it starts another.
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { shared_pool.store(nullptr); });
+  static const int registered =
+      pthread_atfork(nullptr, nullptr, [] { shared_pool.store(nullptr); });
   (void)registered;
   Pool* fresh = new (std::nothrow) Pool;
   if (fresh && !shared_pool.compare_exchange_strong(current, fresh)) {

@@ -1,14 +1,15 @@
-// The kernels of the instruction sets without a byte dot product: one output row is decoded into scratch (which stays
-// in the first-level cache), then multiplied with every token.
+// The kernels of the instruction sets without a byte dot product: one output row is decoded into
+// scratch (which stays in the first-level cache), then multiplied with every token.
 //
-// Weights are widened to int16 with the zero point already subtracted, and multiplied as int16 pairs: exact for every
-// width. Bytes would be denser, but the x86 instruction for them (VPMADDUBSW) saturates with 8-bit weights and needs
-// separate sums for zero points.
+// Weights are widened to int16 with the zero point already subtracted, and multiplied as int16
+// pairs: exact for every width. Bytes would be denser, but the x86 instruction for them
+// (VPMADDUBSW) saturates with 8-bit weights and needs separate sums for zero points.
 //
 // An `Isa` supplies
 //   Spread                       eight packed codes to eight bytes (see common.h)
 //   Vector                       a GCC vector of floats
-//   dot4(w, stride, a, n, sums)  sums[r] = sum over n of w[r * stride + i] * a[i]; n is a multiple of 16
+//   dot4(w, stride, a, n, sums)  sums[r] = sum over n of w[r * stride + i] * a[i]; n is a multiple
+//   of 16
 #pragma once
 
 #include "common.h"
@@ -21,11 +22,14 @@ constexpr int64_t kTokenBlock = 4;  // tokens that share a decoded row in exact 
 template <class Isa>
 struct RowKernels {
   // Prepared token: its scale, then int16 values.
-  static int64_t int8_token_bytes(const QlWeight& w, int64_t) { return 64 + round_up(2 * padded_columns(w), 64); }
+  static int64_t int8_token_bytes(const QlWeight& w, int64_t) {
+    return 64 + round_up(2 * padded_columns(w), 64);
+  }
 
   static void int8_prepare(const Problem& p, int64_t token) {
     uint8_t* data = p.token_data + token * p.token_bytes;
-    const float scale = round_padded_token(*p.weight, p.x + token * p.weight->columns, reinterpret_cast<int16_t*>(data + 64));
+    const float scale = round_padded_token(*p.weight, p.x + token * p.weight->columns,
+                                           reinterpret_cast<int16_t*>(data + 64));
     memcpy(data, &scale, sizeof scale);
   }
 
@@ -46,18 +50,21 @@ struct RowKernels {
     return arena.used;
   }
 
-  static void decode_int8_row(const QlWeight& w, int64_t row, int64_t slot, const Int8Scratch& scratch) {
+  static void decode_int8_row(const QlWeight& w, int64_t row, int64_t slot,
+                              const Int8Scratch& scratch) {
     int16_t* out = scratch.weights + slot * padded_columns(w);
     float* scales = scratch.scales + slot;
     for (int64_t i = 0; i < w.segment_count; ++i) {
       const QlSegment& s = w.segments[i];
       scratch.row.decode(s, row);
-      unpack_row<typename Isa::Spread>(s.packed + row * s.row_bytes, s.row_bytes, s.bits, padded(s), scratch.row.codes);
+      unpack_row<typename Isa::Spread>(s.packed + row * s.row_bytes, s.row_bytes, s.bits, padded(s),
+                                       scratch.row.codes);
       for (int64_t piece = 0; piece < pieces(s); ++piece) {
         const int64_t group = group_of_piece(s, piece), k = piece * piece_span(s);
         const int64_t end = smaller(k + piece_span(s), padded(s));
         const int32_t zero = scratch.row.zeros[group];
-        for (int64_t j = k; j < end; ++j) out[j] = static_cast<int16_t>(scratch.row.codes[j] - zero);
+        for (int64_t j = k; j < end; ++j)
+          out[j] = static_cast<int16_t>(scratch.row.codes[j] - zero);
         *scales = scratch.row.scales[group];
         scales += kRowBlock;
       }
@@ -71,12 +78,14 @@ struct RowKernels {
     const Int8Scratch scratch(w, arena);
     for (int64_t row = begin; row < end; row += kRowBlock) {
       const int64_t count = smaller(kRowBlock, end - row);
-      for (int64_t r = 0; r < kRowBlock; ++r) decode_int8_row(w, row + smaller(r, count - 1), r, scratch);
+      for (int64_t r = 0; r < kRowBlock; ++r)
+        decode_int8_row(w, row + smaller(r, count - 1), r, scratch);
       for (int64_t token = 0; token < p.tokens; ++token) int8_block(p, row, count, token, scratch);
     }
   }
 
-  static void int8_block(const Problem& p, int64_t row, int64_t count, int64_t token, const Int8Scratch& scratch) {
+  static void int8_block(const Problem& p, int64_t row, int64_t count, int64_t token,
+                         const Int8Scratch& scratch) {
     const QlWeight& w = *p.weight;
     const uint8_t* data = p.token_data + token * p.token_bytes;
     const int16_t* a = reinterpret_cast<const int16_t*>(data + 64);
@@ -101,15 +110,17 @@ struct RowKernels {
     }
   }
 
-  // Decodes one row to floats, segment after segment, at `out` plus the segment's offset: `padding` to the next
-  // multiple of 64 for the exact kernel, none for an output row.
+  // Decodes one row to floats, segment after segment, at `out` plus the segment's offset: `padding`
+  // to the next multiple of 64 for the exact kernel, none for an output row.
   template <bool padding>
-  static void decode_float_row(const QlWeight& w, int64_t row, const RowGroups& scratch, float* out) {
+  static void decode_float_row(const QlWeight& w, int64_t row, const RowGroups& scratch,
+                               float* out) {
     for (int64_t i = 0; i < w.segment_count; ++i) {
       const QlSegment& s = w.segments[i];
       const int64_t length = padding ? padded(s) : s.length;
       scratch.decode(s, row);
-      unpack_row<typename Isa::Spread>(s.packed + row * s.row_bytes, s.row_bytes, s.bits, length, scratch.codes);
+      unpack_row<typename Isa::Spread>(s.packed + row * s.row_bytes, s.row_bytes, s.bits, length,
+                                       scratch.codes);
       for (int64_t piece = 0; piece < pieces(s); ++piece) {
         const int64_t group = group_of_piece(s, piece), k = piece * piece_span(s);
         const int64_t end = smaller(k + piece_span(s), length);
@@ -118,7 +129,8 @@ struct RowKernels {
           for (int64_t j = k; j < end; ++j) out[j] = s.code_book[scratch.codes[j]] * scale;
         } else {
           const int32_t zero = scratch.zeros[group];
-          for (int64_t j = k; j < end; ++j) out[j] = static_cast<float>(scratch.codes[j] - zero) * scale;
+          for (int64_t j = k; j < end; ++j)
+            out[j] = static_cast<float>(scratch.codes[j] - zero) * scale;
         }
       }
       out += length;
@@ -139,7 +151,8 @@ struct RowKernels {
   static int64_t exact_token_bytes(const QlWeight& w, int64_t) { return 4 * padded_columns(w); }
 
   static void exact_prepare(const Problem& p, int64_t token) {
-    pad_token(*p.weight, p.x + token * p.weight->columns, reinterpret_cast<float*>(p.token_data + token * p.token_bytes));
+    pad_token(*p.weight, p.x + token * p.weight->columns,
+              reinterpret_cast<float*>(p.token_data + token * p.token_bytes));
   }
 
   static int64_t exact_scratch_bytes(const QlWeight& w, int64_t) {
@@ -164,7 +177,8 @@ struct RowKernels {
     }
   }
 
-  // Sixteen running sums whatever the vector width, so that this order of additions is the same everywhere.
+  // Sixteen running sums whatever the vector width, so that this order of additions is the same
+  // everywhere.
   static float dot(const float* w, const float* x, int64_t count) {
     using Vector = typename Isa::Vector;
     constexpr int64_t width = sizeof(Vector) / sizeof(float), vectors = 16 / width;
