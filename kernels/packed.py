@@ -101,17 +101,15 @@ class PackedWeight:
 
 
 def layout_of(shape: Sequence[int], segments: Sequence[Segment]) -> str:
-    """Shape and segments as text, for example `96x512|0:448:int4:64:z:f16|448:64:int8:0:s:f16`.
+    """Shape and segments as text, for example `96x512|0:448:int4:64:6:f16|448:64:int8:0:0:f16`.
 
-    A segment is start, length, element, group size, s (symmetric) or z, and scale.
+    A segment is start, length, element, group size, bits of a zero point (0: symmetric) and scale.
     """
     parts = [f"{shape[0]}x{shape[1]}"]
     for segment in segments:
         form = segment.format
-        zero = "s" if form.symmetric else "z"
-        parts.append(
-            f"{segment.start}:{segment.length}:{form.element}:{form.group_size}:{zero}:{form.scale}"
-        )
+        fields = (segment.start, segment.length, form.element, form.group_size, form.zero_bits)
+        parts.append(":".join(map(str, (*fields, form.scale))))
     return "|".join(parts)
 
 
@@ -123,8 +121,9 @@ def parse_layout(layout: str) -> tuple[tuple[int, int], tuple[Segment, ...]]:
         rows, columns = (int(size) for size in head.split("x"))
         segments = []
         for part in parts:
-            start, length, element, group_size, zero, scale = part.split(":")
-            form = WeightFormat(element, int(group_size), zero == "s", scale)
+            start, length, element, group_size, zero_bits, scale = part.split(":")
+            symmetric = int(zero_bits) == 0
+            form = WeightFormat(element, int(group_size), symmetric, scale, int(zero_bits))
             segments.append(Segment(int(start), int(length), form))
     except ValueError as error:
         raise FormatError(
@@ -141,7 +140,7 @@ def suffixes_of(layout: str) -> tuple[str, ...]:
 
 def _select_zeros(words: Tensor, form: WeightFormat, count: int, rows: Tensor) -> Tensor:
     """Zero points are packed along N, so choosing rows means packing them again."""
-    return pack_zeros(unpack_zeros(words, form.bits, count)[rows], form.bits)
+    return pack_zeros(unpack_zeros(words, form.zero_bits, count)[rows], form.zero_bits)
 
 
 def _name(dtype: torch.dtype) -> str:

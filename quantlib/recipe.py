@@ -46,6 +46,7 @@ class Recipe(BaseModel):
     probes:        plans whose KL is really measured to calibrate the prediction; 0 for none.
     probe_windows: windows each probe is measured on, taken from the calibration text but not calibrated on.
     refine:        re-round the chosen plan block by block with quantized inputs.
+    swaps:         exchanges between weights to try on true KL after solving (`search.refine`); 0 for none.
     strength:      how far re-rounding moves towards the least-squares target (`rounding.asymmetric`).
     """
 
@@ -62,6 +63,7 @@ class Recipe(BaseModel):
     passes: int = Field(3, ge=0, le=20)
     probes: int = Field(8, ge=0, le=64)
     probe_windows: int = Field(8, ge=1)
+    swaps: int = Field(0, ge=0, le=10_000)
     refine: bool = True
     strength: float = Field(0.5, ge=0, le=1)
 

@@ -31,6 +31,8 @@ from quantlib.search import jsonfile
 CONFIDENCE = 0.95
 HUBER = 1.345
 """Huber's constant: 95 % efficient on normal residuals, bounded influence of the others."""
+NORMAL_MAD = 1.4826
+"""Standard deviation of a normal distribution over its median absolute deviation."""
 
 
 class Probe(NamedTuple):
@@ -144,7 +146,10 @@ class Calibration:
             probes.append(
                 Probe(*(jsonfile.field(probe, name, float, where) for name in Probe._fields))
             )
-        return Calibration(tuple(probes))
+        try:
+            return Calibration(tuple(probes))
+        except SearchError as error:
+            raise SearchError(f"{where}: {error}") from error
 
 
 def _exp(value: float) -> float:
@@ -153,30 +158,41 @@ def _exp(value: float) -> float:
 
 
 def _fit_line(points: np.ndarray) -> _Fit:
-    """Fit the line to `points` [n, 3]: predicted, measured, standard error. Alternates line and
-    lack of fit."""
+    """Fit the line to `points` [n, 3]: predicted, measured, standard error.
+
+    Reweighted least squares: the line's weights use a scatter from the median residual, which an
+    odd probe cannot inflate; the interval uses the whole scatter.
+    """
     x, y = np.log(points[:, 0]), np.log(points[:, 1])
-    # delta method: the standard error of log KL; the floor (a tenth of a percent) keeps weights
-    # finite for exact probes
+    # delta method: the standard error of log KL; the floor keeps the weights of exact probes finite
     noise = np.maximum(points[:, 2] / points[:, 1], 1e-3) ** 2
     center = float(x.mean())
     design = np.stack([np.ones_like(x), x - center], axis=1)
     free = len(x) - 2
-    lack, robust = 0.0, np.ones_like(x)
-    for _ in range(50):
-        weight = robust / (noise + lack)
-        covariance = np.linalg.inv(design.T @ (weight[:, None] * design))
-        coefficients = covariance @ design.T @ (weight * y)
-        residual = y - design @ coefficients
-        previous, lack = lack, _lack_of_fit(residual**2, noise, free)
-        standardized = np.abs(residual) / np.sqrt(noise + lack)
-        robust = np.minimum(1.0, HUBER / np.maximum(standardized, 1e-12))
-        if abs(lack - previous) <= 1e-9 * (lack + 1e-12):
+    weight = 1 / noise
+    coefficients = np.zeros(2)
+    for _ in range(100):
+        previous = coefficients
+        coefficients = _estimator(design, weight) @ y
+        if np.abs(coefficients - previous).max() <= 1e-10:
             break
+        residual = np.abs(y - design @ coefficients)
+        typical = (NORMAL_MAD * float(np.median(residual))) ** 2 * len(x) / free
+        variance = noise + max(0.0, typical - float(np.median(noise)))
+        huber = np.minimum(1.0, HUBER * np.sqrt(variance) / np.maximum(residual, 1e-300))
+        weight = huber / variance
+    estimator = _estimator(design, weight)
+    lack = _lack_of_fit((y - design @ coefficients) ** 2, noise, free)
+    covariance = (estimator * (noise + lack)) @ estimator.T
     scatter = lack + float(np.median(noise))
-    return _Fit(
-        coefficients, center, covariance, scatter, float(student_t.ppf(0.5 + CONFIDENCE / 2, free))
-    )
+    quantile = float(student_t.ppf(0.5 + CONFIDENCE / 2, free))
+    return _Fit(coefficients, center, covariance, scatter, quantile)
+
+
+def _estimator(design: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """The matrix [2, n] that maps observations to the weighted least-squares coefficients."""
+    weighted = design.T * weight
+    return np.linalg.solve(weighted @ design, weighted)
 
 
 def _lack_of_fit(squares: np.ndarray, noise: np.ndarray, free: int) -> float:

@@ -21,13 +21,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 from quantlib.errors import FormatError, UsageError
 from quantlib.formats.scheme import KEPT, Scheme
-
-if TYPE_CHECKING:
-    from quantlib.search.problem import WeightInfo
+from quantlib.search.weights import WeightInfo
 
 KINDS = ("floor", "ceiling", "pin")
 

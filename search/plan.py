@@ -21,9 +21,10 @@ from quantlib.errors import FormatError, SearchError
 from quantlib.formats.scheme import Scheme
 from quantlib.search import jsonfile
 from quantlib.search.calibrate import Calibration
-from quantlib.search.problem import ENGINES, Picks, Problem, WeightInfo
+from quantlib.search.problem import Picks, Problem
 from quantlib.search.sensitivity import Sensitivity
 from quantlib.search.solve import Solution
+from quantlib.search.weights import ENGINES, GroupInfo, WeightInfo, units
 
 FORMAT = "quantlib-plan"
 VERSION = 1
@@ -42,7 +43,7 @@ class Plan:
     """An allocation of schemes to the weights of one model.
 
     model:       fingerprint of the source model. engine: who will run the checkpoint
-                 (`problem.ENGINES`).
+                 (`weights.ENGINES`).
     weights:     weight -> Assignment, in model order.
     fixed_bytes: bytes of the checkpoint that do not depend on the plan.
     budget:      bytes allowed, None for a plan written by hand. limits: further cost -> most
@@ -157,11 +158,17 @@ class Plan:
             provenance={**self.provenance, "sensitivity": table.digest()},
         )
 
-    def check(self, model: str, weights: Sequence[WeightInfo] | None = None) -> None:
+    def check(
+        self,
+        model: str,
+        weights: Sequence[WeightInfo] | None = None,
+        groups: Iterable[GroupInfo] | None = None,
+    ) -> None:
         """Raise SearchError unless the plan is for this model and, given `weights`, names exactly
         them.
 
-        For an engine that fuses linear groups, the members of a group must also share a scheme.
+        For an engine that fuses linear groups (those marked so in `groups`, or all), the members
+        of each must also share a scheme.
         """
         if self.model != model:
             raise SearchError(
@@ -170,8 +177,7 @@ class Plan:
             )
         if weights is not None:
             self._check_weights([info.name for info in weights])
-            if ENGINES[self.engine]:
-                self._check_fused(weights)
+            self._check_fused(weights, groups)
 
     def _check_weights(self, known: Sequence[str]) -> None:
         unknown = sorted(self.weights.keys() - set(known))
@@ -188,16 +194,18 @@ class Plan:
                 f"the plan has no scheme for {missing[0]!r}{more}: every weight needs a line"
             )
 
-    def _check_fused(self, weights: Iterable[WeightInfo]) -> None:
-        leaders: dict[str, str] = {}
-        for info in weights:
-            leader = leaders.setdefault(info.group or info.name, info.name)
-            ours, theirs = self.weights[info.name].scheme, self.weights[leader].scheme
-            if ours != theirs:
-                raise SearchError(
-                    f"{self.engine} fuses {leader} and {info.name}, and the plan gives them "
-                    f"{theirs} and {ours}: give them one scheme, or plan for engine quantlib"
-                )
+    def _check_fused(
+        self, weights: Sequence[WeightInfo], groups: Iterable[GroupInfo] | None
+    ) -> None:
+        for members in units(weights, self.engine, groups).values():
+            first, *others = [member.name for member in members]
+            for other in others:
+                schemes = self.weights[first].scheme, self.weights[other].scheme
+                if schemes[0] != schemes[1]:
+                    raise SearchError(
+                        f"{self.engine} fuses {first} and {other}, and the plan gives them "
+                        f"{' and '.join(schemes)}: give them one scheme, or plan for quantlib"
+                    )
 
     def to_json(self) -> str:
         """JSON with one line per weight, in model order."""
@@ -272,14 +280,16 @@ class Plan:
 
     @staticmethod
     def load(
-        path: str | Path, model: str | None = None, weights: Sequence[WeightInfo] | None = None
+        path: str | Path,
+        model: str | None = None,
+        weights: Sequence[WeightInfo] | None = None,
+        groups: Iterable[GroupInfo] | None = None,
     ) -> Plan:
-        """Read a plan; with `model` (a fingerprint) and `weights`, also `check` that it fits that
-        model."""
+        """Read a plan; given `model` (a fingerprint), also `check` that it fits that model."""
         plan = Plan.from_json(jsonfile.read_text(path, "plan"), str(path))
         if model is not None:
             try:
-                plan.check(model, weights)
+                plan.check(model, weights, groups)
             except SearchError as error:
                 raise SearchError(f"{path}: {error}") from error
         return plan

@@ -13,15 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from quantlib.errors import SearchError, UsageError
 from quantlib.search.constraints import Rule, allowed, check_matches
 from quantlib.search.sensitivity import Sensitivity
-
-ENGINES = {"quantlib": False, "vllm": True}
-"""Engines a plan can be for, and whether they fuse the linears that read one input into one
-matrix."""
+from quantlib.search.weights import ENGINES, GroupInfo, WeightInfo, units
 
 COST_TOLERANCE = 1e-9
 """Relative tolerance on limits of measured costs, whose sums depend on the order of addition. Bytes
@@ -29,29 +25,6 @@ have none."""
 
 Picks = tuple[int, ...]
 """For every item of a problem, in order, the index of its choice."""
-
-
-class WeightInfo(Protocol):
-    """What the search needs to know about a weight (`quantlib.models.modelmap.Weight` has it all).
-
-    group: name of the linear group the weight belongs to, None or empty when it stands alone.
-    block: name of the repeated block it lives in, None or empty outside of blocks.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def module(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def component(self) -> str: ...
-    @property
-    def block(self) -> str | None: ...
-    @property
-    def group(self) -> str | None: ...
-    @property
-    def aliases(self) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True)
@@ -255,18 +228,20 @@ def build_problem(
     *,
     fixed_bytes: int,
     engine: str = "quantlib",
+    groups: Iterable[GroupInfo] | None = None,
     rules: Sequence[Rule] = (),
     task: str | None = None,
     costs: Mapping[str, Mapping[tuple[str, str], float]] | None = None,
 ) -> Problem:
-    """The problem of choosing a scheme for each of `weights` from what `table` measured, under
-    `rules`.
+    """The problem of choosing a scheme for each weight from what was measured, under `rules`.
 
-    fixed_bytes: bytes of the checkpoint that no choice changes. task: loss column, the first one by
-                 default.
-    costs: name -> (weight, scheme) -> cost, for limits other than bytes. Raises UsageError for an
-    unknown engine and for rules that match nothing or contradict each other, SearchError when the
-    table and the model do not have the same weights.
+    fixed_bytes: bytes of the checkpoint that no choice changes.
+    engine:      who will run it; `groups` says which linear groups an engine that fuses does fuse.
+    task:        loss column to minimise, the first one by default.
+    costs:       name -> (weight, scheme) -> cost, for limits other than bytes.
+
+    Raises UsageError for an unknown engine or task and for rules that match nothing or contradict
+    each other, SearchError when the table and the model do not have the same weights.
     """
     infos = list(weights)
     task = task or table.tasks[0]
@@ -280,7 +255,7 @@ def build_problem(
     check_matches(rules, infos)
     items: list[Item] = []
     rule_bytes: dict[str, int] = {}
-    for name, members in _units(infos, fused=ENGINES[engine]).items():
+    for name, members in units(infos, engine, groups).items():
         parts = [_weight_item(table, info, task, costs or {}) for info in members]
         item = fuse(name, parts) if len(parts) > 1 else parts[0]
         items.append(_constrain(item, members, rules, rule_bytes))
@@ -310,16 +285,6 @@ def _check_same_weights(table: Sensitivity, infos: Sequence[WeightInfo]) -> None
             raise SearchError(
                 f"{found[0]}{more} {what}: the table and the model do not belong together"
             )
-
-
-def _units(infos: Sequence[WeightInfo], fused: bool) -> dict[str, list[WeightInfo]]:
-    """Name of the item -> its weights, in order of first appearance."""
-    units: dict[str, list[WeightInfo]] = {}
-    for info in infos:
-        units.setdefault((info.group if fused else None) or info.name, []).append(info)
-    return {
-        name if len(members) > 1 else members[0].name: members for name, members in units.items()
-    }
 
 
 def _weight_item(

@@ -62,6 +62,8 @@ class _Segment(ctypes.Structure):
         ("bits", ctypes.c_int32),
         ("scale_bits", ctypes.c_int32),
         ("row_scale_kind", ctypes.c_int32),
+        ("zero_bits", ctypes.c_int32),
+        ("zero_step", ctypes.c_float),
     )
 
 
@@ -142,6 +144,8 @@ def _describe_segment(
         bits=form.bits,
         scale_bits=form.scale_bits,
         row_scale_kind=_ROW_SCALE_KINDS[row_scale[0]] if row_scale else 0,
+        zero_bits=form.zero_bits,
+        zero_step=form.zero_step,
     )
 
 

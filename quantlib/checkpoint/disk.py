@@ -216,7 +216,7 @@ def require_free(path: str | os.PathLike[str], nbytes: int, purpose: str = "this
 def _existing_ancestor(path: Path) -> Path:
     """`path` itself when it exists, else the nearest folder above it that does."""
     path = path.absolute()
-    while not path.exists() and path != path.parent:
+    while not os.path.exists(path) and path != path.parent:  # Path.exists may raise
         path = path.parent
     return path
 

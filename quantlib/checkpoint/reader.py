@@ -83,9 +83,9 @@ class PackedCheckpoint:
 
         Raises CheckpointError when there is none or its values are damaged.
         """
-        matrix, segments = _matrix(self.shapes[weight]), self.segments(weight)
+        segments = self.segments(weight)
         try:
-            return unpack(self.tensors(weight), matrix, segments)
+            return unpack(self.tensors(weight), _matrix(self.shapes[weight]), segments)
         except FormatError as error:
             raise CheckpointError(f"{weight} in {self.path}: {error}") from error
 
@@ -142,7 +142,7 @@ def read_layout(path: str | os.PathLike[str]) -> PackedCheckpoint:
     its scheme calls for.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # Path.is_dir may raise
         raise CheckpointError(f"there is no checkpoint folder {path}")
     config = read_json(path / CONFIG_FILE)
     schemes, shapes = _quantization(path, config)
@@ -178,6 +178,8 @@ def _quantization(path: Path, config: Any) -> tuple[dict[str, Scheme], dict[str,
         for name, scheme in described["schemes"].items():
             schemes[name] = Scheme.parse(scheme)
             shapes[name] = tuple(int(size) for size in described["shapes"][name])
+            if not shapes[name]:
+                raise ValueError(f"{name} has no shape")
     except FormatError as error:
         raise CheckpointError(f"{path / CONFIG_FILE}, weight {name}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -32,7 +32,7 @@ LAYOUT = (
     "I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
 )
 # fmt: on
-"""The dtypes a checkpoint may hold, in the order in which the library lays tensors out in a file."""
+"""What a checkpoint may hold, in the order in which the library lays tensors out in a file."""
 _NAMES = {TORCH_DTYPES[name]: name for name in LAYOUT}
 _RANKS = {TORCH_DTYPES[name]: rank for rank, name in enumerate(LAYOUT)}
 

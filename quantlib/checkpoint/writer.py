@@ -135,16 +135,17 @@ def check_output(
     again).
     """
     path = _place(out)
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is a file: choose a folder for the checkpoint")
-    if os.path.ismount(path):
-        raise CheckpointError(
-            f"{path} is a mount point and cannot be renamed into place: choose a folder inside it"
-        )
-    if not any(path.iterdir()):
-        return
+    with disk_errors("use", path):
+        if not path.exists():
+            return
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is a file: choose a folder for the checkpoint")
+        if os.path.ismount(path):
+            raise CheckpointError(
+                f"{path} is a mount point and cannot be renamed into place: choose a folder in it"
+            )
+        if not any(path.iterdir()):
+            return
     if not _is_checkpoint(path):
         raise CheckpointError(
             f"{path} is not empty and is not a checkpoint of quantlib: choose a new or an empty "

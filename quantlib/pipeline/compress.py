@@ -21,6 +21,7 @@ from quantlib.pipeline.measure import measure
 from quantlib.pipeline.plan import Budget, allocation_problem, save_plan, save_table, search
 from quantlib.pipeline.probe import probe
 from quantlib.pipeline.run import Progress, Run, Silent
+from quantlib.pipeline.swap import swap
 from quantlib.recipe import Recipe
 from quantlib.search.plan import Plan
 from quantlib.search.sensitivity import Sensitivity
@@ -128,6 +129,8 @@ def compress(
         prepare(run)
         table = measured_table(run, budget)
         plan, problem, _ = search(run.model_map, table, budget)
+        if settings.swaps:
+            plan = swap(run, plan, problem).plan
         save_plan(run, plan)
         path, refinement = apply(run, plan, out, refine=settings.refine, overwrite=overwrite)
         page = None

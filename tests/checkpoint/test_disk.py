@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from quantlib.checkpoint.disk import (
     PendingFile,
+    atomic_write,
     atomic_write_bytes,
     atomic_write_json,
     atomic_write_text,
@@ -19,9 +21,10 @@ from quantlib.checkpoint.disk import (
     size_text,
 )
 from quantlib.checkpoint.provenance import file_sha256
+from quantlib.checkpoint.reader import read_layout
+from quantlib.checkpoint.workdir import WorkDir
+from quantlib.checkpoint.writer import write_checkpoint
 from quantlib.errors import CheckpointError
-
-NOT_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -61,6 +64,27 @@ def test_the_hash_taken_while_writing_is_that_of_the_file(tmp_path: Path) -> Non
     assert pending.nbytes == 5000
 
 
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_durable_file_is_flushed_before_it_has_its_name_and_its_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    calls: list[str] = []
+    replace = os.replace
+
+    def fsync(descriptor: int) -> None:
+        calls.append("flush " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).suffix)
+
+    def rename(*names: Path) -> None:
+        calls.append("rename")
+        replace(*names)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", rename)
+    (tmp_path / "f.d").mkdir()
+    atomic_write(tmp_path / "f.d" / "f", b"1", durable)
+    assert calls == (["flush .tmp", "rename", "flush .d"] if durable else ["rename"])
+
+
 def test_unfinished_files_are_removed_and_others_are_not(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     for name in ("sub/keep.tmp", ".hidden", "keep"):
@@ -83,20 +107,30 @@ def test_too_little_room_is_told_before_work_starts(tmp_path: Path) -> None:
 
 def test_a_path_below_a_file_is_told_before_work_starts(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="could not write in .*file: Not a directory"):
+    with pytest.raises(CheckpointError, match=r"could not write in .*file: Not a directory"):
         require_free(tmp_path / "file", 1)
 
 
-@NOT_ROOT
-def test_an_unwritable_folder_is_told_before_work_starts(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    try:
+def test_an_unwritable_folder_is_told_before_work_starts(
+    tmp_path: Path, run_in_child: Callable[..., int | None]
+) -> None:
+    def attempts() -> None:
+        if os.geteuid() == 0:  # root may write anywhere: be somebody else
+            os.setuid(65534)
         with pytest.raises(CheckpointError, match="Choose a folder you may write to"):
-            require_free(tmp_path / "out", 1)
+            require_free(tmp_path / "out" / "deep", 1)
         with pytest.raises(CheckpointError, match="Choose a folder you may write to"):
             atomic_write_bytes(tmp_path / "f", b"")
-    finally:
-        tmp_path.chmod(0o700)
+        with pytest.raises(CheckpointError, match="Choose a folder you may write to"):
+            WorkDir.open(tmp_path / "work")
+        with pytest.raises(CheckpointError, match="Choose a folder you may write to"):
+            write_checkpoint(tmp_path / "out", {}, {}, {}, {})
+        with pytest.raises(CheckpointError, match="could not read|there is no checkpoint"):
+            read_layout(tmp_path)
+
+    tmp_path.chmod(0o500)
+    assert run_in_child(attempts) is not None
+    tmp_path.chmod(0o700)
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, full_disk) -> None:
@@ -113,7 +147,7 @@ def test_json_cut_short_is_a_sentence(tmp_path: Path, text: bytes, why: str) -> 
     (tmp_path / "v.json").write_bytes(text)
     with pytest.raises(CheckpointError, match=f"v.json is {why}"):
         read_json(tmp_path / "v.json")
-    with pytest.raises(CheckpointError, match="could not read .*absent.json: No such file"):
+    with pytest.raises(CheckpointError, match=r"could not read .*absent\.json: No such"):
         read_json(tmp_path / "absent.json")
 
 
@@ -131,6 +165,9 @@ _FILL = """
 import os, sys
 from pathlib import Path
 from quantlib.checkpoint.workdir import WorkDir
+from quantlib.checkpoint.reader import read_layout
+from quantlib.checkpoint.workdir import WorkDir
+from quantlib.checkpoint.writer import write_checkpoint
 from quantlib.errors import CheckpointError
 
 folder = Path(sys.argv[1])

@@ -183,7 +183,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(
 ) -> None:
     old = folder_contents(parts.write())
     parts.config["hidden_size"] = 73
-    for room in range(0, 12_000, 1500):
+    total = sum(len(data) for data in old.values())
+    for room in range(0, total, total // 8):
         with full_disk(after=room), pytest.raises(CheckpointError, match="the disk is full"):
             parts.write(overwrite=True)
         assert folder_contents(parts.out) == old
@@ -285,7 +286,7 @@ def test_a_mount_point_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_a_weight_without_a_shape_is_refused(parts: Any) -> None:
     del parts.shapes["embed.weight"]
-    with pytest.raises(CheckpointError, match="embed.weight has only one of them"):
+    with pytest.raises(CheckpointError, match=r"embed\.weight has only one of them"):
         parts.write()
 
 

@@ -264,6 +264,20 @@ def test_rotary_frequencies_of_old_checkpoints_are_not_asked_for(saved: Saved, e
     assert name not in {row.name for row in rows}
 
 
+def test_gemma3_is_mapped_from_the_names_it_is_published_under(saved: Saved, edit: Edit) -> None:
+    folder = saved("gemma3")
+    expected = ModelMap.from_source(Source.open(folder)).coverage()
+
+    def publish(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith("vision_tower.")]:
+            published = name.replace("vision_tower.", "vision_tower.vision_model.")
+            tensors[published] = tensors.pop(name)
+        assert "language_model.model.embed_tokens.weight" in tensors
+        assert "vision_tower.vision_model.post_layernorm.weight" in tensors
+
+    assert ModelMap.from_source(Source.open(edit(folder, publish))).coverage() == expected
+
+
 LLAMA = find("llama")
 assert LLAMA is not None
 

@@ -25,17 +25,19 @@ enum QlRowScale : int32_t { QL_ROW_SCALE_NONE = 0, QL_ROW_SCALE_F16 = 1, QL_ROW_
 
 // Columns [start, start + length) of a weight, in one format.
 struct QlSegment {
-  const uint8_t*
-      packed;  // [N] rows of row_bytes; codes bit-contiguous along K, least significant bit first
-  const uint8_t*
-      scale;  // rows of scale_row_bytes: float16 [groups], or scale codes of scale_bits each
-  const uint8_t* row_scale;  // multiplies every group scale of a row: float16 or float32, or null
-  const uint8_t*
-      zero_point;           // int32 [ceil(N*bits/32), groups], packed along N; null when symmetric
+  // Rows of row_bytes: codes bit-contiguous along K, least significant bit first.
+  const uint8_t* packed;
+  // Rows of scale_row_bytes: float16 [groups], or as many scale codes of scale_bits each.
+  const uint8_t* scale;
+  // A further factor of all scales of a row, float16 or float32; null when there is none.
+  const uint8_t* row_scale;
+  // int32 [ceil(N*zero_bits/32), groups]: codes packed along N, each worth zero_step weight codes;
+  // null when symmetric.
+  const uint8_t* zero_point;
   const float* code_book;   // 2^bits values of a float element; null for integers
-  const float* scale_book;  // 2^scale_bits values of the scale codes; null when scales are float16
+  const float* scale_book;  // 2^scale_bits values of the scale codes; null for float16 scales
   int64_t row_bytes;
-  int64_t scale_row_bytes;   // 0: one row of scales serves all rows
+  int64_t scale_row_bytes;   // 0: one row of scales and zero points serves all rows
   int64_t row_scale_stride;  // in elements; 0: one value serves all rows
   int64_t start;
   int64_t length;
@@ -44,8 +46,8 @@ struct QlSegment {
   int32_t bits;            // 2..8
   int32_t scale_bits;      // 16 for float16
   int32_t row_scale_kind;  // QlRowScale
-  int32_t zero_bits;       // bits of a stored zero point
-  float zero_step;         // what one unit of it is worth, in codes
+  int32_t zero_bits;
+  float zero_step;
 };
 
 struct QlWeight {
@@ -61,9 +63,10 @@ QL_API int32_t ql_best_isa();
 QL_API int32_t ql_supports_isa(int32_t isa);
 
 // y [M, N] = x [M, K] * weight^T + bias, float32, row-major; bias may be null. Returns a QlStatus.
-// int8: x is rounded per token to int8 (scale amax/127) and multiplied in integers; every element
-// must be an integer. exact: x stays float32. Meant for few tokens: the weight is decoded again for
-// every four of them.
+//   int8:  x is rounded per token to int8 (scale amax/127) and multiplied in integers; every
+//   element
+//          must be an integer.
+//   exact: x stays float32. Meant for few tokens: the weight is decoded again for every four.
 QL_API int32_t ql_linear_int8(const QlWeight* weight, const float* x, int64_t tokens,
                               const float* bias, float* y, int32_t isa, int32_t threads);
 QL_API int32_t ql_linear_exact(const QlWeight* weight, const float* x, int64_t tokens,

@@ -42,6 +42,9 @@ inline __mmask16 lanes_below(int64_t count) {
   return static_cast<__mmask16>(count >= 16 ? 0xFFFF : count > 0 ? (1 << count) - 1 : 0);
 }
 
+// The first `count` of 64 bytes, count below 64: none when it is not positive.
+inline __mmask64 bytes_below(int64_t count) { return count > 0 ? ~0ull >> (64 - count) : 0; }
+
 // One packed row, 64 codes at a time.
 template <int bits>
 class Codes {
@@ -60,9 +63,9 @@ class Codes {
   // The codes k .. k + 63; past the end of the row, zeros.
   __m512i at(int64_t k) const {
     const int64_t offset = k / 8 * bits, left = bytes_ - offset;
-    const uint64_t whole = ~0ull >> (64 - 8 * bits);
-    const __mmask64 mask = left >= 8 * bits ? whole : left > 0 ? ~0ull >> (64 - left) : 0;
-    const __m512i stream = _mm512_maskz_loadu_epi8(mask, row_ + offset);
+    // The row may end where its file does: read past the 64 codes, but not past the row.
+    const __m512i stream = left >= 64 ? _mm512_loadu_si512(row_ + offset)
+                                      : _mm512_maskz_loadu_epi8(bytes_below(left), row_ + offset);
     if constexpr (bits == 8) return stream;
     const __m512i spread = _mm512_permutexvar_epi8(places_, stream);
     return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts_, spread), low_);

@@ -13,25 +13,22 @@ constexpr int64_t kTokenBlock = 4;  // tokens that share decoded weights
 struct IntegerTable {  // up to 4 bits: all sixteen weights of the group fit a register
   explicit IntegerTable(const QlSegment&) : table(_mm512_setzero_ps()) {}
   __m512 table;
-  void set(float scale, int32_t zero) {
-    const __m512i codes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    table = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(codes, _mm512_set1_epi32(zero))),
-                          _mm512_set1_ps(scale));
+  void set(float scale, float zero) {
+    const __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    table = _mm512_mul_ps(_mm512_sub_ps(codes, _mm512_set1_ps(zero)), _mm512_set1_ps(scale));
   }
   __m512 operator()(__m512i codes) const { return _mm512_permutexvar_ps(codes, table); }
 };
 
 struct IntegerLinear {
-  explicit IntegerLinear(const QlSegment&)
-      : scale(_mm512_setzero_ps()), zero(_mm512_setzero_si512()) {}
-  __m512 scale;
-  __m512i zero;
-  void set(float scale_, int32_t zero_) {
+  explicit IntegerLinear(const QlSegment&) : scale(_mm512_setzero_ps()), zero(scale) {}
+  __m512 scale, zero;
+  void set(float scale_, float zero_) {
     scale = _mm512_set1_ps(scale_);
-    zero = _mm512_set1_epi32(zero_);
+    zero = _mm512_set1_ps(zero_);
   }
   __m512 operator()(__m512i codes) const {
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(codes, zero)), scale);
+    return _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(codes), zero), scale);
   }
 };
 
@@ -39,7 +36,7 @@ struct FloatBook {
   explicit FloatBook(const QlSegment& s) : book(s.code_book), scale(_mm512_setzero_ps()) {}
   const float* book;
   __m512 scale;
-  void set(float scale_, int32_t) { scale = _mm512_set1_ps(scale_); }
+  void set(float scale_, float) { scale = _mm512_set1_ps(scale_); }
   __m512 operator()(__m512i codes) const {
     return _mm512_mul_ps(_mm512_i32gather_ps(codes, book, 4), scale);
   }

@@ -3,7 +3,8 @@
 // VPDPBUSD multiplies unsigned codes with signed activations and adds fours of products into int32
 // lanes, exactly. Zero points are subtracted as integers too, lane by lane, since the sum of
 // (q - z) a is the sum of q a minus z times the sum of a: these two are nearly equal when
-// activations have a mean, and in floats little would be left of their difference.
+// activations have a mean, and in floats little would be left of their difference. Of a zero point
+// between two codes, the nearest is subtracted so, and the rest (half a code at most) in floats.
 #pragma once
 
 #include "avx512_codes.h"
@@ -60,22 +61,14 @@ void int8_prepare(const Problem& p, int64_t index) {
   const QlWeight& w = *p.weight;
   const Int8Token token = token_at(p, index);
   *token.scale = round_padded_token(w, p.x + index * w.columns, token.values);
+  if (p.tokens >= kManyTokens) return sum_pieces(w, token.values, token.sums);
   const int8_t* values = token.values;
   int32_t* sums = token.sums;
   for (int64_t i = 0; i < w.segment_count; ++i) {
     const QlSegment& s = w.segments[i];
-    if (p.tokens < kManyTokens) {
-      const int64_t span = piece_span(s) < kChunk ? kChunk : piece_span(s);
-      for (int64_t k = 0; k < padded(s); k += span, sums += 16) {
-        _mm512_storeu_si512(sums, lane_sums(values + k, smaller(span, padded(s) - k)));
-      }
-    } else {
-      for (int64_t k = 0; k < padded(s); k += piece_span(s), ++sums) {
-        const int64_t end = smaller(k + piece_span(s), padded(s));
-        int32_t sum = 0;
-        for (int64_t j = k; j < end; ++j) sum += values[j];
-        *sums = sum;
-      }
+    const int64_t span = piece_span(s) < kChunk ? kChunk : piece_span(s);
+    for (int64_t k = 0; k < padded(s); k += span, sums += 16) {
+      _mm512_storeu_si512(sums, lane_sums(values + k, smaller(span, padded(s) - k)));
     }
     values += padded(s);
   }
@@ -93,11 +86,14 @@ struct LaneTotals {  // what one row has summed for each token
     }
   }
 
-  inline void add(const Lanes (&dots)[tokens], __m512i zero, __m512 scale) {
+  inline void add(const Lanes (&dots)[tokens], __m512 scale, __m512i whole, __m512 rest,
+                  bool with_rest) {
     for (int t = 0; t < tokens; ++t) {
-      const __m512i shift = _mm512_mullo_epi32(zero, _mm512_loadu_si512(sums[t]));
+      const __m512i sum = _mm512_loadu_si512(sums[t]);
+      const __m512i shift = _mm512_mullo_epi32(whole, sum);
       const __m512i dot = _mm512_sub_epi32(reinterpret_cast<__m512i>(dots[t]), shift);
       totals[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, totals[t]);
+      if (with_rest) totals[t] = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(sum), rest, totals[t]);
       sums[t] += 16;
     }
   }
@@ -108,6 +104,7 @@ template <int bits, int tokens>
 inline void dot_wide_groups(const QlSegment& s, const Codes<bits>& codes, const RowGroups& groups,
                             LaneTotals<tokens>& lanes) {
   const int64_t columns = padded(s), span = piece_span(s);
+  const bool with_rest = has_rest(s);
   for (int64_t k = 0, piece = 0; k < columns; ++piece) {
     const int64_t end = smaller(k + span, columns), group = group_of_piece(s, piece);
     Lanes dots[tokens] = {};
@@ -116,7 +113,8 @@ inline void dot_wide_groups(const QlSegment& s, const Codes<bits>& codes, const 
       lanes.multiply(chunk, k, dots);
       k += kChunk;
     } while (k < end);
-    lanes.add(dots, _mm512_set1_epi32(groups.zeros[group]), _mm512_set1_ps(groups.scales[group]));
+    lanes.add(dots, _mm512_set1_ps(groups.scales[group]), _mm512_set1_epi32(groups.whole[group]),
+              _mm512_set1_ps(groups.rest[group]), with_rest);
   }
 }
 
@@ -125,6 +123,7 @@ template <int bits, int tokens>
 inline void dot_narrow_groups(const QlSegment& s, const Codes<bits>& codes, const RowGroups& groups,
                               LaneTotals<tokens>& lanes) {
   const int64_t span = piece_span(s);
+  const bool with_rest = has_rest(s);
   alignas(64) int32_t group_of_lane[16];
   for (int lane = 0; lane < 16; ++lane) group_of_lane[lane] = static_cast<int32_t>(lane * 4 / span);
   const __m512i select = _mm512_load_si512(group_of_lane);
@@ -132,9 +131,10 @@ inline void dot_narrow_groups(const QlSegment& s, const Codes<bits>& codes, cons
     const __m512i chunk = codes.at(k);
     Lanes dots[tokens] = {};
     lanes.multiply(chunk, k, dots);
-    const __m512i zeros = _mm512_loadu_si512(groups.zeros + k / span);
-    const __m512 scales = _mm512_loadu_ps(groups.scales + k / span);
-    lanes.add(dots, _mm512_permutexvar_epi32(select, zeros), _mm512_permutexvar_ps(select, scales));
+    const int64_t group = k / span;
+    lanes.add(dots, _mm512_permutexvar_ps(select, _mm512_loadu_ps(groups.scales + group)),
+              _mm512_permutexvar_epi32(select, _mm512_loadu_si512(groups.whole + group)),
+              _mm512_permutexvar_ps(select, _mm512_loadu_ps(groups.rest + group)), with_rest);
   }
 }
 
@@ -149,7 +149,7 @@ void int8_row(const Problem& p, int64_t row, const RowGroups& groups) {
   }
   for (int64_t i = 0; i < w.segment_count; ++i) {
     const QlSegment& s = w.segments[i];
-    groups.decode(s, row);
+    groups.decode_and_split(s, row);
     with_constant<2, 8>(s.bits, [&](auto bits) {
       const Codes<bits.value> codes(s.packed + row * s.row_bytes, s.row_bytes);
       if (piece_span(s) < kChunk) {

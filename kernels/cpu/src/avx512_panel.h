@@ -12,14 +12,16 @@ constexpr int64_t kPanelTokens = 6;  // 6 x 2 sums as int32 and as float: 24 of 
 
 struct Panel {
   RowGroups groups;
-  uint8_t* codes;  // [padded columns / 4][kPanelRows][4]
-  float* scales;   // [pieces of all segments][kPanelRows]
-  int32_t* zeros;  // likewise
+  uint8_t* codes;   // [padded columns / 4][kPanelRows][4]
+  float* scales;    // [pieces of all segments][kPanelRows]
+  int32_t* wholes;  // likewise
+  float* rests;     // likewise
 
   Panel(const QlWeight& w, Arena& arena) : groups(w, arena) {
     codes = arena.take<uint8_t>(kPanelRows * padded_columns(w));
     scales = arena.take<float>(kPanelRows * total_pieces(w));
-    zeros = arena.take<int32_t>(kPanelRows * total_pieces(w));
+    wholes = arena.take<int32_t>(kPanelRows * total_pieces(w));
+    rests = arena.take<float>(kPanelRows * total_pieces(w));
   }
 };
 
@@ -77,11 +79,12 @@ void fill_panel(const QlWeight& w, int64_t row, int64_t count, const Panel& pane
     with_constant<2, 8>(s.bits,
                         [&](auto bits) { fill_panel_codes<bits.value>(s, row, count, codes); });
     for (int64_t r = 0; r < kPanelRows; ++r) {
-      panel.groups.decode(s, row + smaller(r, count - 1));
+      panel.groups.decode_and_split(s, row + smaller(r, count - 1));
       for (int64_t piece = 0; piece < pieces(s); ++piece) {
         const int64_t group = group_of_piece(s, piece), at = (base + piece) * kPanelRows + r;
         panel.scales[at] = panel.groups.scales[group];
-        panel.zeros[at] = panel.groups.zeros[group];
+        panel.wholes[at] = panel.groups.whole[group];
+        panel.rests[at] = panel.groups.rest[group];
       }
     }
     codes += padded(s) * kPanelRows;
@@ -116,23 +119,28 @@ void panel_tile(const Problem& p, int64_t row, int64_t count, int64_t first, con
     return load<int32_t>(reinterpret_cast<const uint8_t*>(token.sums + piece) + t * p.token_bytes);
   };
   __m512 totals[tokens][2] = {};
-  const float* scales = panel.scales;
-  const int32_t* zeros = panel.zeros;
   int64_t base = 0, index = 0;
   for (int64_t i = 0; i < w.segment_count; ++i) {
     const QlSegment& s = w.segments[i];
+    const bool with_rest = has_rest(s);
     const int64_t columns = base + padded(s), span = piece_span(s);
-    for (; base < columns; base += span, ++index, scales += kPanelRows, zeros += kPanelRows) {
+    for (; base < columns; base += span, ++index) {
       Lanes dots[tokens][2] = {};
       dot_piece(panel.codes + base * kPanelRows, token.values + base, p.token_bytes,
                 smaller(span, columns - base), dots);
       for (int h = 0; h < 2; ++h) {
-        const __m512 scale = _mm512_load_ps(scales + 16 * h);
-        const __m512i zero = _mm512_load_si512(zeros + 16 * h);
+        const int64_t at = index * kPanelRows + 16 * h;
+        const __m512 scale = _mm512_load_ps(panel.scales + at);
+        const __m512i whole = _mm512_load_si512(panel.wholes + at);
         for (int t = 0; t < tokens; ++t) {
-          const __m512i shift = _mm512_mullo_epi32(zero, _mm512_set1_epi32(sum_of(t, index)));
+          const __m512i sum = _mm512_set1_epi32(sum_of(t, index));
+          const __m512i shift = _mm512_mullo_epi32(whole, sum);
           const __m512i dot = _mm512_sub_epi32(reinterpret_cast<__m512i>(dots[t][h]), shift);
           totals[t][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, totals[t][h]);
+          if (with_rest) {
+            const __m512 rest = _mm512_load_ps(panel.rests + at);
+            totals[t][h] = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(sum), rest, totals[t][h]);
+          }
         }
       }
     }

@@ -192,12 +192,14 @@ inline bool has_rest(const QlSegment& s) {
 
 // Scales and zero points of one output row in one segment, decoded.
 struct RowGroups {
-  uint8_t* codes;  // scratch: the stored scale codes, then most_codes bytes for the kernel's own use
-  float* scales;
-  float* zeros;
-  // A zero point is a whole number, subtracted in integers, and what is left of it, times the scale.
-  int32_t* whole;
-  float* rest;
+  uint8_t*
+      codes;  // scratch: the stored scale codes, then most_codes bytes for the kernel's own use
+  float* __restrict scales;
+  float* __restrict zeros;
+  // A zero point is a whole number, subtracted in integers, and what is left of it, times the
+  // scale.
+  int32_t* __restrict whole;
+  float* __restrict rest;
 
   RowGroups(const QlWeight& w, Arena& arena, int64_t most_codes = 0) {
     const int64_t slots = group_slots(most_groups(w));
@@ -246,6 +248,20 @@ inline void round_token(const float* x, int64_t count, float scale, T* out) {
     // Adding 1.5 * 2^23 leaves the rounded integer in the low mantissa bits.
     const float shifted = value + 0x1.8p23f;
     out[k] = static_cast<T>(load<int32_t>(&shifted) - 0x4B400000);
+  }
+}
+
+// Sums of a prepared token's values over the pieces of all segments.
+template <class T, class Sum>
+inline void sum_pieces(const QlWeight& w, const T* values, Sum* sums) {
+  for (int64_t i = 0; i < w.segment_count; ++i) {
+    const QlSegment& s = w.segments[i];
+    for (int64_t k = 0; k < padded(s); k += piece_span(s)) {
+      int32_t sum = 0;
+      for (int64_t j = k; j < smaller(k + piece_span(s), padded(s)); ++j) sum += values[j];
+      *sums++ = static_cast<Sum>(sum);
+    }
+    values += padded(s);
   }
 }
 

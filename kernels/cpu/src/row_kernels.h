@@ -16,31 +16,50 @@
 
 namespace {
 
-constexpr int64_t kRowBlock = 4;    // output rows that share a load of the activations
-constexpr int64_t kTokenBlock = 4;  // tokens that share a decoded row in exact mode
+constexpr int64_t kRowBlock = 4;  // output rows that share a load of the activations
 
 template <class Isa>
 struct RowKernels {
-  // Prepared token: its scale, then int16 values.
-  static int64_t int8_token_bytes(const QlWeight& w, int64_t) {
-    return 64 + round_up(2 * padded_columns(w), 64);
+  struct Int8Token {
+    float* scale;
+    int16_t* values;
+    float* sums;  // [pieces], for what whole zero points leave
+
+    Int8Token(const QlWeight& w, Arena& arena) {
+      scale = arena.take<float>(1);
+      values = arena.take<int16_t>(padded_columns(w));
+      sums = arena.take<float>(total_pieces(w));
+    }
+  };
+
+  static Int8Token token_at(const Problem& p, int64_t token) {
+    Arena arena{p.token_data + token * p.token_bytes};
+    return Int8Token(*p.weight, arena);
   }
 
-  static void int8_prepare(const Problem& p, int64_t token) {
-    uint8_t* data = p.token_data + token * p.token_bytes;
-    const float scale = round_padded_token(*p.weight, p.x + token * p.weight->columns,
-                                           reinterpret_cast<int16_t*>(data + 64));
-    memcpy(data, &scale, sizeof scale);
+  static int64_t int8_token_bytes(const QlWeight& w, int64_t) {
+    Arena arena{nullptr};
+    Int8Token(w, arena);
+    return arena.used;
+  }
+
+  static void int8_prepare(const Problem& p, int64_t index) {
+    const QlWeight& w = *p.weight;
+    const Int8Token token = token_at(p, index);
+    *token.scale = round_padded_token(w, p.x + index * w.columns, token.values);
+    sum_pieces(w, token.values, token.sums);
   }
 
   struct Int8Scratch {
     RowGroups row;
-    int16_t* weights;  // [kRowBlock, padded columns], zero point subtracted
+    int16_t* weights;  // [kRowBlock, padded columns], whole zero points subtracted
     float* scales;     // [pieces, kRowBlock]
+    float* rests;      // likewise
 
     Int8Scratch(const QlWeight& w, Arena& arena) : row(w, arena, padded_columns(w)) {
       weights = arena.take<int16_t>(kRowBlock * padded_columns(w));
       scales = arena.take<float>(kRowBlock * total_pieces(w));
+      rests = arena.take<float>(kRowBlock * total_pieces(w));
     }
   };
 
@@ -53,20 +72,21 @@ struct RowKernels {
   static void decode_int8_row(const QlWeight& w, int64_t row, int64_t slot,
                               const Int8Scratch& scratch) {
     int16_t* out = scratch.weights + slot * padded_columns(w);
-    float* scales = scratch.scales + slot;
+    int64_t at = slot;
     for (int64_t i = 0; i < w.segment_count; ++i) {
       const QlSegment& s = w.segments[i];
-      scratch.row.decode(s, row);
+      scratch.row.decode_and_split(s, row);
       unpack_row<typename Isa::Spread>(s.packed + row * s.row_bytes, s.row_bytes, s.bits, padded(s),
                                        scratch.row.codes);
-      for (int64_t piece = 0; piece < pieces(s); ++piece) {
+      for (int64_t piece = 0; piece < pieces(s); ++piece, at += kRowBlock) {
         const int64_t group = group_of_piece(s, piece), k = piece * piece_span(s);
         const int64_t end = smaller(k + piece_span(s), padded(s));
-        const int32_t zero = scratch.row.zeros[group];
-        for (int64_t j = k; j < end; ++j)
+        const int32_t zero = scratch.row.whole[group];
+        for (int64_t j = k; j < end; ++j) {
           out[j] = static_cast<int16_t>(scratch.row.codes[j] - zero);
-        *scales = scratch.row.scales[group];
-        scales += kRowBlock;
+        }
+        scratch.scales[at] = scratch.row.scales[group];
+        scratch.rests[at] = scratch.row.rest[group];
       }
       out += padded(s);
     }
@@ -78,35 +98,36 @@ struct RowKernels {
     const Int8Scratch scratch(w, arena);
     for (int64_t row = begin; row < end; row += kRowBlock) {
       const int64_t count = smaller(kRowBlock, end - row);
-      for (int64_t r = 0; r < kRowBlock; ++r)
+      for (int64_t r = 0; r < kRowBlock; ++r) {
         decode_int8_row(w, row + smaller(r, count - 1), r, scratch);
+      }
       for (int64_t token = 0; token < p.tokens; ++token) int8_block(p, row, count, token, scratch);
     }
   }
 
-  static void int8_block(const Problem& p, int64_t row, int64_t count, int64_t token,
+  static void int8_block(const Problem& p, int64_t row, int64_t count, int64_t index,
                          const Int8Scratch& scratch) {
     const QlWeight& w = *p.weight;
-    const uint8_t* data = p.token_data + token * p.token_bytes;
-    const int16_t* a = reinterpret_cast<const int16_t*>(data + 64);
-    const int64_t stride = padded_columns(w);
-    const int16_t* weights = scratch.weights;
-    const float* scales = scratch.scales;
-    float sums[kRowBlock] = {};
+    const Int8Token token = token_at(p, index);
+    int64_t base = 0, at = 0;
+    float totals[kRowBlock] = {};
     for (int64_t i = 0; i < w.segment_count; ++i) {
       const QlSegment& s = w.segments[i];
-      for (int64_t k = 0; k < padded(s); k += piece_span(s), scales += kRowBlock) {
-        const int64_t span = smaller(piece_span(s), padded(s) - k);
+      for (int64_t k = 0; k < padded(s); k += piece_span(s), ++at) {
+        const float* scales = scratch.scales + at * kRowBlock;
+        const float* rests = scratch.rests + at * kRowBlock;
         int32_t dots[kRowBlock];
-        Isa::dot4(weights + k, stride, a + k, span, dots);
-        for (int r = 0; r < kRowBlock; ++r) sums[r] += static_cast<float>(dots[r]) * scales[r];
+        Isa::dot4(scratch.weights + base + k, padded_columns(w), token.values + base + k,
+                  smaller(piece_span(s), padded(s) - k), dots);
+        for (int r = 0; r < kRowBlock; ++r) {
+          totals[r] += static_cast<float>(dots[r]) * scales[r] - token.sums[at] * rests[r];
+        }
       }
-      weights += padded(s);
-      a += padded(s);
+      base += padded(s);
     }
-    const float scale = load<float>(data);
     for (int64_t r = 0; r < count; ++r) {
-      p.y[token * w.rows + row + r] = sums[r] * scale + (p.bias ? p.bias[row + r] : 0.0f);
+      const float bias = p.bias ? p.bias[row + r] : 0.0f;
+      p.y[index * w.rows + row + r] = totals[r] * *token.scale + bias;
     }
   }
 
@@ -128,9 +149,9 @@ struct RowKernels {
         if (s.code_book) {
           for (int64_t j = k; j < end; ++j) out[j] = s.code_book[scratch.codes[j]] * scale;
         } else {
-          const int32_t zero = scratch.zeros[group];
+          const float zero = scratch.zeros[group];
           for (int64_t j = k; j < end; ++j)
-            out[j] = static_cast<float>(scratch.codes[j] - zero) * scale;
+            out[j] = (static_cast<float>(scratch.codes[j]) - zero) * scale;
         }
       }
       out += length;

@@ -52,6 +52,7 @@ FAMILIES = (
                 (r"^language_model\.model\.", "model.language_model."),
                 (r"^language_model\.lm_head\.", "lm_head."),
                 (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+                (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
             )
         ),
     ),

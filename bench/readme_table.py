@@ -1,0 +1,64 @@
+"""The README's table of results, made from `bench/results/` so that no figure is typed by hand.
+
+    python -P -m quantlib.bench.readme_table            print it
+    python -P -m quantlib.bench.readme_table --write    put it into README.md, between its two markers
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from quantlib.bench.record import RESULTS
+from quantlib.checkpoint.disk import atomic_write_text
+
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+def results_table() -> str:
+    """Markdown: one row per budget, KL of quantlib and of simpler allocations at equal bytes."""
+    budgets = _read("quality_budgets")["rows"]
+    baselines = {row["budget_mb"]: row for row in _read("quality_baselines")["rows"]}
+    lines = [
+        "| checkpoint | KL, as shipped | perplexity | exact allocation | uniform | first/last + down_proj | random |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in budgets:
+        base = baselines[row["budget_mb"]]
+        cells = [
+            f"{row['bytes'] / 1e6:.1f} MB",
+            f"**{row['kl']:.3f}** ± {row['kl_error']:.3f}",
+            f"x {row['perplexity_ratio']:.3f}",
+            *(f"{base[name]['kl']:.3f}" for name in ("exact", "uniform", "first_last", "random")),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def updated(text: str) -> str:
+    """README text with the table between the markers replaced."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{results_table()}\n{END}{after}"
+
+
+def _read(name: str) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return data
+
+
+def main() -> None:
+    """Print the table, or write it into the README."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    if parser.parse_args().write:
+        atomic_write_text(README, updated(README.read_text(encoding="utf-8")))
+    else:
+        print(results_table())
+
+
+if __name__ == "__main__":
+    main()

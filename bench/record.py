@@ -1,0 +1,43 @@
+"""Result files: what was measured, when, on what, and by which command."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from quantlib.checkpoint.disk import atomic_write_text
+from quantlib.checkpoint.provenance import versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> str:
+    """The processor and its cores, as the system names them."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def write(name: str, rows: dict[str, Any]) -> Path:
+    """Keep `rows` as `results/NAME.json` with date, machine, versions and the command that made them."""
+    words = [Path(sys.argv[0]).stem, *sys.argv[1:]]
+    head = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "versions": versions(),
+        "command": "python -P -m quantlib.bench." + shlex.join(words),
+    }
+    path = RESULTS / f"{name}.json"
+    RESULTS.mkdir(exist_ok=True)
+    atomic_write_text(path, json.dumps({**head, **rows}, indent=1) + "\n")
+    return path
