@@ -9,15 +9,16 @@ before it.
 
 Which exchange to try is decided by Thompson sampling (Biometrika 25, 1933). The belief is that a
 weight's true losses are its predicted ones times a factor of its own, known to be 1 within
-`relative_error` (and the table's standard errors). Each trial draws all factors, takes the exchange
-that would be best if the draw were true, and updates the factors of the two weights with the
-measured outcome (a Kalman update that ignores their covariance). Rejected trials are therefore not
-wasted: they say which weights were misjudged.
+`relative_error` (and the table's standard errors), and that the factors of weights of one kind and
+of one block err together. Each trial draws all factors, takes the exchange that would be best if
+the draw were true, and updates the belief with the measured outcome (a Kalman update). Rejected
+trials are therefore not wasted: they say which weights were misjudged.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -39,6 +40,10 @@ SIGNIFICANCE = 2.0
 RELATIVE_ERROR = 0.3
 """Prior standard deviation of a weight's factor: how far single-layer predictions are trusted
 before any trial."""
+SHARED = (0.4, 0.2)
+"""Shares of that variance that weights of one kind (the same name in another block), and weights of
+one block, have in common: predictions go wrong by kind and by depth, not only one by one."""
+NUMBER = re.compile(r"\d+")
 REDRAWS = 64
 """Draws without a new exchange after which nothing is left to try."""
 
@@ -140,8 +145,8 @@ def refine(
 
 
 class _Beliefs:
-    """What is believed of every item's factor: `mean` and `variance` [items], and all choices as
-    arrays [rows].
+    """What is believed of every item's factor: `mean` [items] and `covariance` [items, items], and
+    all choices as arrays [rows].
 
     Losses are scaled so that the sum of the plan's equals its measured KL: near it, changes scale
     alike.
@@ -157,15 +162,22 @@ class _Beliefs:
         self.choice = np.arange(len(choices)) - self.starts[self.item]
         self.bytes = np.array([choice.bytes for choice in choices], dtype=np.float64)
         self.loss = self.scale * np.array([choice.loss for choice in choices])
+        self._root: np.ndarray | None = None
         now = problem.chosen(picks)
         noise = [choice.error / choice.loss if choice.loss > 0 else 0.0 for choice in now]
         self.mean = np.ones(len(sizes))
-        self.variance = relative_error**2 + np.array(noise) ** 2
+        kin = SHARED[0] * _same([NUMBER.sub("#", item.name) for item in problem.items])
+        kin += SHARED[1] * _same([item.block or item.name for item in problem.items])
+        own = (1 - sum(SHARED)) * np.eye(len(sizes))
+        self.covariance = relative_error**2 * (kin + own) + np.diag(noise) ** 2
 
     def draw(self, generator: torch.Generator) -> np.ndarray:
         """One possible truth: a factor >= 0 for every item."""
         normal = torch.randn(len(self.mean), generator=generator, dtype=torch.float64).numpy()
-        return np.maximum(0.0, self.mean + np.sqrt(self.variance) * normal)
+        if self._root is None:
+            values, vectors = np.linalg.eigh(self.covariance)
+            self._root = vectors * np.sqrt(np.maximum(0.0, values))
+        return np.maximum(0.0, self.mean + self._root @ normal)
 
     def rows(self, picks: Picks) -> np.ndarray:
         return self.starts + np.array(picks)
@@ -175,12 +187,19 @@ class _Beliefs:
         now."""
         slope = self.loss[self.rows(after)] - self.loss[self.rows(before)]
         predicted = float(slope @ self.mean)
-        spread = float(slope**2 @ self.variance) + error**2
+        shared = self.covariance @ slope
+        spread = float(slope @ shared) + error**2
         if spread > 0:
-            gain = self.variance * slope / spread
-            self.mean = self.mean + gain * (measured - predicted)
-            self.variance = self.variance - gain * slope * self.variance
+            self.mean = self.mean + shared * ((measured - predicted) / spread)
+            self.covariance = self.covariance - np.outer(shared, shared) / spread
+            self._root = None
         return predicted
+
+
+def _same(labels: Sequence[str]) -> np.ndarray:
+    """[n, n] with 1 where two labels are equal."""
+    _, index = np.unique(labels, return_inverse=True)
+    return (index[:, None] == index[None, :]).astype(np.float64)
 
 
 def _propose(

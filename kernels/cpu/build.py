@@ -76,7 +76,7 @@ def build() -> Path:
         raise BuildError(f"the cache folder {folder} cannot be used ({error.strerror})") from error
 
 
-def build_into(folder: Path) -> Path:
+def build_into(folder: Path, extra_flags: tuple[str, ...] = ()) -> Path:
     """Compile into `folder` (it must exist) and return the library's path; a file appears there
     only when whole."""
     compiler = _compiler()
@@ -84,13 +84,13 @@ def build_into(folder: Path) -> Path:
         objects = {unit: Path(scratch, unit).with_suffix(".o") for unit in _units()}
 
         def compile_unit(unit: str) -> None:
-            flags = (*_COMMON, *_units()[unit])
+            flags = (*_COMMON, *_units()[unit], *extra_flags)
             _run(compiler, *flags, "-c", str(SOURCES / unit), "-o", str(objects[unit]))
 
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(compile_unit, objects))
         library = Path(scratch, library_name())
-        _run(compiler, *map(str, objects.values()), *_LINK, "-o", str(library))
+        _run(compiler, *map(str, objects.values()), *_LINK, *extra_flags, "-o", str(library))
         os.replace(library, folder / library.name)
     return folder / library.name
 

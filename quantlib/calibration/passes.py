@@ -11,7 +11,7 @@ Every step's result is in the store before the next begins, so a pass that was k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Protocol
 
 import torch
@@ -113,13 +113,14 @@ def backward(
 ) -> Iterator[tuple[str, list[GroupStatistics]]]:
     """Walk from the last block to the first, yielding each block's gradient-weighted statistics.
 
-    Needs `gradient.{blocks}` in the store; leaves `gradient.0`. The gradient of a block is stored only after the
-    consumer has taken (and kept) its statistics, so a pass that was killed repeats at most one block. Blocks whose
-    gradient is already stored are skipped.
+    Needs a `gradient.{i}` in the store, the one of the last block at first; leaves `gradient.0`. The gradient of a block
+    is stored only after the consumer has taken (and kept) its statistics, and replaces the one above it, so a pass that
+    was killed repeats at most one block.
     """
+    entered = _lowest_gradient(stream, store)
     for index in reversed(range(len(stream.block_names))):
         name = stream.block_names[index]
-        if store.has(f"gradient.{index}"):
+        if index >= entered:
             tick(f"backward {name}")
             continue
         states, upstream = store.load(f"hidden.{index}"), store.load(f"gradient.{index + 1}")
@@ -138,11 +139,30 @@ def backward(
         tick(f"backward {name}")
 
 
+def _lowest_gradient(stream: BlockStream, store: HiddenStore) -> int:
+    """Index of the block that the backward pass has come down to (the number of blocks at first)."""
+    stored = [i for i in range(len(stream.block_names) + 1) if store.has(f"gradient.{i}")]
+    for index in stored[1:]:  # killed between storing one gradient and dropping the one above
+        store.drop(f"gradient.{index}")
+    return stored[0]
+
+
 def local(
-    stream: BlockStream, model_map: ModelMap, store: HiddenStore, seed: int, tick: Tick
+    stream: BlockStream,
+    model_map: ModelMap,
+    store: HiddenStore,
+    seed: int,
+    tick: Tick,
+    done: Container[str] = (),
 ) -> Iterator[tuple[str, list[GroupStatistics]]]:
-    """Block-local statistics: second moments of inputs only, no gradients (every token counts the same)."""
+    """Block-local statistics: second moments of inputs only, no gradients (every token counts the same).
+
+    done: names of blocks whose statistics are kept already; they are skipped.
+    """
     for index, name in enumerate(stream.block_names):
+        if name in done:
+            tick(f"observe {name}")
+            continue
         observer = BlockObserver(model_map, name, False, seed + 104729 * index)
         with (
             torch.no_grad(),

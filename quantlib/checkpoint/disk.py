@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -87,7 +87,7 @@ class PendingFile:
                     if durable:
                         os.fsync(file.fileno())
         except BaseException:
-            temp.unlink(missing_ok=True)
+            _unlink(temp)
             raise
         return PendingFile(path, temp, sink.sha256, sink.nbytes)
 
@@ -97,7 +97,13 @@ class PendingFile:
             os.replace(self.temp, self.path)
 
     def discard(self) -> None:
-        self.temp.unlink(missing_ok=True)
+        """Remove the temporary file, if it is still there."""
+        _unlink(self.temp)
+
+
+def _unlink(temp: Path) -> None:
+    with suppress(OSError):  # on the way out of another error, which is the one to report
+        temp.unlink()
 
 
 def atomic_write(

@@ -15,10 +15,8 @@ Files hold no dates and no paths: equal inputs give equal bytes.
 from __future__ import annotations
 
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +30,9 @@ from quantlib.checkpoint.disk import (
     json_bytes,
     read_json,
     require_free,
-    sync_folder,
 )
-from quantlib.checkpoint.lock import FolderLock
 from quantlib.checkpoint.provenance import digest, file_sha256, versions
+from quantlib.checkpoint.staging import LOCK_NAME, resolved, staged
 from quantlib.checkpoint.tensorfile import LazyTensor, header_bytes, tensor_content
 from quantlib.errors import CheckpointError
 from quantlib.models.source import INDEX_FILE, SINGLE_FILE
@@ -55,7 +52,6 @@ _COPIED_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 _COPIED_FOLDERS = ("additional_chat_templates",)
 _OTHER_ROOM = 1 << 20
 """Bytes set aside for the small files when free space is checked."""
-_LOCK = "lock"
 
 
 def quantization_config(
@@ -134,7 +130,7 @@ def check_output(
     `overwrite` is set or if it was written under the same `identity` (a finished run that is run
     again).
     """
-    path = _place(out)
+    path = resolved(out)
     with disk_errors("use", path):
         if not path.exists():
             return
@@ -187,10 +183,10 @@ def write_checkpoint(
     Raises CheckpointError before anything is written (out is taken, no room, not writable) or with
     nothing left behind.
     """
-    path = _place(out)
+    path = resolved(out)
     check_output(path, overwrite, identity)
     if identity is not None and _is_complete(path, identity):
-        (path / _LOCK).unlink(missing_ok=True)
+        (path / LOCK_NAME).unlink(missing_ok=True)
         return path
     lazy = {n: LazyTensor.of(t) if isinstance(t, torch.Tensor) else t for n, t in tensors.items()}
     shards = {
@@ -206,7 +202,7 @@ def write_checkpoint(
     layout = {name: [str(t.dtype), list(t.shape)] for name, t in lazy.items()}
     mark = digest([identity, whole_config, layout, sorted(contents)])[:12]
     require_free(path, planned_bytes(lazy, shard_bytes) + _OTHER_ROOM, "the checkpoint")
-    with _staged(path, mark) as partial:
+    with staged(path, mark) as partial:
         records = {}
         for name in sorted(contents):
             content = contents[name]
@@ -240,11 +236,6 @@ def _copy(path: Path) -> Content:
     return write
 
 
-def _place(out: str | os.PathLike[str]) -> Path:
-    """`out` without links: renaming onto a symbolic link would replace the link."""
-    return Path(os.path.realpath(out))
-
-
 def _is_checkpoint(path: Path) -> bool:
     try:
         method = read_json(path / CONFIG_FILE)["quantization_config"]["quant_method"]
@@ -272,55 +263,3 @@ def _is_complete(path: Path, identity: str) -> bool:
         return all(file_sha256(path / name) == record["sha256"] for name, record in files.items())
     except (CheckpointError, KeyError, TypeError):
         return False
-
-
-@contextmanager
-def _staged(path: Path, mark: str) -> Iterator[Path]:
-    """A locked folder that takes the place of `path` when the block ends, or vanishes."""
-    partial = path.with_name(f"{path.name}.partial-{mark}")
-    with disk_errors("write", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path, partial)
-        partial.mkdir()
-        lock = FolderLock(partial / _LOCK)
-        try:
-            yield partial
-            sync_folder(partial)
-            _move_into_place(partial, path, mark)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        finally:
-            lock.release()
-
-
-def _move_into_place(partial: Path, path: Path, mark: str) -> None:
-    """Rename `partial` to `path`. What was there steps aside first and is removed last."""
-    replaced = path.with_name(f"{path.name}.replaced-{mark}")
-    if path.exists() and any(path.iterdir()):
-        path.rename(replaced)
-    partial.rename(path)  # over an empty folder, too
-    # Not before: while it is there, `_remove_leftovers` of another process keeps its hands off.
-    (path / _LOCK).unlink()
-    sync_folder(path.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _remove_leftovers(path: Path, own: Path) -> None:
-    """Clear what killed runs left beside `path`, and what no living process has locked."""
-    pattern = re.compile(re.escape(path.name) + r"\.(partial|replaced)-[0-9a-f]{12}")
-    for sibling in sorted(path.parent.iterdir()):
-        match = pattern.fullmatch(sibling.name)
-        if match is None or not sibling.is_dir():
-            continue
-        if match[1] == "replaced" and not path.exists():
-            sibling.rename(path)  # killed between the two renames: it is all there is
-            continue
-        try:
-            lock = FolderLock(sibling / _LOCK)
-        except CheckpointError:
-            if sibling == own:
-                raise
-            continue
-        shutil.rmtree(sibling)
-        lock.release()

@@ -98,15 +98,17 @@ class LanguageResult:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> LanguageResult:
-        """Inverse of `to_json`: the estimates follow from the per-window means."""
-        per_window = {
-            name: [float(x) for x in data["per_window"][name]]
-            for name in _METRICS
-            if name in data["per_window"]
-        }
-        return LanguageResult.from_windows(
-            per_window, int(data["tokens_per_window"]), str(data["windows_sha256"])
-        )
+        """Inverse of `to_json`: the estimates follow from the per-window means.
+
+        Raises DataError when `data` is something else.
+        """
+        try:
+            means = data["per_window"]
+            per_window = {n: [float(x) for x in means[n]] for n in _METRICS if n in means}
+            tokens, sha256 = int(data["tokens_per_window"]), str(data["windows_sha256"])
+            return LanguageResult.from_windows(per_window, tokens, sha256)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"the evaluation is damaged ({error!r}); evaluate again") from error
 
 
 _ESTIMATES = (

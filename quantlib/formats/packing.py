@@ -97,7 +97,9 @@ def unpack_codes(words: Tensor, bits: int, length: int) -> Tensor:
             f"the packed tensor has {words.shape[1]}: it has another width, or was written without "
             "dense packing"
         )
-    return unpack_bits(words.contiguous().view(torch.uint8), bits, length)
+    # A transposed single column counts as contiguous and yet has a stride `view` cannot take.
+    rows = words.clone(memory_format=torch.contiguous_format)
+    return unpack_bits(rows.view(torch.uint8), bits, length)
 
 
 def pack_zeros(zeros: Tensor, bits: int) -> Tensor:

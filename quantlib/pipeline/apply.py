@@ -1,46 +1,44 @@
 """The apply stage: a plan becomes a packed checkpoint, assembled from the layer bank.
 
-Nothing is rounded here: the tensors that were measured are the tensors that ship. With `refine` the plan is first re-rounded
-block by block (`reround.py`); whichever of the two loses less on held-back windows is assembled.
+Nothing is rounded here: the tensors that were measured are the tensors that ship. With `refine` the
+plan is first re-rounded block by block (`reround.py`); whichever of the two loses less on held-back
+windows is assembled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
-from quantlib.checkpoint.provenance import digest
+from quantlib.checkpoint.provenance import digest, file_sha256
 from quantlib.checkpoint.tensorfile import LazyTensor
-from quantlib.checkpoint.workdir import WorkDir
 from quantlib.checkpoint.writer import PLAN_FILE, source_files, write_checkpoint
 from quantlib.errors import CheckpointError
 from quantlib.evaluation.language import LanguageResult
-from quantlib.pipeline.dense import DenseTrial
-from quantlib.pipeline.measure import entry_key
-from quantlib.pipeline.reround import reround, reround_inputs
+from quantlib.models.headers import TORCH_DTYPES
+from quantlib.pipeline.dense import Trials, measured_kl, plan_keys
+from quantlib.pipeline.reround import reround
 from quantlib.pipeline.run import Run
 from quantlib.search.plan import Plan
-
-COMPARISON = "refined"
 
 
 @dataclass(frozen=True)
 class Refinement:
-    """A plan on held-back windows, assembled from the bank and re-rounded; `kept` says whether the latter ships."""
+    """A plan on held-back windows, assembled from the bank and re-rounded; `kept` says whether the
+    latter ships."""
 
     bank: LanguageResult
     refined: LanguageResult
 
     @property
     def bank_kl(self) -> float:
-        return _kl(self.bank)
+        return measured_kl(self.bank).value
 
     @property
     def refined_kl(self) -> float:
-        return _kl(self.refined)
+        return measured_kl(self.refined).value
 
     @property
     def kept(self) -> bool:
@@ -52,22 +50,25 @@ class Refinement:
         return self.refined if self.kept else self.bank
 
 
-def _kl(result: LanguageResult) -> float:
-    if result.kl is None:
-        raise CheckpointError("a plan was measured without a reference model: delete the work directory's journal")
-    return result.kl.value
-
-
 def apply(
     run: Run, plan: Plan, out: str | Path, *, refine: bool, overwrite: bool = False
 ) -> tuple[Path, Refinement | None]:
-    """Write the checkpoint of `plan` to `out`. Returns its folder, and what refinement gave when it was asked for."""
-    plan.check(run.source.fingerprint, run.model_map.weights)
-    keys = {name: entry_key(run, name, scheme) for name, scheme in plan.schemes.items()}
+    """Write the checkpoint of `plan` to `out`.
+
+    Returns its folder, and what refinement gave when it was asked for. Raises SearchError for a
+    plan of another model, CheckpointError when the bank lacks an entry or `out` cannot be written.
+    """
+    plan.check(run.source.fingerprint, run.model_map.weights, run.model_map.groups)
+    keys = plan_keys(run, plan.schemes)
+    _require_entries(run, plan, keys)
     refinement = None
     if refine:
         better, refinement = _refined(run, plan)
         keys |= better
+    small = source_files(run.source.path)
+    plan_text = plan.to_json()
+    recipe = run.recipe.model_dump(mode="json", exclude={"data"})
+    hashes = {name: file_sha256(path) for name, path in small.items()}
     with run.stage("write", 1) as progress:
         path = write_checkpoint(
             out,
@@ -75,37 +76,48 @@ def apply(
             run.source.config,
             plan.schemes,
             {weight.name: weight.shape for weight in run.model_map.weights},
-            files={**source_files(run.source.path), PLAN_FILE: plan.to_json().encode()},
-            provenance={"source": run.source_hash, "recipe": run.recipe.model_dump(mode="json", exclude={"data"})},
-            identity=digest([run.source_hash, keys]),
+            files={**small, PLAN_FILE: plan_text.encode()},
+            provenance={"source": run.source_hash, "recipe": recipe},
+            identity=digest([run.source_hash, recipe, plan_text, keys, hashes]),
             overwrite=overwrite,
         )
         progress.tick(str(path))
     return path, refinement
 
 
-def checkpoint_tensors(run: Run, keys: Mapping[str, str]) -> dict[str, Tensor | LazyTensor]:
-    """Every tensor of the checkpoint by name: packed weights from the bank, kept parameters from the source."""
-    tensors: dict[str, Tensor | LazyTensor] = {}
+def _require_entries(run: Run, plan: Plan, keys: Mapping[str, str]) -> None:
+    """Raise CheckpointError when the bank lacks an entry that the plan needs."""
+    missing = [
+        f"{name} in {plan.schemes[name]}" for name, key in keys.items() if not run.bank.has(key)
+    ]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"the layer bank of {run.work.path} lacks {missing[0]}{more}: run quantlib measure again "
+            "with the same options, it makes what is missing"
+        )
+
+
+def checkpoint_tensors(run: Run, keys: Mapping[str, str]) -> dict[str, LazyTensor]:
+    """Every tensor of the checkpoint by name, read when it is written: packed weights from the bank
+    (`keys`: weight -> bank key), kept parameters from the source."""
+    tensors: dict[str, LazyTensor] = {}
     for name, key in keys.items():
         tensors |= {name + suffix: value for suffix, value in run.bank.lazy(key).items()}
     for row in run.model_map.kept:
-        tensors[row.name] = run.source.read(row.name)
+        read = partial(run.source.read, row.name)
+        tensors[row.name] = LazyTensor(TORCH_DTYPES[row.dtype], row.shape, read)
     return dict(sorted(tensors.items()))
 
 
 def _refined(run: Run, plan: Plan) -> tuple[dict[str, str], Refinement]:
-    """Bank keys of the re-rounded weights if they are better (else none), and the comparison. Remembered in the journal."""
+    """Bank keys of the re-rounded weights if they are better (else none), and the comparison."""
     keys = reround(run, plan.schemes)
-    unit = WorkDir.key(COMPARISON, inputs=reround_inputs(run, plan.schemes), windows=digest(run.probe_windows.tolist()))
-    if not run.work.has(unit):
-        with run.stage("compare", 2) as progress:
-            trial = DenseTrial(run)
-            results = {}
-            for label, chosen in (("bank", {}), ("refined", keys)):
-                results[label] = trial.measure(plan.schemes, chosen).to_json()
-                progress.tick(label)
-            run.work.commit(unit, COMPARISON, {}, results)
-    values = run.work.unit(unit).values
-    refinement = Refinement(*(LanguageResult.from_json(values[label]) for label in ("bank", "refined")))
+    trials = Trials(run)
+    missing = [chosen for chosen in ({}, keys) if not trials.has(plan.schemes, chosen)]
+    with run.stage("compare", len(missing)) as progress:
+        for chosen in missing:
+            trials.measure(plan.schemes, chosen)
+            progress.tick("re-rounded" if chosen else "from the bank")
+    refinement = Refinement(trials.measure(plan.schemes), trials.measure(plan.schemes, keys))
     return (keys if refinement.kept else {}), refinement

@@ -1,4 +1,8 @@
-"""The calibrate stage: statistics of every linear group, one block in memory at a time, resumable at every block."""
+"""The calibrate stage: statistics of every linear group, one block in memory at a time.
+
+What the passes hand from block to block (hidden states, then gradients) lies in the work directory
+as units of its own, so a run that was killed goes on at its block; at the end they are removed.
+"""
 
 from __future__ import annotations
 
@@ -20,57 +24,89 @@ from quantlib.errors import DataError
 from quantlib.pipeline.run import Run
 
 EMBEDDING = "embedding"
+HIDDEN = "hidden"
+"""Kind, and folder, of the units that only live as long as a pass."""
 
 
 class WorkDirStore:
-    """Hidden states of a pass as units of the work directory (see `calibration.passes.HiddenStore`)."""
+    """Hidden states of a pass as units of the work directory (`calibration.passes.HiddenStore`).
+
+    inputs: hash of everything they depend on.
+    """
 
     def __init__(self, run: Run, inputs: str) -> None:
         self.run, self.inputs = run, inputs
-
-    def key(self, name: str) -> str:
-        return self.run.work.key("hidden", name=name, inputs=self.inputs)
+        self._prefix = f"{inputs[:12]}."
 
     def has(self, name: str) -> bool:
-        return self.run.work.has(self.key(name))
+        """Whether `name` was saved."""
+        return self.run.work.has(self._key(name))
 
     def load(self, name: str) -> Tensor:
-        return read_tensors(self.run.work.file(self.key(name)))["value"]
+        """The value of `name`. Raises CheckpointError when it is missing or damaged."""
+        return self.load_all(name)["value"]
+
+    def load_all(self, name: str) -> dict[str, Tensor]:
+        """What `save_all` was given."""
+        return read_tensors(self.run.work.file(self._key(name)))
 
     def save(self, name: str, value: Tensor) -> None:
-        content = tensor_content({"value": value.contiguous()})
-        self.run.work.commit(self.key(name), "hidden", {f"hidden/{self.inputs[:12]}.{name}.safetensors": content})
+        """Keep one tensor."""
+        self.save_all(name, {"value": value})
+
+    def save_all(self, name: str, values: dict[str, Tensor]) -> None:
+        """Keep several tensors as one unit: all of them or none."""
+        content = tensor_content({key: value.contiguous() for key, value in values.items()})
+        file = f"{HIDDEN}/{self._prefix}{name}.safetensors"
+        self.run.work.commit(self._key(name), HIDDEN, {file: content})
 
     def drop(self, name: str) -> None:
-        key = self.key(name)
+        """Remove `name` and its file."""
+        key = self._key(name)
         if self.run.work.has(key):
             path = self.run.work.file(key)
             self.run.work.forget(key)
             path.unlink(missing_ok=True)
 
+    def clear(self) -> None:
+        """Remove everything, and files that a kill has left without a unit."""
+        folder = f"{HIDDEN}/{self._prefix}"
+        units = self.run.work.units(HIDDEN)
+        mine = [u.key for u in units if any(name.startswith(folder) for name in u.files)]
+        self.run.work.forget(*mine)
+        for path in (self.run.work.path / HIDDEN).glob(self._prefix + "*"):
+            path.unlink()
+
+    def _key(self, name: str) -> str:
+        return self.run.work.key(HIDDEN, name=name, inputs=self.inputs)
+
 
 def calibrate(run: Run) -> None:
     """Make sure statistics of every group (and of the embedding) are in the work directory."""
-    if _finished(run):
-        return
-    blocks = len(run.model_map.blocks)
     store = WorkDirStore(run, run.statistics_hash)
+    found, wanted = calibrated_groups(run)
+    if found < wanted:
+        _calibrate(run, store)
+    store.clear()
+
+
+def _calibrate(run: Run, store: WorkDirStore) -> None:
     stream = BlockStream(run.source, run.model_map)
-    with run.stage("calibrate", 2 * blocks + 1) as progress:
+    seed = run.recipe.seed
+    with run.stage("calibrate", 2 * len(run.model_map.blocks) + 1) as progress:
         passes.forward(stream, run.windows, store, progress.tick)
         _head(run, stream, store)
         progress.tick("head")
         if run.recipe.gradients:
-            found = passes.backward(stream, run.model_map, run.windows, store, run.recipe.seed, progress.tick)
+            observed = passes.backward(
+                stream, run.model_map, run.windows, store, seed, progress.tick
+            )
         else:
-            found = passes.local(stream, run.model_map, store, run.recipe.seed, progress.tick)
-        for _, groups in found:
+            done = [block for block in run.model_map.blocks if _has_block(run, block)]
+            observed = passes.local(stream, run.model_map, store, seed, progress.tick, done)
+        for _, groups in observed:
             _commit(run, groups)
         _commit_embedding(run, store)
-    for index in range(blocks + 1):
-        store.drop(f"hidden.{index}")
-    for name in (f"gradient.{blocks}", "gradient.0", "head"):
-        store.drop(name)
 
 
 def group_statistics(run: Run, group: str) -> GroupStatistics:
@@ -83,38 +119,52 @@ def embedding_statistics(run: Run) -> EmbeddingStatistics:
     return embedding_from_tensors(read_tensors(run.work.file(_key(run, EMBEDDING))))
 
 
+def calibrated_groups(run: Run) -> tuple[int, int]:
+    """How many groups (the embedding counted as one) have statistics, and how many there are."""
+    groups = [g.name for block in run.model_map.blocks for g in run.model_map.groups_in(block)]
+    names = (*groups, EMBEDDING)
+    return sum(run.work.has(_key(run, name)) for name in names), len(names)
+
+
 def _key(run: Run, name: str) -> str:
     return run.work.key("statistics", name=name, inputs=run.statistics_hash)
 
 
-def _finished(run: Run) -> bool:
-    groups = [group.name for block in run.model_map.blocks for group in run.model_map.groups_in(block)]
-    return all(run.work.has(_key(run, name)) for name in (*groups, EMBEDDING))
+def _file(run: Run, name: str) -> str:
+    return f"statistics/{run.statistics_hash[:12]}/{name}.safetensors"
+
+
+def _has_block(run: Run, block: str) -> bool:
+    return all(run.work.has(_key(run, group.name)) for group in run.model_map.groups_in(block))
 
 
 def _commit(run: Run, groups: list[GroupStatistics]) -> None:
-    """Keep the statistics of one block's groups. Experts without a token are an error, not a silence."""
+    """Keep the statistics of one block's groups. Experts without a token are an error."""
     with run.work.batch() as batch:
         for group in groups:
             if group.tokens == 0:
-                idle = sum(m.tokens == 0 for m in group.matrices)
+                idle = sum(matrix.tokens == 0 for matrix in group.matrices)
                 raise DataError(
-                    f"{group.name}: {idle} of {len(group.matrices)} matrices saw no calibration token; "
-                    "use more windows or data that exercises them"
+                    f"{group.name}: {idle} of {len(group.matrices)} matrices saw no calibration "
+                    "token, so nothing is known of what they may lose; use more windows, or data "
+                    "that exercises them"
                 )
             content = tensor_content(group_to_tensors(group))
-            name = f"statistics/{run.statistics_hash[:12]}/{group.name}.safetensors"
-            batch.add(_key(run, group.name), "statistics", {name: content})
+            key = _key(run, group.name)
+            batch.add(key, "statistics", {_file(run, group.name): content})
 
 
 def _head(run: Run, stream: BlockStream, store: WorkDirStore) -> None:
-    """Sample labels; keep the gradient that enters the last block, then the head's statistics (last: they mean done)."""
-    if store.has("head"):
+    """Sample labels; keep the gradient that enters the last block, then the head's statistics
+    (last: they mean done)."""
+    blocks = len(stream.block_names)
+    gradient_is_there = any(store.has(f"gradient.{index}") for index in range(blocks + 1))
+    if store.has("head") and (gradient_is_there or not run.recipe.gradients):
         return
     gradient, statistics = passes.head(stream, run.windows, store, run.recipe.seed)
-    store.save(f"gradient.{len(stream.block_names)}", gradient)
-    content = tensor_content({name: value.contiguous() for name, value in statistics.items()})
-    run.work.commit(store.key("head"), "hidden", {f"hidden/{run.statistics_hash[:12]}.head.safetensors": content})
+    if run.recipe.gradients:
+        store.save(f"gradient.{blocks}", gradient)
+    store.save_all("head", statistics)
 
 
 def _commit_embedding(run: Run, store: WorkDirStore) -> None:
@@ -122,9 +172,9 @@ def _commit_embedding(run: Run, store: WorkDirStore) -> None:
 
     Block-local statistics have no gradient: every channel of the embedding then counts the same.
     """
-    head = read_tensors(run.work.file(store.key("head")))
-    gradient = store.load("gradient.0") if run.recipe.gradients else torch.ones(1, 1, head["head_input"].shape[0])
+    head = store.load_all("head")
+    width = head["head_input"].shape[0]
+    gradient = store.load("gradient.0") if run.recipe.gradients else torch.ones(1, 1, width)
     stats = passes.embedding(run.windows, gradient, int(head["variance"].shape[0]), head)
     content = tensor_content(embedding_to_tensors(stats))
-    name = f"statistics/{run.statistics_hash[:12]}/{EMBEDDING}.safetensors"
-    run.work.commit(_key(run, EMBEDDING), "statistics", {name: content})
+    run.work.commit(_key(run, EMBEDDING), "statistics", {_file(run, EMBEDDING): content})

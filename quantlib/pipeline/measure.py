@@ -6,14 +6,17 @@ is scored, and the packed tensors go to the bank with their score. The sensitivi
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quantlib.calibration.statistics import EmbeddingStatistics, GroupStatistics
 from quantlib.checkpoint.bank import LayerBank
+from quantlib.formats.scheme import Scheme
 from quantlib.formats.weight import QuantizedWeight, dequantize, pack
 from quantlib.models.rows import LinearGroup, Weight
 from quantlib.pipeline import bytecount
@@ -48,7 +51,11 @@ def sensitivity(run: Run) -> Sensitivity:
             size = bytecount.weight_bytes(weight, scheme)
             entries[str(scheme)] = Entry(size, {TASK: found["loss"]}, {TASK: found["error"]})
         rows[weight.name] = entries
-    provenance = {"source": run.source_hash, "statistics": run.statistics_hash, "bank": run.rounding_hash}
+    provenance = {
+        "source": run.source_hash,
+        "statistics": run.statistics_hash,
+        "bank": run.rounding_hash,
+    }
     return Sensitivity(run.source.fingerprint, (TASK,), rows, provenance)
 
 
@@ -57,86 +64,123 @@ def entry_key(run: Run, weight: str, scheme: str) -> str:
     return LayerBank.key(weight, scheme, run.rounding_hash)
 
 
+def measured_groups(run: Run) -> int:
+    """How many groups are in the bank in every candidate scheme."""
+    return sum(_complete(run, group) for group in run.model_map.groups)
+
+
 def _complete(run: Run, group: LinearGroup) -> bool:
-    return all(run.bank.has(entry_key(run, name, str(s))) for name in group.members for s in run.schemes)
+    return all(
+        run.bank.has(entry_key(run, name, str(s))) for name in group.members for s in run.schemes
+    )
 
 
 def _measure_group(run: Run, group: LinearGroup) -> None:
+    """Round, score and keep what the bank lacks of one group; what it has is not touched."""
     started = time.monotonic()
-    weights = {name: run.model_map.weight(name) for name in group.members}
+    weights = [run.model_map.weight(name) for name in group.members]
+    missing = [
+        (weight.name, str(scheme))
+        for weight in weights
+        for scheme in run.schemes
+        if not run.bank.has(entry_key(run, weight.name, str(scheme)))
+    ]
+    schemes = [scheme for scheme in run.schemes if str(scheme) in {name for _, name in missing}]
     if group.block is None:
-        rounded, scorers = _round_embedding(run, weights)
+        candidates = _round_embedding(run, weights, schemes)
     else:
-        rounded, scorers = _round_block_group(run, group, weights)
-    seconds = (time.monotonic() - started) / len(rounded)
+        candidates = _round_block_group(run, group, schemes)
+    seconds = (time.monotonic() - started) / len(missing)
     with run.bank.batch() as batch:
-        for (name, index), (quantized, parts) in rounded.items():
-            loss, error = 0.0, 0.0
-            for part_weight, part, scorer in zip(parts, _split(quantized, len(parts)), scorers[name], strict=True):
-                one, one_error = scorer(part_weight, part - part_weight)
-                loss, error = loss + one, error + one_error
-            extra = {"loss": loss, "error": error}
-            batch.put(name, str(run.schemes[index]), run.rounding_hash, pack(quantized), extra, seconds)
+        for key in missing:
+            quantized, matrices = candidates[key]
+            losses, errors = zip(*_scored(quantized, matrices), strict=True)
+            extra = {"loss": math.fsum(losses), "error": math.fsum(errors)}
+            batch.put(*key, run.rounding_hash, pack(quantized), extra, seconds)
 
 
-Rounded = dict[tuple[str, int], tuple[QuantizedWeight, list[Tensor]]]
-"""(weight name, candidate) -> the whole weight (stacks as [E*N, K]) and its original matrices."""
+@dataclass(frozen=True)
+class _Matrix:
+    """One original matrix [N, K] of a weight (of a stack there are several), and how its rounding
+    error is scored."""
+
+    original: Tensor
+    score: Scorer
 
 
-def _round_block_group(
-    run: Run, group: LinearGroup, weights: Mapping[str, Weight]
-) -> tuple[Rounded, dict[str, list[Scorer]]]:
-    """Round a group inside a block; a stack of experts matrix by matrix, each under its own Hessian."""
+Candidates = dict[tuple[str, str], tuple[QuantizedWeight, list[_Matrix]]]
+"""(weight name, scheme) -> the whole weight (stacks as [E*N, K]), and what it was rounded from."""
+
+
+def _scored(quantized: QuantizedWeight, matrices: list[_Matrix]) -> Iterator[tuple[float, float]]:
+    """(loss, standard error) of every matrix of a weight."""
+    for matrix, value in zip(matrices, dequantize(quantized).chunk(len(matrices)), strict=True):
+        yield matrix.score(matrix.original, value - matrix.original)
+
+
+def _round_block_group(run: Run, group: LinearGroup, schemes: list[Scheme]) -> Candidates:
+    """Round a group inside a block; a stack of experts matrix by matrix, each under its own
+    Hessian."""
     stats = group_statistics(run, group.name)
-    originals = {name: list(_matrices(run.source.read(name).float())) for name in weights}
-    pieces: dict[tuple[str, int], list[QuantizedWeight]] = {}
+    originals = {name: _matrices(run.source.read(name).float()) for name in group.members}
     options = RoundingOptions(run.recipe.damping, run.recipe.passes)
-    for index, matrix in enumerate(stats.matrices):
-        members = {name: originals[name][index] for name in weights}
-        layouts = [scheme.segments(next(iter(members.values())).shape[1]) for scheme in run.schemes]
-        for key, value in round_group(members, matrix.hessian, layouts, options).items():
+    layouts = [
+        scheme.segments(run.model_map.weight(group.members[0]).in_features) for scheme in schemes
+    ]
+    pieces: dict[tuple[str, int], list[QuantizedWeight]] = {}
+    for index, statistics in enumerate(stats.matrices):
+        members = {name: originals[name][index] for name in group.members}
+        for key, value in round_group(members, statistics.hessian, layouts, options).items():
             pieces.setdefault(key, []).append(value)
-    rounded = {key: (concatenate(parts), originals[key[0]]) for key, parts in pieces.items()}
-    return rounded, {name: _block_scorers(run, stats, name) for name in weights}
+    matrices = {
+        name: [
+            _Matrix(original, _block_scorer(run, stats, index, name))
+            for index, original in enumerate(originals[name])
+        ]
+        for name in group.members
+    }
+    return {
+        (name, str(schemes[index])): (concatenate(parts), matrices[name])
+        for (name, index), parts in pieces.items()
+    }
 
 
-def _block_scorers(run: Run, stats: GroupStatistics, name: str) -> list[Scorer]:
-    """One scorer per matrix; an expert counts by the share of tokens it saw."""
-    total = max(m.tokens for m in stats.matrices) if len(stats.matrices) == 1 else run.windows.numel()
-    generator = torch.Generator().manual_seed(run.recipe.seed)
+def _block_scorer(run: Run, stats: GroupStatistics, index: int, name: str) -> Scorer:
+    """The score of one matrix; an expert counts by the share of tokens it saw."""
+    statistics = stats.matrices[index]
+    share = statistics.tokens / run.windows.numel() if len(stats.matrices) > 1 else 1.0
 
-    def scorer(index: int) -> Scorer:
-        matrix = stats.matrices[index]
-        share = matrix.tokens / total
+    def score(weight: Tensor, error: Tensor) -> tuple[float, float]:
+        if statistics.has_gradients:
+            loss = scores.fisher_score(error, statistics, name) * share
+        else:
+            loss = scores.output_score(weight, error, statistics) * share
+        return loss, loss * scores.relative_error(error, statistics, name, _bootstrap(run))
 
-        def score(weight: Tensor, error: Tensor) -> tuple[float, float]:
-            if matrix.has_gradients:
-                loss = scores.fisher_score(error, matrix, name) * share
-            else:
-                loss = scores.output_score(weight, error, matrix) * share
-            return loss, loss * scores.relative_error(error, matrix, name, generator)
-
-        return score
-
-    return [scorer(index) for index in range(len(stats.matrices))]
+    return score
 
 
-def _round_embedding(run: Run, weights: Mapping[str, Weight]) -> tuple[Rounded, dict[str, list[Scorer]]]:
+def _bootstrap(run: Run) -> torch.Generator:
+    """The same resampled windows for every candidate: their errors differ by what differs."""
+    return torch.Generator().manual_seed(run.recipe.seed)
+
+
+def _round_embedding(run: Run, weights: list[Weight], schemes: list[Scheme]) -> Candidates:
     """Round an embedding, a head, or both in one tied weight."""
     stats = embedding_statistics(run)
     options = RoundingOptions(run.recipe.damping, run.recipe.passes)
-    rounded: Rounded = {}
-    scorers: dict[str, list[Scorer]] = {}
-    for name, weight in weights.items():
+    candidates: Candidates = {}
+    for weight in weights:
         head = weight.kind == "head" or weight.head is not None
         lookup = weight.kind == "embedding"
-        original = run.source.read(name).float()
-        layouts = [scheme.segments(original.shape[1]) for scheme in run.schemes]
+        original = run.source.read(weight.name).float()
+        layouts = [scheme.segments(weight.in_features) for scheme in schemes]
         hessian = embedding_hessian(stats, head, lookup)
-        for key, value in round_group({name: original}, hessian, layouts, options).items():
-            rounded[key] = (value, [original])
-        scorers[name] = [_embedding_scorer(stats, head, lookup, run.recipe.seed)]
-    return rounded, scorers
+        matrix = _Matrix(original, _embedding_scorer(run, stats, head, lookup))
+        rounded = round_group({weight.name: original}, hessian, layouts, options)
+        for (name, index), value in rounded.items():
+            candidates[name, str(schemes[index])] = value, [matrix]
+    return candidates
 
 
 def embedding_hessian(stats: EmbeddingStatistics, head: bool, lookup: bool) -> Tensor:
@@ -153,12 +197,10 @@ def embedding_hessian(stats: EmbeddingStatistics, head: bool, lookup: bool) -> T
     return hessian
 
 
-def _embedding_scorer(stats: EmbeddingStatistics, head: bool, lookup: bool, seed: int) -> Scorer:
-    generator = torch.Generator().manual_seed(seed)
-
+def _embedding_scorer(run: Run, stats: EmbeddingStatistics, head: bool, lookup: bool) -> Scorer:
     def score(_: Tensor, error: Tensor) -> tuple[float, float]:
         loss = scores.embedding_score(error, stats, head, lookup)
-        return loss, loss * scores.embedding_relative_error(error, stats, generator)
+        return loss, loss * scores.embedding_relative_error(error, stats, _bootstrap(run))
 
     return score
 
@@ -166,10 +208,3 @@ def _embedding_scorer(stats: EmbeddingStatistics, head: bool, lookup: bool, seed
 def _matrices(weight: Tensor) -> tuple[Tensor, ...]:
     """The matrices [N, K] of a weight [N, K] or a stack [E, N, K]."""
     return weight.unbind(0) if weight.dim() == 3 else (weight,)
-
-
-def _split(quantized: QuantizedWeight, parts: int) -> tuple[Tensor, ...]:
-    """Dequantized matrices of a stack that is stored as [E*N, K]."""
-    return dequantize(quantized).chunk(parts)
-
-

@@ -5,26 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quantlib.checkpoint.disk import atomic_write_text
 from quantlib.checkpoint.writer import SHARD_BYTES
-from quantlib.errors import UsageError
+from quantlib.errors import SearchError, UsageError
+from quantlib.formats.scheme import Scheme
 from quantlib.models.modelmap import ModelMap
 from quantlib.pipeline import bytecount
-from quantlib.pipeline.run import Run
 from quantlib.search.budget import parse_bits, parse_size
-from quantlib.search.constraints import Rule
+from quantlib.search.constraints import KINDS, Rule, parse_rules
 from quantlib.search.plan import Plan
 from quantlib.search.problem import Problem, build_problem
-from quantlib.search.sensitivity import Sensitivity
+from quantlib.search.sensitivity import Entry, Sensitivity
 from quantlib.search.solve import Solution, solve
+from quantlib.search.weights import ENGINES
 
-SENSITIVITY_FILE = "sensitivity.json"
-PLAN_FILE = "plan.json"
+TASK = "kl"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the user allows: exactly one of `size` (as `90MB`, `30%`) and `bits` (true bits per parameter), and rules."""
+    """What the user allows: one of `size` (as `90MB`, `30%`) and `bits` (true bits per parameter),
+    and rules."""
 
     size: str | None = None
     bits: float | None = None
@@ -33,22 +33,49 @@ class Budget:
     ceilings: tuple[str, ...] = ()
     pins: tuple[str, ...] = ()
 
+    @staticmethod
+    def rules_of(plan: Plan) -> Budget:
+        """The engine and the rules that a plan was made under, without its budget."""
+        texts: dict[str, list[str]] = {kind: [] for kind in KINDS}
+        for rule in plan.rules:
+            kind, _, text = rule.removeprefix("--").partition(" ")
+            if kind not in texts:
+                raise SearchError(f"the plan has a rule {rule!r}: it starts with no known option")
+            texts[kind].append(text)
+        return Budget(None, None, plan.engine, *(tuple(texts[kind]) for kind in KINDS))
+
+    @property
+    def given(self) -> bool:
+        """Whether there is a budget, and not only rules."""
+        return self.size is not None or self.bits is not None
+
     def in_bytes(self, model_map: ModelMap) -> int:
-        """The budget in bytes of the whole checkpoint. Raises UsageError unless exactly one budget is given."""
+        """The budget in bytes of the whole checkpoint. Raises UsageError unless exactly one budget
+        is given."""
         if (self.size is None) == (self.bits is None):
-            raise UsageError("give one budget: a size such as --size 82.8MB, or true bits such as --bits 4.25")
+            raise UsageError(
+                "give one budget: a size such as --size 82.8MB, or true bits such as --bits 4.25"
+            )
         if self.size is not None:
             return parse_size(self.size, model_map.nbytes)
         return parse_bits(str(self.bits), model_map.parameters)
 
-    def rules(self) -> list[Rule]:
+    def rules(self) -> tuple[Rule, ...]:
         """Floors, ceilings and pins, parsed. Raises UsageError on one that is malformed."""
-        kinds: Sequence[tuple[str, tuple[str, ...]]] = (
-            ("floor", self.floors),
-            ("ceiling", self.ceilings),
-            ("pin", self.pins),
-        )
-        return [Rule.parse(kind, text) for kind, texts in kinds for text in texts]
+        return parse_rules(self.floors, self.ceilings, self.pins)
+
+    def asked_for(self, plan: Plan, model_map: ModelMap) -> bool:
+        """Whether a plan is an answer to this very request."""
+        rules = tuple(map(str, self.rules()))
+        wanted = (self.in_bytes(model_map), self.engine, rules)
+        return (plan.budget, plan.engine, plan.rules) == wanted
+
+    @property
+    def fuses(self) -> bool:
+        """Whether the engine runs the linears that read one input as one matrix."""
+        if self.engine not in ENGINES:
+            raise UsageError(f"unknown engine {self.engine!r}: use one of {', '.join(ENGINES)}")
+        return ENGINES[self.engine]
 
 
 def allocation_problem(model_map: ModelMap, table: Sensitivity, budget: Budget) -> Problem:
@@ -58,23 +85,43 @@ def allocation_problem(model_map: ModelMap, table: Sensitivity, budget: Budget) 
         model_map.weights,
         fixed_bytes=bytecount.fixed_bytes(model_map, SHARD_BYTES),
         engine=budget.engine,
+        groups=model_map.groups,
         rules=budget.rules(),
     )
 
 
-def search(model_map: ModelMap, table: Sensitivity, budget: Budget) -> tuple[Plan, Problem, Solution]:
+def sizes_only(model_map: ModelMap, schemes: Sequence[str], budget: Budget) -> Problem:
+    """The allocation problem before anything was measured: true bytes, every loss 0.
+
+    It says which sizes are possible, and raises for rules that match nothing or contradict each
+    other, before hours are spent on measuring.
+    """
+    parsed = [Scheme.parse(name) for name in schemes]
+    nothing = {TASK: 0.0}
+    rows = {
+        weight.name: {
+            str(scheme): Entry(bytecount.weight_bytes(weight, scheme), nothing, nothing)
+            for scheme in parsed
+        }
+        for weight in model_map.weights
+    }
+    table = Sensitivity(model_map.fingerprint, (TASK,), rows)
+    return allocation_problem(model_map, table, budget)
+
+
+def check_request(model_map: ModelMap, schemes: Sequence[str], budget: Budget) -> None:
+    """Raise what `search` would raise after measuring: UsageError for the budget's text or rules,
+    SearchError for a budget that no allocation fits, with the smallest size that is possible."""
+    solve(sizes_only(model_map, schemes, budget), budget.in_bytes(model_map))
+
+
+def search(
+    model_map: ModelMap, table: Sensitivity, budget: Budget
+) -> tuple[Plan, Problem, Solution]:
     """Solve for the best allocation within the budget."""
     problem = allocation_problem(model_map, table, budget)
     solution = solve(problem, budget.in_bytes(model_map))
-    plan = Plan.from_solution(problem, solution, calibration=table.calibration, provenance=table.provenance)
+    plan = Plan.from_solution(
+        problem, solution, calibration=table.calibration, provenance=table.provenance
+    )
     return plan, problem, solution
-
-
-def save_table(run: Run, table: Sensitivity) -> None:
-    """Write the sensitivity table where people and `quantlib search` find it."""
-    atomic_write_text(run.work.path / SENSITIVITY_FILE, table.to_json())
-
-
-def save_plan(run: Run, plan: Plan) -> None:
-    """Write the plan where people and `quantlib apply` find it."""
-    atomic_write_text(run.work.path / PLAN_FILE, plan.to_json())

@@ -1,17 +1,21 @@
-"""`--refine`: round the chosen plan again, block by block, with the inputs its own earlier blocks produce.
+"""`--refine`: round the chosen plan again, block by block, with the inputs its own earlier blocks
+produce.
 
-The bank rounds every weight as if all others were exact. Here the chosen schemes are fixed, so each block can be given
-the hidden states that the already re-rounded blocks before it really produce, and its targets moved towards what undoes
-their error (`rounding.asymmetric`). One block is in memory at a time, in two copies of its hidden states: what the full-precision
-model would see, and what the quantized one sees. Stacks of experts keep their bank entries.
+The bank rounds every weight as if all others were exact. Here the chosen schemes are fixed, so each
+block can be given the hidden states that the already re-rounded blocks before it really produce,
+and its targets moved towards what undoes their error (`rounding.asymmetric`). One block is in
+memory at a time, with two copies of its hidden states: what the full-precision model would see, and
+what the quantized one sees. Stacks of experts keep their bank entries.
 
-The result is kept only if it is better: the plan is measured with and without it on windows held back from calibration.
+The result is kept only if it is better: the plan is measured with and without it on windows held
+back from calibration (`apply.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +32,13 @@ from quantlib.pipeline.run import Run
 from quantlib.rounding import RoundingOptions, asymmetric_target, round_group
 
 REROUND_VERSION = 1
+"""Raise when re-rounding changes: plans are then re-rounded again."""
 
 
 @dataclass
 class _Moments:
-    """Of one group: token-weighted second moment of the quantized model's inputs, and the cross moment."""
+    """Of one group: token-weighted second moment of the quantized model's inputs, and the cross
+    moment with what the full-precision model would have seen, both float32 [K, K]."""
 
     hessian: Tensor
     cross: Tensor
@@ -44,109 +50,151 @@ def reround_inputs(run: Run, schemes: Mapping[str, str]) -> str:
 
 
 def reround(run: Run, schemes: Mapping[str, str]) -> dict[str, str]:
-    """Re-round a plan (weight -> scheme). Returns weight -> bank key for the weights that were re-rounded."""
+    """Re-round a plan (weight -> scheme). Returns weight -> bank key of what was re-rounded."""
     inputs = reround_inputs(run, schemes)
-    names = [name for block in run.model_map.blocks for group in _groups(run, block) for name in group.members]
-    keys = {name: LayerBank.key(name, schemes[name], inputs) for name in names}
-    if all(run.bank.has(key) for key in keys.values()):
-        return keys
+    keys = [
+        {
+            name: LayerBank.key(name, schemes[name], inputs)
+            for group in _groups(run, block)
+            for name in group.members
+        }
+        for block in run.model_map.blocks
+    ]
     store = WorkDirStore(run, inputs)
+    if not all(_has(run, block_keys) for block_keys in keys):
+        _reround_blocks(run, store, schemes, inputs, keys)
+    store.clear()
+    return {name: key for block_keys in keys for name, key in block_keys.items()}
+
+
+def _has(run: Run, keys: Mapping[str, str]) -> bool:
+    return all(run.bank.has(key) for key in keys.values())
+
+
+def _reround_blocks(
+    run: Run,
+    store: WorkDirStore,
+    schemes: Mapping[str, str],
+    inputs: str,
+    keys: Sequence[Mapping[str, str]],
+) -> None:
+    """Re-round from the last block whose inputs are stored and before which nothing is missing."""
+    blocks = run.model_map.blocks
     stream = BlockStream(run.source, run.model_map)
-    _begin(run, stream, store, schemes)
-    with run.stage("re-round", len(run.model_map.blocks)) as progress:
-        for index, block in enumerate(run.model_map.blocks):
-            if not store.has(f"quantized.{index + 1}"):
-                _reround_block(run, stream, store, index, schemes, inputs)
-            for kind in ("exact", "quantized"):
-                store.drop(f"{kind}.{index}")
+    entered = _enter(run, stream, schemes)
+    stored = [i for i in range(1, len(blocks)) if store.has(f"block.{i}")]
+    start = max((i for i in stored if all(_has(run, k) for k in keys[:i])), default=0)
+    if start == 0:
+        store.save_all("block.0", entered)
+    with run.stage("re-round", len(blocks)) as progress:
+        for index, block in enumerate(blocks):
+            if index >= start:
+                left = _reround_block(run, stream, store, index, schemes, inputs)
+                if index + 1 < len(blocks):
+                    store.save_all(f"block.{index + 1}", left)
+                store.drop(f"block.{index}")
             progress.tick(block)
-    for kind in ("exact", "quantized"):
-        store.drop(f"{kind}.{len(run.model_map.blocks)}")
-    return keys
 
 
-def _begin(run: Run, stream: BlockStream, store: WorkDirStore, schemes: Mapping[str, str]) -> None:
-    """Hidden states that enter the first block, exact and with the plan's embedding."""
-    with torch.no_grad():
-        exact = torch.cat([stream.embed(ids) for ids in run.windows])
-        for group in run.model_map.groups_in(None):
-            for name in group.members:
-                stream.model.get_parameter(name).copy_(bank_weight(run, name, schemes[name]))
-        quantized = torch.cat([stream.embed(ids) for ids in run.windows])
-    resumed = any(store.has(f"quantized.{i}") for i in range(1, len(stream.block_names) + 1))
-    if not resumed:
-        store.save("exact.0", exact)
-        store.save("quantized.0", quantized)
+@torch.no_grad()
+def _enter(run: Run, stream: BlockStream, schemes: Mapping[str, str]) -> dict[str, Tensor]:
+    """Hidden states [windows, T, D] that enter the first block, `exact` and `quantized` (with the
+    plan's embedding, which is left in the stream)."""
+    exact = torch.cat([stream.embed(ids) for ids in run.windows])
+    for group in run.model_map.groups_in(None):
+        for name in group.members:
+            stream.model.get_parameter(name).copy_(bank_weight(run, name, schemes[name]))
+    return {"exact": exact, "quantized": torch.cat([stream.embed(ids) for ids in run.windows])}
 
 
 @torch.no_grad()
 def _reround_block(
-    run: Run, stream: BlockStream, store: WorkDirStore, index: int, schemes: Mapping[str, str], inputs: str
-) -> None:
-    """Re-round one block's groups and carry both hidden states through it."""
-    exact, quantized = store.load(f"exact.{index}"), store.load(f"quantized.{index}")
+    run: Run,
+    stream: BlockStream,
+    store: WorkDirStore,
+    index: int,
+    schemes: Mapping[str, str],
+    inputs: str,
+) -> dict[str, Tensor]:
+    """Re-round one block's groups and carry both hidden states through it; returns them."""
+    entering = store.load_all(f"block.{index}")
+    exact, quantized = entering["exact"], entering["quantized"]
     name = stream.block_names[index]
     with stream.block(index) as block:
-        watch = _InputWatch(run, stream.model, name)
-        outputs, moments = [], {}
-        for window, (h, hq) in enumerate(zip(exact, quantized, strict=True)):
-            with watch:
+        outputs: list[Tensor] = []
+        moments: dict[str, _Moments] = {}
+        with _InputWatch(run, stream.model, name) as watch:
+            for window, (h, hq) in enumerate(zip(exact, quantized, strict=True)):
                 outputs.append(stream.run(index, block, h[None]))
                 clean = watch.take()
                 stream.run(index, block, hq[None])
-            watch.accumulate(moments, clean, watch.take(), window)
+                watch.accumulate(moments, clean, watch.take(), window)
         weights = _round(run, name, moments, schemes, inputs)
-        for weight_name, value in weights.items():
-            stream.model.get_parameter(weight_name).copy_(value)
         for group in run.model_map.groups_in(name):
-            for member in set(group.members) - set(weights):
-                stream.model.get_parameter(member).copy_(bank_weight(run, member, schemes[member]))
-        carried = torch.cat([stream.run(index, block, hq[None]) for hq in quantized])
-    store.save(f"exact.{index + 1}", torch.cat(outputs))
-    store.save(f"quantized.{index + 1}", carried)
+            for member in group.members:
+                value = weights.get(member)
+                if value is None:
+                    value = bank_weight(run, member, schemes[member])
+                stream.model.get_parameter(member).copy_(value)
+        carried = [stream.run(index, block, hq[None]) for hq in quantized]
+    return {"exact": torch.cat(outputs), "quantized": torch.cat(carried)}
 
 
 class _InputWatch:
-    """Captures the input of every dense linear group of a block, and accumulates weighted moments of pairs."""
+    """Captures the input of every dense linear group of a block, for as long as it is entered."""
 
     def __init__(self, run: Run, model: nn.Module, block: str) -> None:
         self.model = model
         self.groups = _groups(run, block)
-        self.weights = {g.name: _token_weights(run, g) for g in self.groups}
+        self.weights = {group.name: _token_weights(run, group) for group in self.groups}
         self.seen: dict[str, Tensor] = {}
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _InputWatch:
         for group in self.groups:
             module = self.model.get_submodule(group.members[0].rpartition(".")[0])
             self.handles.append(module.register_forward_pre_hook(self._hook(group.name)))
+        return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for handle in self.handles:
             handle.remove()
-        self.handles = []
 
-    def _hook(self, name: str):  # type: ignore[no-untyped-def]
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self.seen[name] = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
 
         return hook
 
     def take(self) -> dict[str, Tensor]:
-        """What was seen since the last call."""
+        """Group -> input [T, K], of what ran since the last call."""
         seen, self.seen = self.seen, {}
         return seen
 
     def accumulate(
-        self, moments: dict[str, _Moments], clean: dict[str, Tensor], noisy: dict[str, Tensor], window: int
+        self,
+        moments: dict[str, _Moments],
+        clean: dict[str, Tensor],
+        noisy: dict[str, Tensor],
+        window: int,
     ) -> None:
         """Add one window's x' x'^T and (x - x') x'^T, token-weighted as in calibration."""
         for group in self.groups:
             x, q = clean[group.name], noisy[group.name]
+            tokens, width = q.shape
             weight = self.weights[group.name]
-            weighted = q if weight is None else q * weight[window * len(q) : (window + 1) * len(q), None]
+            weighted = q
+            if weight is not None:
+                weighted = q * weight[window * tokens : (window + 1) * tokens, None]
             if group.name not in moments:
-                moments[group.name] = _Moments(torch.zeros(q.shape[1], q.shape[1]), torch.zeros(q.shape[1], q.shape[1]))
+                moments[group.name] = _Moments(
+                    torch.zeros(width, width), torch.zeros(width, width)
+                )
             moments[group.name].hessian.addmm_(weighted.T, q)
             moments[group.name].cross.addmm_((x - q).T, weighted)
 

@@ -70,11 +70,8 @@ class Run:
 
     @cached_property
     def all_windows(self) -> Tensor:
-        """Calibration windows and then probe windows, int64 [windows + probe_windows, seqlen], all different."""
-        recipe = self.recipe
-        return load_windows(
-            recipe.data, self.tokenizer, recipe.seqlen, recipe.windows + recipe.probe_windows, recipe.seed
-        )
+        """Calibration and probe windows, int64 [windows + probe_windows, seqlen], all different."""
+        return read_windows(self.recipe, self.tokenizer)
 
     @property
     def windows(self) -> Tensor:
@@ -109,12 +106,16 @@ class Run:
     def statistics_hash(self) -> str:
         """Everything the statistics depend on."""
         recipe = self.recipe
-        return digest([self.source_hash, self.data_hash, recipe.seed, recipe.gradients, STATISTICS_VERSION])
+        return digest(
+            [self.source_hash, self.data_hash, recipe.seed, recipe.gradients, STATISTICS_VERSION]
+        )
 
     @cached_property
     def rounding_hash(self) -> str:
         """Everything a bank entry depends on, besides the weight and the scheme."""
-        return digest([self.statistics_hash, self.recipe.damping, self.recipe.passes, ROUNDING_VERSION])
+        return digest(
+            [self.statistics_hash, self.recipe.damping, self.recipe.passes, ROUNDING_VERSION]
+        )
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Progress]:
@@ -126,6 +127,12 @@ class Run:
         finally:
             self.progress.finish()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+
+
+def read_windows(recipe: Recipe, tokenizer: Any) -> Tensor:
+    """All windows of a recipe. Raises DataError when the text is missing, empty or too short."""
+    wanted = recipe.windows + recipe.probe_windows
+    return load_windows(recipe.data, tokenizer, recipe.seqlen, wanted, recipe.seed)
 
 
 STATISTICS_VERSION = 1

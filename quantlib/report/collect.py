@@ -44,11 +44,10 @@ def collect(
 ) -> ReportData:
     """The report of one plan for one model.
 
-    bytes_before, bytes_after: sizes of the weight files; the map's and the plan's own counts
-    otherwise.
     evaluation: of the finished model; with a KL it becomes this model's measured point.
-    measured: further plans of ours that were measured. others: what other tools or rules reach.
-    timings:  stage -> seconds. provenance: name -> hash or version, added to the plan's own.
+    measured: further plans of ours that were measured. others: what other methods reach.
+    timings: stage -> seconds. provenance: name -> hash or version, added to the plan's own.
+    bytes_before, bytes_after: sizes of the weight files; by default what the map and plan count.
     """
     after = plan.bytes if bytes_after is None else bytes_after
     own = []

@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from quantlib.errors import SearchError
 from quantlib.report import words
-from quantlib.report.data import MeasuredPoint, ReportData
+from quantlib.report.data import FrontPoint, MeasuredPoint, ReportData
 from quantlib.report.theme import (
     ACCENT,
     LINE,
@@ -41,12 +41,13 @@ def pareto(data: ReportData) -> Picture | None:
 
     None when there is neither a front nor a measurement.
     """
-    if len(data.front) < 2 and not data.measured:
+    front = sorted((point for point in data.front if point.loss > 0), key=lambda p: p.bytes)
+    if len(front) < 2 and not any(point.loss > 0 for point in data.measured):
         return None
     key: Key = []
     with style():
         figure, axes = new_figure(_HEIGHT)
-        _front(axes, data, key)
+        _front(axes, front, key)
         _budget(axes, data, key)
         _plans(axes, data, key)
         _log_axis(axes, "y")
@@ -65,11 +66,12 @@ def predictions(data: ReportData) -> Picture | None:
 
     None without probes; only the points when they cannot carry a line.
     """
-    if not data.probes:
+    probes = [probe for probe in data.probes if probe.predicted > 0 and probe.measured > 0]
+    if not probes:
         return None
     key: Key = [(css(ACCENT), "probe plans", "dot")]
-    sums = [probe.predicted for probe in data.probes]
-    measured = [MeasuredPoint("", 0, probe.measured, probe.error) for probe in data.probes]
+    sums = [probe.predicted for probe in probes]
+    measured = [MeasuredPoint("", 0, probe.measured, probe.error) for probe in probes]
     calibration = _calibration(data)
     here = _chosen(data)
     with style():
@@ -83,7 +85,7 @@ def predictions(data: ReportData) -> Picture | None:
             axes.plot(grid, lines[:, 0], color=ACCENT)
             key.append((css(ACCENT), "fitted line, 95 % band", "line"))
         _points(axes, sums, measured, ACCENT, 5.5)
-        if here is not None and data.predicted_sum:
+        if here is not None and here.loss > 0 and data.predicted_sum:
             _points(axes, [data.predicted_sum], [here], WARM, 9)
             key.append((css(WARM), "this model", "dot"))
         key.append((css(MUTED), "measured = predicted", "dash"))
@@ -99,10 +101,9 @@ def predictions(data: ReportData) -> Picture | None:
 # -- parts ---------------------------------------------------------------------------------------
 
 
-def _front(axes: Axes, data: ReportData, key: Key) -> None:
-    if len(data.front) < 2:
+def _front(axes: Axes, front: Sequence[FrontPoint], key: Key) -> None:
+    if len(front) < 2:
         return
-    front = sorted(data.front, key=lambda point: point.bytes)
     sizes = [point.bytes / 1e6 for point in front]
     lows = [point.low for point in front if point.low is not None]
     highs = [point.high for point in front if point.high is not None]
@@ -127,7 +128,8 @@ def _plans(axes: Axes, data: ReportData, key: Key) -> None:
         (list(data.others), MUTED, 5.5, "other methods"),
         ([point for point in data.measured if point.chosen], WARM, 10.0, "this model"),
     )
-    for points, colour, size, label in layers:
+    for plans, colour, size, label in layers:
+        points = [point for point in plans if point.loss > 0]  # the axis is logarithmic
         if points:
             _points(axes, [point.bytes / 1e6 for point in points], points, colour, size)
             key.append((css(colour), label, "dot" if size < 8 else "big"))

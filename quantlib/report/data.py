@@ -20,11 +20,10 @@ Row = TypeVar("Row")
 class WeightRow:
     """One quantized weight, in model order.
 
-    block:  name of the repeated block it is in ("model.layers.3"), None outside blocks.
-    kind:   linear, embedding, head or experts.
-    bits:   true bits per weight: codes, scales and zero points.
-    loss:   predicted loss of this weight in this scheme, in the unit of the task, with its standard
-        `error`.
+    block: name of the repeated block it is in ("model.layers.3"), None outside blocks.
+    kind: linear, embedding, head or experts.
+    bits: true bits per weight: codes, scales and zero points.
+    loss, error: predicted loss of this weight in this scheme, and its standard error.
     """
 
     name: str
@@ -85,8 +84,7 @@ class MeasuredPoint:
 
 @dataclass(frozen=True)
 class ProbePoint:
-    """A plan measured to calibrate predictions: its sum of predicted losses, and what was
-    measured."""
+    """A plan measured to calibrate predictions, beside its sum of predicted losses."""
 
     predicted: float
     measured: float
@@ -97,20 +95,17 @@ class ProbePoint:
 class ReportData:
     """Everything one report shows.
 
-    title:       name of the model. `created`: when, as text; the caller's clock, so that rendering
-        is a pure function.
-    budget:      the budget in the user's words ("82.8 MB"), `budget_bytes` the same in bytes when
-        it was one. bytes_before, bytes_after: size of the weight files; parameters: numbers in the
-        model, tied ones counted once.
-    predicted:   (expected loss, low, high): the plan's calibrated prediction with its 95 %
-        interval.
-    predicted_sum: the plan's plain sum of losses: its place on the calibration's axis.
-    evaluation:  `LanguageResult.to_json()`, or None when nothing was measured.
-    front, measured, others: the Pareto front; measured plans of ours; what other tools or rules
-    reach.
-    timings:     (stage, seconds) in the order of the run. facts, provenance: (name, value) for the
-        two lists.
-    unit:        of every loss: nats per token for KL.
+    title: name of the model. created: when, as text; the caller's clock, so rendering stays pure.
+    bytes_before, bytes_after: size of the weight files.
+    parameters: numbers in the model, tied ones counted once.
+    budget: in the user's words ("82.8 MB"); budget_bytes: the same in bytes when it is one.
+    unit: of every loss; nats per token for KL.
+    predicted: (expected loss, low, high), the plan's prediction with its 95 % interval.
+    predicted_sum: the plan's plain sum of losses, its place on the calibration's axis.
+    evaluation: `LanguageResult.to_json()`, None when nothing was measured.
+    front: the Pareto front. measured: measured plans of ours. others: what other methods reach.
+    probes: measured plans that the predictions were calibrated with.
+    timings: (stage, seconds) in the order of the run. facts, provenance: (name, value) rows.
     """
 
     title: str

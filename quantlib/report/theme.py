@@ -73,7 +73,10 @@ def style() -> Any:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure with its words. `key`: (CSS colour, label, shape: fill, dot, line or dash)."""
+    """A figure with its words.
+
+    key: (CSS colour, label, shape) rows; a shape is fill, dot, big (a large dot), line or dash.
+    """
 
     title: str
     caption: str
@@ -107,10 +110,10 @@ def note(axes: Axes, text: str, place: tuple[float, float], above: float = 0.0) 
 
 
 def text_on(colour: Any) -> str:
-    """Black or white on a filled cell, by its relative luminance (WCAG 2; contrast above 3.6)."""
+    """Black or white, whichever contrasts more with `colour` (WCAG 2: at least 4.1 to 1)."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "#1b1b1f" if luminance > 0.24 else "#ffffff"
+    return "#1b1b1f" if luminance > 0.203 else "#ffffff"
 
 
 def to_svg(figure: Figure, description: str, salt: str) -> str:

@@ -1,4 +1,5 @@
-"""Rounding: pure functions from a weight, the second moment of its input, and a format to a `QuantizedWeight`."""
+"""Rounding: pure functions from a weight, the second moment of its input, and a format to a
+`QuantizedWeight`."""
 
 from __future__ import annotations
 
@@ -11,12 +12,13 @@ from quantlib.formats.weight import QuantizedWeight
 from quantlib.rounding.asymmetric import asymmetric_target
 from quantlib.rounding.fixed import round_fixed
 from quantlib.rounding.integer import (
+    DEFAULTS,
     Layout,
     RoundingOptions,
-    concatenate,
     is_batchable,
     round_integers,
 )
+from quantlib.rounding.stack import concatenate
 
 __all__ = [
     "Layout",
@@ -35,21 +37,24 @@ def round_group(
     weights: Mapping[str, Tensor],
     hessian: Tensor | None,
     layouts: Sequence[Layout],
-    options: RoundingOptions = RoundingOptions(),
+    options: RoundingOptions = DEFAULTS,
 ) -> dict[tuple[str, int], QuantizedWeight]:
     """Round the members of a linear group (name -> [N, K]) to every candidate layout (K segments).
 
     hessian: [K, K] of the shared input; None means no data reached it, and rounds to nearest.
-    Integer layouts are rounded together by `round_integers`, the others one by one by `round_fixed`.
+    Returns (name, index of the layout) -> QuantizedWeight. Layouts of integers are rounded together
+    by `round_integers`, the others one by one by `round_fixed`; each raises what they raise.
     """
     out: dict[tuple[str, int], QuantizedWeight] = {}
-    batch = [i for i, layout in enumerate(layouts) if all(is_batchable(part.format) for part in layout)]
     if hessian is None:
-        return {(name, i): quantize_rtn(w, layout) for name, w in weights.items() for i, layout in enumerate(layouts)}
+        for index, layout in enumerate(layouts):
+            out |= {(name, index): quantize_rtn(w, layout) for name, w in weights.items()}
+        return out
+    batch = [i for i, layout in enumerate(layouts) if all(is_batchable(p.format) for p in layout)]
     if batch:
         rounded = round_integers(weights, hessian, [layouts[i] for i in batch], options)
         out |= {(name, batch[i]): weight for (name, i), weight in rounded.items()}
-    for index in set(range(len(layouts))) - set(batch):
+    for index in sorted(set(range(len(layouts))) - set(batch)):
         for name, weight in weights.items():
             out[name, index] = round_fixed(weight, hessian, layouts[index], options.damping)
     return out

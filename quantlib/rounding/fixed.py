@@ -1,8 +1,9 @@
-"""GPTQ with scales fixed beforehand: for small floats, MX and NVFP4 blocks, per-tensor scales, and mixed segments.
+"""GPTQ with scales fixed beforehand: for small floats, MX and NVFP4 blocks, per-tensor scales, and
+mixed segments.
 
-Slower than `rounding.integer` (one weight, one scheme at a time), but it works for every format, because rounding one
-column is asked of the format itself. Scales come from round-to-nearest, with each group's clip chosen by
-importance-weighted error.
+Slower than `rounding.integer` (one weight, one scheme at a time), but it works for every format,
+because rounding one column is asked of the format itself. Scales come from round-to-nearest, with
+each group's clip chosen by importance-weighted error.
 """
 
 from __future__ import annotations
@@ -14,51 +15,75 @@ from torch import Tensor
 
 from quantlib.formats.rtn import choose_scales, encode
 from quantlib.formats.scheme import CHANNEL, TENSOR, Segment, WeightFormat
-from quantlib.formats.weight import QuantizedSegment, QuantizedWeight, dequantize
-from quantlib.rounding.hessian import damped, inverse_factor
+from quantlib.formats.weight import (
+    QuantizedSegment,
+    QuantizedWeight,
+    check_segments,
+    dequantize,
+)
+from quantlib.rounding.hessian import check_weight, damped, inverse_factor
+from quantlib.rounding.sweep import SUB_BLOCK
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+"""Fractions of a group's range that the scale search tries."""
+E8M0_CLIPS = (1.0, 2.0, 0.5)
+"""The same for scales that are powers of two. The scale of the MX specification saturates the
+largest weights of some groups; twice as large, it saturates none."""
+
 Scales = tuple[Tensor, Tensor | None, Tensor | None]
+"""(scale, row_scale, zero) of a segment, in stored form."""
 
 
 def round_fixed(
     weight: Tensor, hessian: Tensor, segments: Sequence[Segment], damping: float = 0.01
 ) -> QuantizedWeight:
-    """GPTQ of `weight` [N, K] under `hessian` [K, K], any formats, scales chosen from the original weight."""
+    """GPTQ of `weight` [N, K] under `hessian` [K, K], any formats, scales chosen from the original
+    weight.
+
+    Raises RoundingError on shapes that disagree, inf or nan; FormatError on segments that do not
+    cover K, and on scales that cannot be stored.
+    """
+    check_weight("the weight", weight, hessian)
+    check_segments(weight.shape, segments)
     factor = inverse_factor(damped(hessian, damping))
     importance = factor.diagonal() ** -2
     work = weight.to(torch.float32).clone()
-    columns = work.shape[1]
+    rows, columns = work.shape
     parts = []
     for segment in segments:
         first, last = segment.start, segment.start + segment.length
-        scales = search_scales(weight[:, first:last].float(), segment.format, importance[first:last])
-        codes = torch.empty(work.shape[0], segment.length, dtype=torch.uint8)
-        for k in range(first, last):
-            part, value = _round_column(work[:, k : k + 1], segment, k - first, scales)
-            codes[:, k - first] = part
-            if k + 1 < columns:
-                error = (work[:, k] - value) / factor[k, k]
-                work[:, k + 1 :].addr_(error, factor[k, k + 1 :], alpha=-1)
+        original = weight[:, first:last].to(torch.float32)
+        scales = search_scales(original, segment.format, importance[first:last])
+        codes = torch.empty(rows, segment.length, dtype=torch.uint8)
+        for k0 in range(first, last, SUB_BLOCK):
+            k1 = min(k0 + SUB_BLOCK, last)
+            block = codes[:, k0 - first : k1 - first]
+            local = factor[k0:k1, k0:k1]
+            errors = _round_block(work[:, k0:k1], block, local, segment, k0 - first, scales)
+            work[:, k1:].addmm_(errors, factor[k0:k1, k1:], alpha=-1)
         parts.append(QuantizedSegment(segment, codes, *scales))
-    return QuantizedWeight((work.shape[0], columns), tuple(parts))
+    return QuantizedWeight((rows, columns), tuple(parts))
 
 
 def search_scales(weight: Tensor, format: WeightFormat, importance: Tensor) -> Scales:
-    """Stored scales of `weight` [N, length]: per group the clip with the least importance-weighted squared error."""
+    """Stored scales of `weight` [N, length]: per group the clip with the least squared error,
+    weighted by `importance` [length]."""
     groups = format.groups(weight.shape[1])
     rows = 1 if format.group_size == TENSOR else weight.shape[0]
     best_clip = torch.ones(rows, groups)
     best_error = torch.full((rows, groups), torch.inf)
-    for clip in CLIPS:
-        error = _group_errors(weight, format, importance, choose_scales(weight, format, clip))
+    for clip in E8M0_CLIPS if format.scale == "e8m0" else CLIPS:
+        scales = choose_scales(weight, format, clip)
+        error = _group_errors(weight, format, importance, scales)
         best_clip = torch.where(error < best_error, clip, best_clip)
         best_error = torch.minimum(error, best_error)
     return choose_scales(weight, format, best_clip)
 
 
-def _group_errors(weight: Tensor, format: WeightFormat, importance: Tensor, scales: Scales) -> Tensor:
-    """Importance-weighted squared error of plain rounding, [N, G] ([1, 1] for per-tensor scales)."""
+def _group_errors(
+    weight: Tensor, format: WeightFormat, importance: Tensor, scales: Scales
+) -> Tensor:
+    """Importance-weighted squared error of plain rounding, [N, G] ([1, 1] for TENSOR)."""
     segment = Segment(0, weight.shape[1], format)
     part = QuantizedSegment(segment, encode(weight, format, *scales), *scales)
     residual = dequantize(QuantizedWeight((weight.shape[0], weight.shape[1]), (part,))) - weight
@@ -70,7 +95,22 @@ def _group_errors(weight: Tensor, format: WeightFormat, importance: Tensor, scal
     return torch.stack([block.sum(1) for block in cost.split(format.group_size, dim=1)], dim=1)
 
 
-def _round_column(column: Tensor, segment: Segment, index: int, scales: Scales) -> tuple[Tensor, Tensor]:
+def _round_block(
+    block: Tensor, codes: Tensor, factor: Tensor, segment: Segment, offset: int, scales: Scales
+) -> Tensor:
+    """Round the columns of `block` [N, B] (overwritten), the first of which is column `offset` of
+    the segment, into `codes`; returns the scaled errors [N, B]."""
+    errors = torch.empty_like(block)
+    for j in range(block.shape[1]):
+        codes[:, j], value = _round_column(block[:, j : j + 1], segment, offset + j, scales)
+        errors[:, j] = (block[:, j] - value) / factor[j, j]
+        block[:, j + 1 :].addr_(errors[:, j], factor[j, j + 1 :], alpha=-1)
+    return errors
+
+
+def _round_column(
+    column: Tensor, segment: Segment, index: int, scales: Scales
+) -> tuple[Tensor, Tensor]:
     """(codes uint8 [N], value float32 [N]) of one column [N, 1] at `index` inside its segment."""
     format = segment.format
     group = index // format.group_size if format.group_size > 0 else 0

@@ -1,8 +1,12 @@
-"""Integer grids for many rows at once, each row with its own width of codes, scales and zero points.
+"""Integer grids for many rows at once, each with its own width of codes, scales and zero points.
 
-The rounding sweeps work on transposed matrices [K, R]: a column of the weight is one contiguous vector over R rows, and
-R stacks every output row of every candidate scheme, so that one pass over the columns rounds a weight to all
-of its candidates. `RowGrid` holds what differs between rows as vectors [R]; all methods are elementwise over rows.
+The rounding sweeps work on transposed matrices [K, R]: a column of the weight is one contiguous
+vector over R rows, and R stacks every output row of every candidate scheme, so that one pass over
+the columns rounds a weight to all of its candidates. `RowGrid` holds what differs between rows as
+vectors [R]; all methods are elementwise over rows.
+
+A grid knows scales and zero points only as they are stored. `stored_scale` and `stored_zero` give,
+bit for bit, what `formats.weight` will read back from the checkpoint.
 """
 
 from __future__ import annotations
@@ -16,16 +20,20 @@ from torch import Tensor
 from quantlib.formats.scheme import WeightFormat
 
 CLIPS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5)
-"""Fractions of a group's range that the scale search tries. Finer steps changed the error by less than 1 %."""
+"""Fractions of a group's range that the scale search tries."""
 SMALLEST_SCALE = 2.0**-24
 """The smallest float16: an ideal scale below it (an all-zero group) is raised to it."""
+LARGEST_SCALE = 65504.0
+"""The largest float16."""
 
 
 @dataclass(frozen=True)
 class RowGrid:
-    """Per-row constants [R]: `top` is the largest code, `zero_top` and `scale_top` the largest stored zero point and scale code.
+    """Per-row constants, float32 [R].
 
-    `zero_top` is 0 for symmetric rows (zero point (top + 1) / 2) and `scale_top` 0 for float16 scales.
+    top:       the largest code.
+    zero_top:  the largest stored zero point; 0 for symmetric rows, where zero is (top + 1) / 2.
+    scale_top: the largest stored scale code; 0 for rows with float16 scales.
     """
 
     top: Tensor
@@ -46,24 +54,38 @@ class RowGrid:
         )
 
     def extremes(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """(low, high) [R] of weights [g, R]; both include 0, and are opposite for symmetric rows."""
+        """(low, high) [R] of weights [g, R]: both include 0, and symmetric rows reach as far up as
+        down."""
         low, high = weights.amin(0).clamp_(max=0), weights.amax(0).clamp_(min=0)
         amax = torch.maximum(high, -low)
         symmetric = self.zero_top == 0
         return torch.where(symmetric, -amax, low), torch.where(symmetric, amax, high)
 
+    def row_scale(self, weights: Tensor, group_size: int) -> Tensor:
+        """What two-level codes are relative to: the largest ideal scale [R] over the groups of
+        weights [K, R], in float16; inf when float16 cannot hold it."""
+        largest = torch.full((weights.shape[1],), SMALLEST_SCALE)
+        for block in weights.split(group_size):
+            low, high = self.extremes(block)
+            largest = torch.maximum(largest, (high - low) / self.top)
+        return largest.half().float()
+
     def scale_codes(self, scale: Tensor, row_scale: Tensor) -> Tensor:
         """Nearest stored scale codes (at least 1); meaningless for rows with float16 scales."""
-        return torch.minimum((scale / row_scale * self.scale_top).round_().clamp_(min=1), self.scale_top)
+        codes = (scale / row_scale * self.scale_top).round_().clamp_(min=1)
+        return torch.minimum(codes, self.scale_top)
 
     def stored_scale(self, scale: Tensor, row_scale: Tensor) -> Tensor:
-        """The effective scale after storing `scale` [R]: two-level below `row_scale`, or float16."""
+        """The effective scale after storing `scale` [R]: two-level below `row_scale`, or float16
+        (inf beyond its range)."""
         levels = row_scale * (self.scale_codes(scale, row_scale) / self.scale_top.clamp(min=1))
-        return torch.where(self.scale_top > 0, levels, scale.half().float().clamp_(min=SMALLEST_SCALE))
+        halves = scale.half().float().clamp_(min=SMALLEST_SCALE)
+        return torch.where(self.scale_top > 0, levels, halves)
 
     def zero_codes(self, zero: Tensor) -> Tensor:
         """Nearest stored zero point codes; meaningless for symmetric rows."""
-        return torch.minimum((zero / self.top * self.zero_top).round_().clamp_(min=0), self.zero_top)
+        codes = (zero / self.top * self.zero_top).round_().clamp_(min=0)
+        return torch.minimum(codes, self.zero_top)
 
     def stored_zero(self, zero: Tensor) -> Tensor:
         """The effective zero point, in codes, after storing `zero` [R]."""
@@ -75,34 +97,25 @@ class RowGrid:
         codes = torch.addcmul(zero, value, inverse_scale).round_().clamp_(min=0)
         return torch.minimum(codes, self.top, out=codes)
 
-    def search(self, weights: Tensor, importance: Tensor, row_scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Stored (scale, zero) [R] of the group `weights` [g, R] with the least importance-weighted squared error.
+    def search(
+        self, weights: Tensor, importance: Tensor, row_scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Stored (scale, zero) [R] of the group `weights` [g, R] with the least squared error,
+        weighted by `importance` [g]: what an error in each input costs (GPTQ's 1 / U_kk^2).
 
-        importance: [g], what a squared error in each input costs (GPTQ's 1 / U_kk^2: the cost that remains after the
-        columns behind it have compensated).
+        A scale of inf marks a row that no stored scale can hold.
         """
         low, high = self.extremes(weights)
-        best_error = best_scale = best_zero = None
+        best_error, best_scale = torch.full_like(low, torch.inf), torch.full_like(low, torch.inf)
+        best_zero = torch.zeros_like(low)
         for clip in CLIPS:
-            scale = self.stored_scale(((high - low) * (clip / self.top)).clamp_(min=SMALLEST_SCALE), row_scale)
+            scale = self.stored_scale((high - low) * (clip / self.top), row_scale)
             zero = self.stored_zero(low * -clip / scale)
             codes = torch.addcmul(zero, weights, 1 / scale).round_().clamp_(min=0)
             residual = torch.minimum(codes, self.top).sub_(zero).mul_(scale).sub_(weights)
             error = importance @ residual.square_()
-            if best_error is None:
-                best_error, best_scale, best_zero = error, scale, zero
-                continue
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best_scale = torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero, best_zero)
-        assert best_scale is not None and best_zero is not None
         return best_scale, best_zero
-
-    def row_scale(self, weights: Tensor, group_size: int) -> Tensor:
-        """The largest ideal scale [R] over the groups of weights [K, R], in float16: what two-level codes are relative to."""
-        largest = torch.full((weights.shape[1],), SMALLEST_SCALE)
-        for block in weights.split(group_size):
-            low, high = self.extremes(block)
-            largest = torch.maximum(largest, (high - low) / self.top)
-        return largest.half().float().clamp_(min=SMALLEST_SCALE)

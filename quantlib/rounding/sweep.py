@@ -1,11 +1,14 @@
 """The two sweeps over the columns of a weight: GPTQ's error compensation, then coordinate descent.
 
-Both minimise `tr((W - Q) H (W - Q)^T)` over grid points Q, all rows independently. GPTQ (arXiv:2210.17323) fixes each
-column once and lets the later ones absorb its error. Coordinate descent then revisits every column with all the others
-fixed, and each group's scale and zero point by an exact line search, so the objective never rises but for the
-rounding of scales. Three passes take another 15-20 % off the weighted error at 2..4 bits for twice the time (dev/LOG.md).
+Both minimise tr((W - Q) H (W - Q)^T) over grid points Q, all rows independently. GPTQ
+(arXiv:2210.17323) fixes each column once and lets the later ones absorb its error. Coordinate
+descent then revisits every column with all the others fixed, and each group's scale and zero point
+with its codes fixed. Each of these steps is the exact minimum over its own stored values, the old
+one included, so no pass raises the objective.
 
-Everything is transposed: W and Q are [K, R], so a column of the weight is contiguous.
+Everything is transposed: W and Q are [K, R], so a column of the weight is contiguous. Sums over
+columns are matrix products, not `sum(0)`, whose order of additions changes with the position of a
+row: a row is rounded alike whatever stands beside it (see `integer.ROW_TILE`).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantlib.rounding.grid import SMALLEST_SCALE, RowGrid
+from quantlib.rounding.grid import LARGEST_SCALE, RowGrid
 
 SUB_BLOCK = 128
 """Columns whose updates are gathered before one matrix product carries them to the rest."""
@@ -23,7 +26,8 @@ SUB_BLOCK = 128
 
 @dataclass(frozen=True)
 class Span:
-    """Columns `start .. stop` of one segment, with its own grid and group size (the last group may be shorter)."""
+    """Columns `start .. stop` of one segment, with its own grid and group size (the last group may
+    be shorter)."""
 
     start: int
     stop: int
@@ -32,14 +36,13 @@ class Span:
 
     def groups(self) -> list[tuple[int, int]]:
         """(first, last + 1) column of each group."""
-        return [
-            (k, min(k + self.group_size, self.stop)) for k in range(self.start, self.stop, self.group_size)
-        ]
+        first = range(self.start, self.stop, self.group_size)
+        return [(k, min(k + self.group_size, self.stop)) for k in first]
 
 
 @dataclass
 class SpanState:
-    """What rounding has decided for a span: scale and zero point [G, R] (effective), row_scale [R]."""
+    """What rounding decided for a span: effective scale and zero point [G, R], row_scale [R]."""
 
     scale: Tensor
     zero: Tensor
@@ -49,8 +52,9 @@ class SpanState:
 def gptq_sweep(weight: Tensor, factor: Tensor, spans: list[Span]) -> tuple[Tensor, list[SpanState]]:
     """Round `weight` [K, R] (overwritten) column by column, compensating along `factor` = U [K, K].
 
-    A group's scale and zero point are searched when the sweep reaches it, on weights that already carry the
-    compensation of all columns before. Returns the dequantized result [K, R] and each span's scales.
+    A group's scale and zero point are searched when the sweep reaches it, on weights that already
+    carry the compensation of all columns before. Returns the dequantized result [K, R] and each
+    span's scales.
     """
     columns = weight.shape[0]
     importance = factor.diagonal() ** -2
@@ -65,7 +69,8 @@ def gptq_sweep(weight: Tensor, factor: Tensor, spans: list[Span]) -> tuple[Tenso
             zeros.append(zero)
             for k0 in range(first, last, SUB_BLOCK):
                 k1 = min(k0 + SUB_BLOCK, last)
-                errors = _gptq_block(weight[k0:k1], result[k0:k1], factor[k0:k1, k0:k1], span.grid, scale, zero)
+                block, local = weight[k0:k1], factor[k0:k1, k0:k1]
+                errors = _gptq_block(block, result[k0:k1], local, span.grid, scale, zero)
                 if k1 < columns:
                     weight[k1:].addmm_(factor[k0:k1, k1:].T, errors, alpha=-1)
         states.append(SpanState(torch.stack(scales), torch.stack(zeros), row_scale))
@@ -75,7 +80,7 @@ def gptq_sweep(weight: Tensor, factor: Tensor, spans: list[Span]) -> tuple[Tenso
 def _gptq_block(
     block: Tensor, result: Tensor, factor: Tensor, grid: RowGrid, scale: Tensor, zero: Tensor
 ) -> Tensor:
-    """Round the columns of `block` [B, R] in place into `result`; returns the scaled errors [B, R]."""
+    """Round the columns of `block` [B, R] in place into `result`; returns the scaled errors."""
     errors = torch.empty_like(block)
     inverse_scale = 1 / scale
     inverse_diagonal = (1 / factor.diagonal()).tolist()
@@ -87,8 +92,13 @@ def _gptq_block(
     return errors
 
 
-def descend(weight: Tensor, result: Tensor, hessian: Tensor, spans: list[Span], states: list[SpanState]) -> None:
-    """One pass of coordinate descent over codes, scales and zero points; `result` [K, R] and `states` change in place."""
+def descend(
+    weight: Tensor, result: Tensor, hessian: Tensor, spans: list[Span], states: list[SpanState]
+) -> None:
+    """One pass of coordinate descent over codes, scales and zero points.
+
+    weight: [K, R], the target; `result` [K, R] and `states` change in place.
+    """
     columns = weight.shape[0]
     gradient = hessian @ (weight - result)
     for span, state in zip(spans, states, strict=True):
@@ -100,7 +110,8 @@ def descend(weight: Tensor, result: Tensor, hessian: Tensor, spans: list[Span], 
             state.scale[index], state.zero[index] = scale, zero
             _descend_block(result[first:last], local, block, span.grid, scale, zero)
             if last < columns:
-                gradient[last:].addmm_(hessian[first:last, last:].T, result[first:last] - before, alpha=-1)
+                change = result[first:last] - before
+                gradient[last:].addmm_(hessian[first:last, last:].T, change, alpha=-1)
 
 
 def _line_search(
@@ -108,17 +119,21 @@ def _line_search(
 ) -> tuple[Tensor, Tensor]:
     """Best stored scale, then best stored zero point, of one group with its codes fixed.
 
-    result, gradient: [g, R], updated in place to the new scale and zero point; gradient is H (W - Q).
+    result, gradient: [g, R], updated in place to the new scale and zero point; gradient is
+    H (W - Q). The objective is a parabola in either, so the stored value nearest to its vertex is
+    never worse than the old one, which is stored too.
     """
     scale, zero = state.scale[index], state.zero[index]
+    ones = torch.ones(result.shape[0])
     steps = result / scale
     pull = hessian @ steps
-    ideal = scale + (steps * gradient).sum(0) / (steps * pull).sum(0).clamp_(min=1e-30)
-    ideal = torch.minimum(torch.maximum(ideal, scale / 2), scale * 2).clamp_(min=SMALLEST_SCALE)
-    new_scale = grid.stored_scale(ideal, state.row_scale)
+    vertex = scale + (ones @ (steps * gradient)) / (ones @ (steps * pull)).clamp_(min=1e-30)
+    # Half and double: far enough for any good step, near enough that codes keep their meaning.
+    vertex = torch.minimum(torch.maximum(vertex, scale / 2), scale * 2).clamp_(max=LARGEST_SCALE)
+    new_scale = grid.stored_scale(vertex, state.row_scale)
     gradient.sub_(pull.mul_(new_scale - scale))
     rows = hessian.sum(1)
-    shift = gradient.sum(0) / (rows.sum() * new_scale)
+    shift = (ones @ gradient) / (rows.sum() * new_scale)
     new_zero = grid.stored_zero(zero - shift)
     gradient.addr_(rows, (new_zero - zero) * new_scale)
     torch.mul(steps.add_(zero - new_zero), new_scale, out=result)
@@ -128,7 +143,8 @@ def _line_search(
 def _descend_block(
     result: Tensor, gradient: Tensor, hessian: Tensor, grid: RowGrid, scale: Tensor, zero: Tensor
 ) -> None:
-    """Re-round each column of a group to the optimum given all others; `result` and `gradient` [g, R] in place."""
+    """Re-round each column of a group to the best code given all others; `result` and `gradient`
+    [g, R] in place."""
     inverse_scale = 1 / scale
     inverse_diagonal = (1 / hessian.diagonal()).tolist()
     for j in range(result.shape[0]):

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 REGISTRY = "transformers.quantizers.auto"
 """The module that holds transformers' tables of quantization methods."""
+PLUGIN = "quantlib.runtime.transformers_plugin"
 
 
 class _AfterRegistry(MetaPathFinder):
@@ -55,6 +57,10 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    from quantlib.runtime.transformers_plugin import register
+    """Register, unless it is the plug-in itself that is importing transformers' tables just now.
 
-    register()
+    Whoever imports the plug-in by name does so to call its `register`.
+    """
+    plugin = sys.modules.get(PLUGIN)
+    if plugin is None or hasattr(plugin, "register"):
+        import_module(PLUGIN).register()

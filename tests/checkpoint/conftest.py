@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ def in_child(work: Callable[[], object], kill_at: int | None = None) -> int | No
             done = calls()
             _original_write(writable, str(done).encode())
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     os.close(writable)

@@ -125,7 +125,7 @@ def test_an_unwritable_folder_is_told_before_work_starts(
             WorkDir.open(tmp_path / "work")
         with pytest.raises(CheckpointError, match="Choose a folder you may write to"):
             write_checkpoint(tmp_path / "out", {}, {}, {}, {})
-        with pytest.raises(CheckpointError, match="could not read|there is no checkpoint"):
+        with pytest.raises(CheckpointError, match=r"could not read|there is no checkpoint"):
             read_layout(tmp_path)
 
     tmp_path.chmod(0o500)

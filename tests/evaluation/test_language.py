@@ -222,6 +222,17 @@ def test_results_survive_json(model, damaged, windows):
     assert LanguageResult.from_json(result.to_json()) == result
 
 
+@pytest.mark.parametrize(
+    "damage", [{"per_window": {}}, {"per_window": 3}, {"windows_sha256": None}]
+)
+def test_a_damaged_result_is_a_sentence(model, windows, damage):
+    data = {**evaluate_language(model, windows[:2]).to_json(), **damage}
+    if data["windows_sha256"] is None:
+        del data["windows_sha256"]
+    with pytest.raises(DataError, match="evaluate again"):
+        LanguageResult.from_json(data)
+
+
 # -- references ----------------------------------------------------------------------------------
 
 

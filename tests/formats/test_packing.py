@@ -144,3 +144,10 @@ def test_the_padded_layout_of_older_files_is_refused() -> None:
     # compressed-tensors < 0.18 put ten 3-bit codes in a word: 576 codes took 58 words, not 54.
     with pytest.raises(FormatError, match="dense packing"):
         unpack_codes(torch.zeros(2, 58, dtype=torch.int32), 3, 576)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_zero_points_that_fill_one_word_row_unpack(bits: int) -> None:
+    # [1, G] packed zero points: transposed, a single column whose strides are not those of a row
+    zeros = torch.arange(2 * 5, dtype=torch.uint8).view(2, 5) % (1 << bits)
+    assert torch.equal(unpack_zeros(pack_zeros(zeros, bits), bits, 2), zeros)

@@ -111,7 +111,7 @@ def make_data(layers=30):
         measured = 1.06 * predicted**1.08 * math.exp(generator.gauss(0, 0.06))
         probes.append(ProbePoint(predicted, measured, 0.05 * measured))
     return ReportData(
-        title="SmolLM2-135M-Instruct, permuted",
+        title="Invented-135M",
         created="2026-11-21",
         bytes_before=before,
         bytes_after=after,

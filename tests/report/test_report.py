@@ -121,7 +121,7 @@ def test_colours_follow_the_theme(text):
 
 
 def test_the_page_has_a_title_and_fits_a_phone(page):
-    assert "SmolLM2-135M-Instruct, permuted · quantlib report" in page.text
+    assert "Invented-135M · quantlib report" in page.text
     names = {attributes.get("name"): attributes for attributes in page.attributes("meta")}
     assert "width=device-width" in names["viewport"]["content"]
 
@@ -220,6 +220,16 @@ def test_error_bars_larger_than_the_value_stay_on_the_axis(data):
     wide = (MeasuredPoint("wide", data.bytes_after, 0.05, error=0.2),)
     text = render(dataclasses.replace(data, others=wide))
     assert not re.search(r' d="[^"]*(nan|inf)', text)
+
+
+def test_a_lossless_plan_does_not_break_a_logarithmic_axis(data):
+    free = tuple(dataclasses.replace(point, loss=0.0) for point in data.front[-2:])
+    lossless = MeasuredPoint("free", data.bytes_before, -1e-9, 1e-9, chosen=True)
+    text = render(dataclasses.replace(data, front=data.front[:-2] + free, measured=(lossless,)))
+    assert not re.search(r' d="[^"]*(nan|inf)', text)
+    assert "Loss against size" in text
+    nothing = dataclasses.replace(data, front=free, measured=(lossless,), others=())
+    assert "Loss against size" not in render(nothing)
 
 
 def test_a_scheme_that_a_weight_was_not_measured_in_leaves_its_cell_empty(data):

@@ -65,3 +65,14 @@ def test_the_public_names_are_found_at_first_use() -> None:
     assert set(quantlib.__all__) <= set(dir(quantlib))
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         quantlib.lode  # noqa: B018
+
+
+def test_the_plug_in_may_be_the_first_to_import_transformers() -> None:
+    # quantlib.load imports the plug-in, which imports transformers' tables, which trigger registration.
+    code = (
+        "import quantlib; from quantlib.runtime.transformers_plugin import register; register();"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known;"
+        "print('quantlib' in known)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr

@@ -88,7 +88,7 @@ def test_the_table_and_the_model_must_have_the_same_weights(
     table: Sensitivity, weights: Any
 ) -> None:
     fewer = Sensitivity(table.model, table.tasks, dict(list(table.rows.items())[:-2]))
-    with pytest.raises(SearchError, match="and 1 more.*was never measured"):
+    with pytest.raises(SearchError, match=r"and 1 more.*was never measured"):
         build_problem(fewer, weights, fixed_bytes=0)
     with pytest.raises(SearchError, match="is not a weight of this model"):
         build_problem(table, weights[1:], fixed_bytes=0)
@@ -129,7 +129,7 @@ def test_picks_and_schemes_are_inverse(problem: Problem) -> None:
     for picks in (problem.smallest(), problem.best()):
         assert problem.picks(problem.schemes(picks)) == picks
     with pytest.raises(SearchError, match="cannot be fp8"):
-        problem.picks({weight: "fp8" for weight in problem.weights})
+        problem.picks(dict.fromkeys(problem.weights, "fp8"))
 
 
 def test_malformed_items_are_refused() -> None:

@@ -99,7 +99,7 @@ struct LaneTotals {  // what one row has summed for each token
   }
 };
 
-// Groups of 64 and more: one scale for all lanes, flushed at the end of each piece.
+// Groups of more than 64: one scale for all lanes, and one flush per piece.
 template <int bits, int tokens>
 inline void dot_wide_groups(const QlSegment& s, const Codes<bits>& codes, const RowGroups& groups,
                             LaneTotals<tokens>& lanes) {
@@ -118,20 +118,20 @@ inline void dot_wide_groups(const QlSegment& s, const Codes<bits>& codes, const 
   }
 }
 
-// Groups of 16 and 32: a chunk holds four or two, each with its own lanes.
+// Groups of 16, 32 and 64: a chunk holds four, two or one, each with its own lanes.
 template <int bits, int tokens>
 inline void dot_narrow_groups(const QlSegment& s, const Codes<bits>& codes, const RowGroups& groups,
                               LaneTotals<tokens>& lanes) {
   const int64_t span = piece_span(s);
   const bool with_rest = has_rest(s);
-  alignas(64) int32_t group_of_lane[16];
-  for (int lane = 0; lane < 16; ++lane) group_of_lane[lane] = static_cast<int32_t>(lane * 4 / span);
-  const __m512i select = _mm512_load_si512(group_of_lane);
-  for (int64_t k = 0; k < padded(s); k += kChunk) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const unsigned lane_bits = span == 16 ? 2 : span == 32 ? 3 : 4;
+  const __m512i select = _mm512_srli_epi32(lane, lane_bits);  // lane * 4 / span
+  const int64_t columns = padded(s), step = kChunk / span;
+  for (int64_t k = 0, group = 0; k < columns; k += kChunk, group += step) {
     const __m512i chunk = codes.at(k);
     Lanes dots[tokens] = {};
     lanes.multiply(chunk, k, dots);
-    const int64_t group = k / span;
     lanes.add(dots, _mm512_permutexvar_ps(select, _mm512_loadu_ps(groups.scales + group)),
               _mm512_permutexvar_epi32(select, _mm512_loadu_si512(groups.whole + group)),
               _mm512_permutexvar_ps(select, _mm512_loadu_ps(groups.rest + group)), with_rest);
@@ -152,7 +152,7 @@ void int8_row(const Problem& p, int64_t row, const RowGroups& groups) {
     groups.decode_and_split(s, row);
     with_constant<2, 8>(s.bits, [&](auto bits) {
       const Codes<bits.value> codes(s.packed + row * s.row_bytes, s.row_bytes);
-      if (piece_span(s) < kChunk) {
+      if (piece_span(s) <= kChunk) {
         dot_narrow_groups(s, codes, groups, lanes);
       } else {
         dot_wide_groups(s, codes, groups, lanes);

@@ -214,8 +214,15 @@ struct RowGroups {
     row_zeros(s, row, zeros);
   }
   void decode_and_split(const QlSegment& s, int64_t row) const {
+    const int64_t slots = group_slots(s.groups);
+    if (!s.zero_point) {
+      row_scales(s, row, scales, codes);
+      for (int64_t g = 0; g < slots; ++g) whole[g] = 1 << (s.bits - 1);
+      for (int64_t g = 0; g < slots; ++g) rest[g] = 0.0f;
+      return;
+    }
     decode(s, row);
-    for (int64_t g = 0; g < group_slots(s.groups); ++g) {
+    for (int64_t g = 0; g < slots; ++g) {
       whole[g] = static_cast<int32_t>(zeros[g] + 0.5f);
       rest[g] = scales[g] * (zeros[g] - static_cast<float>(whole[g]));
     }

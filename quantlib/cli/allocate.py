@@ -1,0 +1,242 @@
+"""`quantlib search` and `quantlib apply`: another budget on what was measured, in seconds."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quantlib.cli.console import answers, facts, notes, print_json, table
+from quantlib.cli.options import (
+    FILES,
+    OTHER,
+    RECIPE,
+    Bits,
+    Ceiling,
+    Debug,
+    Engine,
+    Floor,
+    Json,
+    Output,
+    Overwrite,
+    Pin,
+    Size,
+    Work,
+)
+from quantlib.cli.progress import Bars
+from quantlib.cli.request import budget_of, quiet_transformers
+from quantlib.cli.results import described, show
+from quantlib.cli.words import next_commands, predicted_text
+from quantlib.errors import UsageError
+
+if TYPE_CHECKING:
+    from quantlib.pipeline.workfiles import KnownModel
+    from quantlib.search.pareto import Point
+    from quantlib.search.plan import Plan
+    from quantlib.search.solve import Solution
+
+
+def search(
+    work: Work,
+    size: Size = None,
+    bits: Bits = None,
+    engine: Engine = "quantlib",
+    floor: Floor = None,
+    ceiling: Ceiling = None,
+    pin: Pin = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PLAN",
+            help="File for the plan; DIR/plan.json by default.",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
+    pareto: Annotated[
+        bool,
+        typer.Option(
+            "--pareto",
+            help="Print the best loss at every size; no budget is needed then.",
+            rich_help_panel=OTHER,
+        ),
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find the best scheme for every weight within a budget, from what was measured.
+
+    Needs no model and takes seconds. The plan is a JSON file with one line per weight: read it,
+    compare it, edit it, and apply it.
+
+    Examples:
+        quantlib search --work WORK --bits 4.25
+        quantlib search --work WORK --size 1.2GB --floor embeddings=4 -o plan.json
+        quantlib search --work WORK --pareto
+    """
+    from quantlib.pipeline import workfiles
+    from quantlib.pipeline.plan import allocation_problem
+    from quantlib.pipeline.plan import search as solve
+    from quantlib.search.pareto import pareto_front
+
+    budget = budget_of(size, bits, engine, floor, ceiling, pin)
+    if pareto and not budget.given:
+        if output is not None:
+            raise UsageError("a plan needs a budget: add --size or --bits, or leave out --output")
+    known = workfiles.load_model(work)
+    sensitivity = workfiles.load_table(work, known.model_map)
+    answer: dict[str, Any] = {}
+    if budget.given or not pareto:
+        plan, problem, solution = solve(known.model_map, sensitivity, budget)
+        file = output or work / workfiles.PLAN_FILE
+        plan.save(file)
+        answer = _described(plan, solution, known, file)
+    else:
+        problem = allocation_problem(known.model_map, sensitivity, budget)
+    front = pareto_front(problem, calibration=sensitivity.calibration) if pareto else []
+    if json:
+        print_json(
+            answer | ({"front": [_point(point, known) for point in front]} if pareto else {})
+        )
+        return
+    if answer:
+        _print_plan(plan, solution, known, file)
+    if pareto:
+        _print_front(front, known)
+    if answer:
+        where = "" if output is None else f" --work {shlex.quote(str(work))}"
+        next_commands(f"quantlib apply {shlex.quote(str(file))} -o OUT{where}")
+
+
+def apply(
+    plan: Annotated[
+        Path,
+        typer.Argument(metavar="PLAN", help="Plan that quantlib search wrote.", show_default=False),
+    ],
+    output: Output,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Work directory with the layer bank; the plan's folder by default.",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Where the model lies now, if it has moved since it was measured.",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
+    refine: Annotated[
+        bool,
+        typer.Option(
+            "--refine",
+            help="Round the plan again with quantized inputs, and ship the better of the two.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the packed checkpoint of a plan, assembled from what was measured.
+
+    Nothing is rounded again unless --refine is given.
+
+    Examples:
+        quantlib apply WORK/plan.json -o OUT
+        quantlib apply plan.json --work WORK -o OUT --refine
+    """
+    from quantlib.checkpoint.writer import check_output
+    from quantlib.pipeline.compress import apply_plan
+
+    check_output(output, overwrite=True)
+    quiet_transformers()
+    result = apply_plan(
+        plan,
+        output,
+        work if work is not None else plan.parent,
+        model=model,
+        refine=refine,
+        overwrite=overwrite,
+        progress=Bars(notes()),
+    )
+    if json:
+        print_json(described(result))
+    else:
+        show(result, str(result.source))
+
+
+def _described(plan: Plan, solution: Solution, known: KnownModel, file: Path) -> dict[str, Any]:
+    """The answer as JSON; the plan itself is in its file."""
+    from quantlib.search.budget import true_bits
+
+    return {
+        "plan": file,
+        "budget_bytes": plan.budget,
+        "bytes": plan.bytes,
+        "bits": true_bits(plan.bytes, known.model_map.parameters),
+        "loss": plan.loss,
+        "predicted": dict(plan.predicted),
+        "lp_gap": solution.gap,
+        "optimal": solution.optimal,
+        "seconds": solution.seconds,
+        "schemes": plan.schemes,
+    }
+
+
+def _point(point: Point, known: KnownModel) -> dict[str, Any]:
+    from quantlib.search.budget import true_bits
+
+    values = {name: value for name, value in asdict(point).items() if name != "picks"}
+    return {**values, "bits": true_bits(point.bytes, known.model_map.parameters)}
+
+
+def _print_plan(plan: Plan, solution: Solution, known: KnownModel, file: Path) -> None:
+    from quantlib.search.budget import format_size, true_bits
+
+    model_map = known.model_map
+    allowed = f"{plan.budget:,} allowed" if plan.budget else "no limit"
+    sized = f"{plan.bytes:,} bytes ({format_size(plan.bytes)}), {allowed}"
+    ended = "" if solution.optimal else ", best found before time ran out"
+    rows = [
+        ("plan", str(file)),
+        ("checkpoint", f"{sized}; {true_bits(plan.bytes, model_map.parameters):.3f} bits"),
+        ("KL predicted", predicted_text(plan)),
+        ("gap to LP bound", f"{solution.gap:.3%} of the loss{ended}"),
+        ("solved in", f"{solution.seconds:.2f} s"),
+    ]
+    console = answers()
+    console.print(facts(rows))
+    console.print()
+    weights, parameters = Counter[str](), Counter[str]()
+    for weight in model_map.weights:
+        scheme = plan.weights[weight.name].scheme
+        weights[scheme] += 1
+        parameters[scheme] += weight.parameters
+    total = parameters.total()
+    used = [(s, f"{weights[s]}", f"{n / total:.1%}") for s, n in parameters.most_common()]
+    console.print(table("scheme", "weights", "of the parameters", rows=used))
+
+
+def _print_front(front: list[Point], known: KnownModel) -> None:
+    from quantlib.search.budget import format_size, true_bits
+
+    rows = []
+    for point in front:
+        kl = f"{point.loss:.3g}" if point.kl is None else f"{point.kl:.3g}"
+        interval = "" if point.kl_low is None else f"{point.kl_low:.3g} .. {point.kl_high:.3g}"
+        bits = true_bits(point.bytes, known.model_map.parameters)
+        rows.append((format_size(point.bytes), f"{bits:.2f}", kl, interval, f"{point.gap:.2%}"))
+    loss = "KL" if front[0].kl is not None else "sum of losses"
+    console = answers()
+    console.print()
+    console.print(table("size", "bits", loss, "95 % interval", "gap", rows=rows, numbers_from=0))

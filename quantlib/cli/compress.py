@@ -1,0 +1,231 @@
+"""`quantlib compress` and `quantlib measure`: the commands that take their time."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quantlib.cli.console import answers, notes, print_json
+from quantlib.cli.options import (
+    FILES,
+    OTHER,
+    RECIPE,
+    Bits,
+    Ceiling,
+    Data,
+    Debug,
+    Download,
+    Engine,
+    Fast,
+    Floor,
+    Json,
+    Model,
+    Output,
+    Overwrite,
+    Pin,
+    Preset,
+    RecipeFile,
+    Schemes,
+    Seed,
+    Seqlen,
+    Size,
+    Windows,
+    Work,
+)
+from quantlib.cli.progress import Bars
+from quantlib.cli.request import budget_of, quiet_transformers, recipe_fields
+from quantlib.cli.results import described, show
+from quantlib.cli.words import next_commands
+
+if TYPE_CHECKING:
+    from quantlib.pipeline.plan import Budget
+    from quantlib.recipe import Recipe
+
+
+def compress(
+    model: Model,
+    output: Output,
+    size: Size = None,
+    bits: Bits = None,
+    data: Data = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Work directory, OUT.work by default; another budget on it costs seconds.",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    download: Download = False,
+    preset: Preset = None,
+    fast: Fast = False,
+    recipe: RecipeFile = None,
+    schemes: Schemes = None,
+    seqlen: Seqlen = None,
+    windows: Windows = None,
+    seed: Seed = None,
+    no_refine: Annotated[
+        bool,
+        typer.Option(
+            "--no-refine",
+            help="Ship what was measured: do not round again with quantized inputs.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = False,
+    engine: Engine = "quantlib",
+    floor: Floor = None,
+    ceiling: Ceiling = None,
+    pin: Pin = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check the request, print the estimate, and stop.",
+            rich_help_panel=OTHER,
+        ),
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compress a model to a budget: calibrate, measure, search, and write a packed checkpoint.
+
+    Killed or interrupted anywhere, the same command continues where it stopped. Another budget on
+    the same work directory costs seconds.
+
+    Examples:
+        quantlib compress path/to/model --size 82.8MB --data text.txt -o OUT
+        quantlib compress path/to/model --bits 4.25 --data text.txt -o OUT --fast
+        quantlib compress path/to/model --size 30% --data hub:wikitext:wikitext-2-raw-v1 -o OUT \\
+            --floor embeddings=4 --pin lm_head=w8g64 --seed 1
+        quantlib compress path/to/model --bits 4 --data text.txt -o OUT --dry-run
+    """
+    fields = recipe_fields(
+        recipe,
+        data=data,
+        preset=preset,
+        fast=fast,
+        schemes=schemes,
+        seqlen=seqlen,
+        windows=windows,
+        seed=seed,
+        refine=not no_refine,
+    )
+    budget = budget_of(size, bits, engine, floor, ceiling, pin)
+    if dry_run:
+        _dry_run(model, budget, fields, download, json)
+        return
+    from quantlib.pipeline.compress import compress as run
+
+    quiet_transformers()
+    result = run(
+        model,
+        out=output,
+        work=work,
+        size=size,
+        bits=bits,
+        engine=engine,
+        floors=budget.floors,
+        ceilings=budget.ceilings,
+        pins=budget.pins,
+        overwrite=overwrite,
+        download=download,
+        progress=Bars(notes()),
+        **fields,
+    )
+    if json:
+        print_json(described(result))
+    else:
+        show(result, model)
+
+
+def measure(
+    model: Model,
+    work: Work,
+    data: Data = None,
+    download: Download = False,
+    preset: Preset = None,
+    fast: Fast = False,
+    recipe: RecipeFile = None,
+    schemes: Schemes = None,
+    seqlen: Seqlen = None,
+    windows: Windows = None,
+    seed: Seed = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure what every weight loses in every candidate scheme, and keep all of them rounded.
+
+    This is what takes the time; searching and applying afterwards cost seconds. Killed or
+    interrupted anywhere, the same command continues where it stopped.
+
+    Examples:
+        quantlib measure path/to/model --data text.txt --work WORK
+        quantlib measure path/to/model --data text.txt --work WORK --schemes w3g64,w4g64,w8g64
+        quantlib search --work WORK --bits 4.25
+    """
+    from quantlib.pipeline.compress import measured_table, open_run, prepare, recipe_for
+    from quantlib.pipeline.plan import Budget
+    from quantlib.pipeline.workfiles import SENSITIVITY_FILE
+
+    fields = recipe_fields(
+        recipe,
+        data=data,
+        preset=preset,
+        fast=fast,
+        schemes=schemes,
+        seqlen=seqlen,
+        windows=windows,
+        seed=seed,
+    )
+    settings = recipe_for(Budget(), **fields)
+    quiet_transformers()
+    with open_run(model, work, settings, download=download, progress=Bars(notes())) as run:
+        prepare(run)
+        found = measured_table(run)
+        seconds = dict(run.seconds)
+    file = work / SENSITIVITY_FILE
+    if json:
+        print_json(
+            {
+                "work": work,
+                "sensitivity": file,
+                "weights": len(found.rows),
+                "schemes": settings.schemes,
+                "probes": len(found.calibration.probes) if found.calibration else 0,
+                "seconds": seconds,
+            }
+        )
+        return
+    answers().print(f"{file}: {len(found.rows)} weights in {len(settings.schemes)} schemes")
+    next_commands(f"quantlib search --work {shlex.quote(str(work))} --bits 4.25")
+
+
+def _dry_run(
+    model: str, budget: Budget, fields: dict[str, Any], download: bool, json: bool
+) -> None:
+    """Everything that can be checked and estimated from headers, and nothing written."""
+    from dataclasses import asdict
+
+    from quantlib.models.modelmap import ModelMap
+    from quantlib.models.source import Source
+    from quantlib.pipeline.compress import load_tokenizer, recipe_for
+    from quantlib.pipeline.estimate import for_recipe
+    from quantlib.pipeline.plan import check_request
+    from quantlib.pipeline.run import read_windows
+    from quantlib.search.budget import format_size
+
+    quiet_transformers()
+    settings: Recipe = recipe_for(budget, **fields)
+    source = Source.open(model, allow_download=download)
+    model_map = ModelMap.from_source(source)
+    check_request(model_map, settings.schemes, budget)
+    read_windows(settings, load_tokenizer(source.path))
+    estimate, allowed = for_recipe(model_map, settings), budget.in_bytes(model_map)
+    if json:
+        print_json({**asdict(estimate), "disk_bytes": estimate.disk_bytes, "budget": allowed})
+        return
+    answers().print(f"needs {estimate}, for a checkpoint of at most {format_size(allowed)}")

@@ -1,0 +1,185 @@
+"""Options that several commands share, each described once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+BUDGET = "Budget (one of these)"
+RULES = "Rules"
+RECIPE = "Recipe"
+FILES = "Files"
+OTHER = "Output and help"
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Folder of the model (config.json, safetensors, tokenizer), or a Hugging Face id.",
+        show_default=False,
+    ),
+]
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(
+        metavar="OUT", help="Folder that quantlib compress or apply wrote.", show_default=False
+    ),
+]
+
+Size = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Bytes of the whole checkpoint: 82.8MB, 1.2GB, 85MiB, or 30% of the source.",
+        rich_help_panel=BUDGET,
+    ),
+]
+Bits = Annotated[
+    float | None,
+    typer.Option(
+        metavar="BITS",
+        help="True bits per parameter: all bytes of the checkpoint counted, such as 4.25.",
+        rich_help_panel=BUDGET,
+    ),
+]
+
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="Who will run the checkpoint: quantlib, or vllm, whose fused weights (q/k/v, gate/up) "
+        "share a scheme.",
+        rich_help_panel=RULES,
+    ),
+]
+Floor = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="WHERE=BITS",
+        help="At least so many bits, such as vision=8 or down_proj=4. WHERE is a component, a "
+        "kind, the end of a name, a glob, or re: and a regular expression. May be repeated.",
+        rich_help_panel=RULES,
+    ),
+]
+Ceiling = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="WHERE=BITS",
+        help="At most so many bits, such as embeddings=4.",
+        rich_help_panel=RULES,
+    ),
+]
+Pin = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="WHERE=SCHEME",
+        help="Exactly this scheme, such as lm_head=w8g64.",
+        rich_help_panel=RULES,
+    ),
+]
+
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="Text to calibrate on: a file, .jsonl, a folder of .txt files, or hub:name.",
+        rich_help_panel=FILES,
+    ),
+]
+Work = Annotated[
+    Path,
+    typer.Option(
+        metavar="DIR",
+        help="Work directory: what was measured, so that a killed run continues.",
+        rich_help_panel=FILES,
+        show_default=False,
+    ),
+]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="OUT",
+        help="Folder for the packed checkpoint.",
+        rich_help_panel=FILES,
+        show_default=False,
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace a checkpoint of quantlib that OUT already holds.",
+        rich_help_panel=FILES,
+    ),
+]
+Download = Annotated[
+    bool,
+    typer.Option(
+        "--download",
+        help="Fetch MODEL from the Hugging Face hub when it is not in the local cache.",
+        rich_help_panel=FILES,
+    ),
+]
+
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe",
+        metavar="FILE",
+        help="YAML with fields of a recipe (work directories hold one); options count more.",
+        rich_help_panel=RECIPE,
+    ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        metavar="best|fast",
+        help="What to spend: best quality (the default), or a few minutes.",
+        rich_help_panel=RECIPE,
+    ),
+]
+Fast = Annotated[
+    bool,
+    typer.Option("--fast", help="Short for --preset fast.", rich_help_panel=RECIPE),
+]
+Schemes = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="A,B,C",
+        help="Candidate schemes, such as w3g64,w4g64z,w8g64zs6: integers w2..w8, fp8, mxfp4, nvfp4;"
+        " g: group size, z: zero point, s: two-level scales.",
+        rich_help_panel=RECIPE,
+    ),
+]
+Seqlen = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Tokens of a window. 512 unless said.", rich_help_panel=RECIPE),
+]
+Windows = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Windows to calibrate on. The preset decides unless said.",
+        rich_help_panel=RECIPE,
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Seed of every random draw.", rich_help_panel=RECIPE),
+]
+
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print the answer as JSON, and nothing else, on stdout.",
+        rich_help_panel=OTHER,
+    ),
+]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", help="Print the traceback of an error too.", rich_help_panel=OTHER),
+]

@@ -1,0 +1,85 @@
+"""From options to what the pipeline takes: a budget, and the fields of a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantlib.errors import UsageError
+
+if TYPE_CHECKING:
+    from quantlib.pipeline.plan import Budget
+
+
+def recipe_fields(
+    file: Path | None,
+    *,
+    data: str | None,
+    preset: str | None,
+    fast: bool,
+    schemes: list[str] | None,
+    seqlen: int | None,
+    windows: int | None,
+    seed: int | None,
+    refine: bool = True,
+) -> dict[str, Any]:
+    """The fields that were given, those of the recipe file first; `data` is among them.
+
+    A relative path to the data in a recipe file counts from the file's folder.
+    """
+    from quantlib.recipe import read_fields
+
+    if fast and preset not in (None, "fast"):
+        raise UsageError(f"--fast and --preset {preset} contradict each other: give one of them")
+    fields = read_fields(file) if file is not None else {}
+    if file is not None and _is_relative_path(fields.get("data"), file):
+        fields["data"] = str(file.parent / fields["data"])
+    options = {
+        "data": data,
+        "preset": "fast" if fast else preset,
+        "schemes": split_schemes(schemes),
+        "seqlen": seqlen,
+        "windows": windows,
+        "seed": seed,
+        "refine": None if refine else False,
+    }
+    fields |= {name: value for name, value in options.items() if value is not None}
+    if not isinstance(fields.get("data"), str):
+        raise UsageError(
+            "calibration needs text: add --data TEXT (a file, .jsonl, a folder of .txt files, or "
+            "hub:name)"
+        )
+    return fields
+
+
+def _is_relative_path(data: Any, file: Path) -> bool:
+    return isinstance(data, str) and (file.parent / data).exists()
+
+
+def split_schemes(given: list[str] | None) -> tuple[str, ...] | None:
+    """`--schemes a,b --schemes c` as (a, b, c); None when there is no such option."""
+    if not given:
+        return None
+    return tuple(name.strip() for text in given for name in text.split(",") if name.strip())
+
+
+def budget_of(
+    size: str | None,
+    bits: float | None,
+    engine: str = "quantlib",
+    floor: list[str] | None = None,
+    ceiling: list[str] | None = None,
+    pin: list[str] | None = None,
+) -> Budget:
+    """The budget and the rules of a command line."""
+    from quantlib.pipeline.plan import Budget
+
+    return Budget(size, bits, engine, *(tuple(rules or ()) for rules in (floor, ceiling, pin)))
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' own bars and notes out of ours; errors still come as exceptions."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

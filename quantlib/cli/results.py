@@ -1,0 +1,73 @@
+"""What a finished checkpoint is shown as: after `compress` and after `apply`."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from quantlib.cli.console import answers, facts, table
+from quantlib.cli.words import next_commands, predicted_text
+
+if TYPE_CHECKING:
+    from quantlib.pipeline import Result
+    from quantlib.pipeline.apply import Refinement
+
+
+def described(result: Result) -> dict[str, Any]:
+    """A result as JSON."""
+    from quantlib.search.budget import true_bits
+
+    plan, refinement = result.plan, result.refinement
+    return {
+        "checkpoint": result.path,
+        "work": result.work,
+        "report": result.report,
+        "budget_bytes": plan.budget,
+        "bytes": result.file_bytes,
+        "source_bytes": result.source_bytes,
+        "parameters": result.parameters,
+        "bits": true_bits(result.file_bytes, result.parameters),
+        "source_bits": true_bits(result.source_bytes, result.parameters),
+        "loss": plan.loss,
+        "predicted": dict(plan.predicted),
+        "measured": None if refinement is None else refinement.shipped.to_json(),
+        "refined": refinement is not None and refinement.kept,
+        "seconds": result.seconds,
+    }
+
+
+def show(result: Result, model: str) -> None:
+    """Before and after, where things are, and what to try next. `model`: as the user calls it."""
+    from quantlib.search.budget import format_size, true_bits
+
+    sizes = result.source_bytes, result.file_bytes
+    rows = [
+        ("weights on disk", *map(format_size, sizes)),
+        ("bits per parameter", *(f"{true_bits(n, result.parameters):.2f}" for n in sizes)),
+        ("KL predicted", "0", predicted_text(result.plan)),
+    ]
+    if result.refinement is not None:
+        rows += _measured(result.refinement)
+    console = answers()
+    console.print()
+    console.print(table("", "before", "after", rows=rows))
+    console.print()
+    places = [("checkpoint", str(result.path)), ("work directory", str(result.work))]
+    if result.report is not None:
+        places.append(("report", str(result.report)))
+    console.print(facts(places))
+    out = shlex.quote(str(result.path))
+    next_commands(
+        f"quantlib eval {out} --against {shlex.quote(model)} --data HELD_OUT_TEXT",
+        f'quantlib generate {out} "The capital of France is"',
+    )
+
+
+def _measured(refinement: Refinement) -> list[tuple[str, str, str]]:
+    """What was measured on held-back windows of the calibration text."""
+    shipped = refinement.shipped
+    rows = [("KL on held-back windows", "0", str(shipped.kl))]
+    if refinement.kept:
+        rows.append(("  before re-rounding", "0", str(refinement.bank.kl)))
+    rows.append(("perplexity there", str(shipped.reference_perplexity), str(shipped.perplexity)))
+    return rows

@@ -1,0 +1,29 @@
+"""Small pieces of text that several commands print."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quantlib.cli.console import notes
+
+if TYPE_CHECKING:
+    from quantlib.search.plan import Plan
+
+
+def predicted_text(plan: Plan) -> str:
+    """`0.0613 nats per token, 95 % between 0.0551 and 0.0682`."""
+    predicted = plan.predicted
+    if "kl" not in predicted:
+        return f"{plan.loss:.3g} (sum of losses: no probes were measured to calibrate it)"
+    text = f"{predicted['kl']:.3g}"
+    if "kl_low" in predicted and "kl_high" in predicted:
+        text += f", 95 % between {predicted['kl_low']:.3g} and {predicted['kl_high']:.3g}"
+    return text
+
+
+def next_commands(*commands: str) -> None:
+    """Suggest what to try next, on stderr."""
+    console = notes()
+    console.print("\nnext:", style="dim")
+    for command in commands:
+        console.print(f"  {command}", markup=False, soft_wrap=True)

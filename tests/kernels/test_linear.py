@@ -1,0 +1,225 @@
+"""The C++ linear equals the reference: every width, group, ragged K, token count, and ISA."""
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quantlib.formats import QuantizedSegment, QuantizedWeight, Scheme, Segment, dequantize, pack
+from quantlib.kernels import reference
+from quantlib.kernels.cpu import library as cpu
+from quantlib.kernels.ops import PackedWeight
+
+ROWS = 37  # crosses the blocks of 4, 8, 16 and 32 output rows, and ends inside one
+LENGTHS = (1, 31, 64, 100, 576, 1536)
+TOKENS = (1, 2, 7, 33)
+GROUPS = ("g16", "g32", "g64", "g128", "g256", "", "t")
+INTEGER_WIDTHS = [f"w{bits}{{}}{zero}" for bits in range(2, 9) for zero in ("", "z")]
+FRACTIONAL_ZEROS = ["w2{}z8", "w4{}z6", "w5{}z7", "w3{}z4", "w8{}z4"]
+SPECIAL = ["w4g64zs6", "w3g32s4", "w8g16zs8", "w2g16s5", "w6g256zs7", "w4g64z6s6"]
+FLOATS = ["fp8", "fp8e5m2g64", "fp8t", "fp6g32", "fp6e2m3", "fp4g64s6", "mxfp8", "mxfp8e5m2"]
+FLOATS += ["mxfp6", "mxfp6e2m3", "mxfp4", "nvfp4"]
+
+MODE_BITS = (("exact", 16), ("int8", 8))
+
+SUM_ERROR = 2e-6
+"""Allowed error per unit of |x| |w|: float32 sums of up to 1536 terms in many short chains, each
+addition rounding by 6e-8, with some room. A wrong code, scale or zero point is thousands of it."""
+
+SETTINGS = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def run(library: cpu.Library, packed: PackedWeight, x: Tensor, mode: str, **how) -> Tensor:
+    """One call of the library with a packed weight."""
+    described = cpu.describe(list(packed.tensors.values()), packed.layout)
+    return library.linear(described, x, None, mode, **how)
+
+
+def integer_tokens(tokens: int, length: int, generator: torch.Generator) -> Tensor:
+    """Activations that int8 rounding leaves alone: integers, the largest of each token being 127."""
+    x = torch.randint(-127, 128, (tokens, length), generator=generator).float()
+    x[:, 0] = 127.0
+    return x
+
+
+def assert_close(found: Tensor, x: Tensor, weight: Tensor, expected: Tensor) -> None:
+    """`found` is `expected` (float64) up to float32 sums of the products x * weight."""
+    allowed = SUM_ERROR * (x.double().abs() @ weight.double().abs().T) + 1e-30
+    worst = ((found.double() - expected).abs() / allowed).max().item()
+    assert worst <= 1, f"{worst:.3g} times the allowed error"  # NaN fails too
+
+
+@pytest.mark.parametrize("family", INTEGER_WIDTHS)
+def test_int8_mode_gives_the_integer_sums_exactly(library, draw, isa, family):
+    generator = torch.Generator().manual_seed(1)
+    for group, length in product(GROUPS, LENGTHS):
+        scheme = family.format(group)
+        weight, packed = draw(ROWS, [(scheme, length)], seed=length, unit_scales=True)
+        integers = dequantize(weight).double()
+        x = integer_tokens(max(TOKENS), length, generator)
+        expected = (x.double() @ integers.T).float()  # exact: integers below 2^24
+        for tokens in TOKENS:
+            found = run(library, packed, x[:tokens], "int8", isa=isa)
+            assert torch.equal(found, expected[:tokens]), f"{scheme}, K = {length}, M = {tokens}"
+
+
+@pytest.mark.parametrize("family", [*INTEGER_WIDTHS, *FRACTIONAL_ZEROS])
+def test_both_modes_equal_the_float64_reference(library, draw, isa, family):
+    generator = torch.Generator().manual_seed(2)
+    for group, length in product(GROUPS, (31, 576)):
+        check_against_reference(library, draw, isa, family.format(group), length, generator)
+
+
+@pytest.mark.parametrize("scheme", [*SPECIAL, *FLOATS])
+def test_every_scale_and_element_equals_the_float64_reference(library, draw, isa, scheme):
+    generator = torch.Generator().manual_seed(3)
+    for length in LENGTHS:
+        check_against_reference(library, draw, isa, scheme, length, generator)
+
+
+def check_against_reference(library, draw, isa, scheme, length, generator):
+    weight, packed = draw(ROWS, [(scheme, length)], seed=length)
+    matrix = dequantize(weight)
+    x = torch.randn(max(TOKENS), length, generator=generator)
+    integer = all(part.segment.format.is_integer for part in weight.segments)
+    for mode, bits in MODE_BITS if integer else MODE_BITS[:1]:
+        expected = reference.linear(x.double(), weight, None, bits, torch.float64)
+        for tokens in TOKENS:
+            found = run(library, packed, x[:tokens], mode, isa=isa)
+            assert_close(found, x[:tokens], matrix, expected[:tokens])
+
+
+def test_the_largest_codes_and_activations_neither_saturate_nor_overflow(library, isa):
+    """255 * 127 pairs would saturate the 16-bit sums of the usual AVX2 instruction."""
+    length = 512
+    for group, sign, tokens in product((16, 64, 256, 0), (1, -1), (1, 8)):
+        segment = Segment(0, length, Scheme.parse(f"w8{f'g{group}' if group else ''}z").weight)
+        shape = (ROWS, segment.format.groups(length))
+        codes = torch.full((ROWS, length), 255, dtype=torch.uint8)
+        part = QuantizedSegment(
+            segment, codes, torch.ones(shape).half(), None, torch.zeros(shape).to(torch.uint8)
+        )
+        weight = QuantizedWeight((ROWS, length), (part,))
+        packed = PackedWeight.from_tensors(pack(weight), weight.shape, [segment])
+        x = torch.full((tokens, length), 127.0 * sign)
+        expected = torch.full((tokens, ROWS), 255.0 * 127.0 * sign * length)
+        assert torch.equal(run(library, packed, x, "int8", isa=isa), expected)
+
+
+def test_a_long_channel_does_not_overflow_32_bits(library, isa):
+    """255 * 127 * 70000 is more than 2^31: one scale per channel must still be summed in pieces."""
+    length = 70_000
+    segment = Segment(0, length, Scheme.parse("w8z").weight)
+    codes = torch.full((2, length), 255, dtype=torch.uint8)
+    part = QuantizedSegment(
+        segment, codes, torch.ones(2, 1).half(), None, torch.zeros(2, 1).to(torch.uint8)
+    )
+    weight = QuantizedWeight((2, length), (part,))
+    packed = PackedWeight.from_tensors(pack(weight), weight.shape, [segment])
+    for tokens in (1, 6):
+        found = run(library, packed, torch.full((tokens, length), 127.0), "int8", isa=isa)
+        torch.testing.assert_close(found, torch.full((tokens, 2), 255.0 * 127.0 * length))
+
+
+def test_a_mean_in_the_activations_costs_no_accuracy(library, draw, isa):
+    """q*a and z*a nearly cancel here: subtracting them as floats would lose three digits."""
+    for scheme, tokens in product(("w8", "w8g64", "w8g128z", "w4g64z6"), (1, 33)):
+        weight, packed = draw(ROWS, [(scheme, 1536)], unit_scales=True)
+        x = torch.full((tokens, 1536), 126.0)
+        x[:, ::7] = 127.0
+        expected = (x.double() @ dequantize(weight).double().T).float()
+        found = run(library, packed, x, "int8", isa=isa)
+        if "z6" in scheme:
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.05)
+        else:
+            assert torch.equal(found, expected)
+
+
+MIXED = [
+    [("w4g64", 448), ("w8", 64)],
+    [("w2g16z", 100), ("w4g128z6", 31), ("w8g32", 445)],
+    [("w3", 1), ("w5g256zs6", 575)],
+]
+
+
+@pytest.mark.parametrize("parts", MIXED)
+def test_segments_of_different_formats_are_one_sum(library, draw, isa, parts):
+    weight, packed = draw(ROWS, parts)
+    matrix, length = dequantize(weight), sum(part[1] for part in parts)
+    for tokens, (mode, bits) in product(TOKENS, MODE_BITS):
+        x = torch.randn(tokens, length, generator=torch.Generator().manual_seed(tokens))
+        expected = reference.linear(x.double(), weight, None, bits, torch.float64)
+        assert_close(run(library, packed, x, mode, isa=isa), x, matrix, expected)
+
+
+@pytest.mark.parametrize("mode", ["exact", "int8"])
+def test_the_number_of_threads_changes_no_bit(library, draw, isa, mode):
+    # Large enough that every instruction set wakes its threads.
+    _, packed = draw(1100, [("w4g64z6", 1024), ("w8", 512)])
+    for tokens in (1, 4) if mode == "exact" else (1, 9):
+        x = torch.randn(tokens, 1536, generator=torch.Generator().manual_seed(5))
+        alone = run(library, packed, x, mode, isa=isa, threads=1)
+        for threads in (2, 3):
+            assert torch.equal(run(library, packed, x, mode, isa=isa, threads=threads), alone)
+
+
+def test_bias_is_added_once_to_each_output(library, draw, isa):
+    _, packed = draw(ROWS, [("w4g64", 64)])
+    described = cpu.describe(list(packed.tensors.values()), packed.layout)
+    bias = torch.arange(ROWS, dtype=torch.float32)
+    for mode, tokens in product(("exact", "int8"), (1, 9)):
+        found = library.linear(described, torch.zeros(tokens, 64), bias, mode, isa=isa)
+        assert torch.equal(found, bias.expand(tokens, -1))
+
+
+def test_activations_that_are_not_numbers_stay_visible_and_alone(library, draw, isa):
+    weight, packed = draw(ROWS, [("w4g64", 100)])
+    for bad, tokens in product((float("nan"), float("inf"), -float("inf")), (3, 9)):
+        x = torch.randn(tokens, 100, generator=torch.Generator().manual_seed(6))
+        x[1, 70] = bad
+        found = run(library, packed, x, "int8", isa=isa)
+        assert found[1].isnan().all()
+        assert reference.linear(x, weight, activation_bits=8)[1].isnan().all()
+        assert torch.isfinite(found[[0, 2]]).all()
+
+
+def test_tiny_and_zero_activations_are_rounded_like_the_reference(library, draw, isa):
+    weight, packed = draw(ROWS, [("w5g32", 64)])
+    x = torch.zeros(6, 64)
+    x[1] = 1e-45  # its scale underflows to zero
+    x[2] = torch.linspace(-1e-38, 1e-38, 64)
+    x[3] = torch.linspace(-1e30, 1e30, 64)
+    x[4, 5] = -2.5
+    x[5] = torch.arange(64) - 31.5  # quotients around one half
+    expected = reference.linear(x, weight, activation_bits=8)
+    found = run(library, packed, x, "int8", isa=isa)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+any_scheme = st.sampled_from([*SPECIAL, *FLOATS, "w2", "w3g16z", "w5t", "w7tz", "w6g64z3", "w8g128"])
+
+
+@SETTINGS
+@given(
+    parts=st.lists(st.tuples(any_scheme, st.integers(1, 200)), min_size=1, max_size=4),
+    rows=st.integers(1, 70),
+    tokens=st.integers(1, 14),
+    threads=st.integers(1, 3),
+    name=st.sampled_from(cpu.ISAS),
+    seed=st.integers(0, 1000),
+)
+def test_any_mixture_of_segments_and_shapes(library, draw, parts, rows, tokens, threads, name, seed):
+    if not library.supports(name):
+        return
+    weight, packed = draw(rows, parts, seed=seed)
+    matrix = dequantize(weight)
+    x = torch.randn(tokens, matrix.shape[1], generator=torch.Generator().manual_seed(seed))
+    described = cpu.describe(list(packed.tensors.values()), packed.layout)
+    assert torch.equal(library.dequantize(described, isa=name, threads=threads), matrix)
+    for mode, bits in MODE_BITS if described.all_integer else MODE_BITS[:1]:
+        expected = reference.linear(x.double(), weight, None, bits, torch.float64)
+        found = run(library, packed, x, mode, isa=name, threads=threads)
+        assert_close(found, x, matrix, expected)
