@@ -130,19 +130,27 @@ class Recipe(BaseModel):
     @staticmethod
     def load(path: str | Path) -> Recipe:
         """Read a YAML recipe. Raises UsageError when it is missing, no YAML, or not valid."""
-        try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(f"the recipe {path} cannot be read: {error}") from error
-        if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-            raise UsageError(
-                f"the recipe {path} must be a YAML mapping of fields, such as 'data: text.txt'"
-            )
-        return Recipe.create(**data)
+        return Recipe.create(**read_fields(path))
 
     def to_yaml(self) -> str:
         """YAML that `load` reads back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def read_fields(path: str | Path) -> dict[str, Any]:
+    """The fields of a YAML recipe, unchecked. Raises UsageError when it is not a YAML mapping."""
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"the recipe {path} cannot be read: {error.strerror or error}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"the recipe {path} is not YAML: {reason}") from error
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise UsageError(
+            f"the recipe {path} must be a YAML mapping of fields, such as 'data: text.txt'"
+        )
+    return data
 
 
 def _sentence(error: dict[str, Any]) -> str:

@@ -1,5 +1,4 @@
-"""What one would do without a solver: uniform bits, random bits, and the rule of thumb of
-llama.cpp.
+"""What one would do without a solver: uniform bits, random bits, llama.cpp's rule of thumb.
 
 All take the same problem and the same budget in bytes as the solver, never exceed it, and spend
 what they leave over in the same way (layer by layer, first to last, skipping what does not fit), so
@@ -23,8 +22,7 @@ from quantlib.search.problem import Choice, Item, Picks, Problem
 from quantlib.search.relaxation import undominated
 
 FAVOURED = re.compile(r"\b(?:down_proj|v_proj)\b")
-"""The matrices that llama.cpp's K_M mixtures give more bits: feed-forward down and attention
-values."""
+"""What llama.cpp's K_M mixtures give more bits: feed-forward down and attention values."""
 
 
 def uniform(problem: Problem, budget: int) -> Picks:
@@ -33,8 +31,7 @@ def uniform(problem: Problem, budget: int) -> Picks:
 
 
 def heuristic_first_last(problem: Problem, budget: int) -> Picks:
-    """llama.cpp's rule: one level up for the first and last eighth of the blocks, down_proj and
-    v_proj.
+    """llama.cpp's rule: one level up for the first and last eighths, down_proj and v_proj.
 
     One level up is the next rung of the ladder with more bits. Where even the lowest rung with its
     favoured items raised does not fit, the favoured items are raised in order as far as the budget
@@ -51,11 +48,10 @@ def heuristic_first_last(problem: Problem, budget: int) -> Picks:
 
 
 def random_allocation(problem: Problem, budget: int, seed: int) -> Picks:
-    """A random allocation that uses the budget up: items climb one undominated choice at a time,
-    drawn at random.
+    """A random allocation that uses the budget up: random items climb one choice at a time.
 
-    Each item is drawn in proportion to an appetite of its own (exponential), so that allocations
-    differ widely and not only by the noise of many equal draws.
+    They climb their undominated choices. Each item is drawn in proportion to an appetite of its own
+    (exponential), so that allocations differ widely and not only by the noise of many equal draws.
     """
     generator = np.random.default_rng(seed)
     stairs = [_stairs(item) for item in problem.items]
@@ -79,8 +75,7 @@ def random_allocation(problem: Problem, budget: int, seed: int) -> Picks:
 
 
 def ladder(problem: Problem) -> list[str]:
-    """Schemes that can be everybody's, smallest first, each losing less in total than the one
-    before."""
+    """Schemes for everybody, smallest first, each losing less in total than the one before."""
     levels = {}
     for scheme in dict.fromkeys(choice.scheme for item in problem.items for choice in item.choices):
         picks = _level(problem, scheme)
@@ -135,24 +130,16 @@ def _check_fits(problem: Problem, budget: int, picks: Picks) -> None:
 
 
 def _climb(problem: Problem, budget: int, options: Sequence[Picks]) -> Picks:
-    """The option that loses least among those that fit, then in item order towards the next that
-    loses less."""
+    """The best option that fits, then item by item towards the next option that is better."""
     fitting = [index for index, picks in enumerate(options) if problem.bytes(picks) <= budget]
     if not fitting:
         _check_fits(problem, budget, min(options, key=problem.bytes))
     losses = [problem.loss(picks) for picks in options]
     best = min(fitting, key=lambda index: losses[index])
-    above = next(
-        (
-            picks
-            for picks, loss in zip(options[best:], losses[best:], strict=True)
-            if loss < losses[best]
-        ),
-        None,
-    )
-    return (
-        options[best] if above is None else _raise_in_order(problem, budget, options[best], above)
-    )
+    better = [index for index in range(best, len(options)) if losses[index] < losses[best]]
+    if not better:
+        return options[best]
+    return _raise_in_order(problem, budget, options[best], options[better[0]])
 
 
 def _raise_in_order(problem: Problem, budget: int, picks: Picks, above: Picks) -> Picks:

@@ -132,8 +132,9 @@ def _core(
     asked again; the proven bound stays that of the first, untightened answer.
     """
     distance = best.loss - bound.value
-    core, unit, gap = table, float(table.loss.max()) or 1.0, 1e-9
+    core, unit, gap = table, float(table.loss.max()) or 1.0, 0.0
     if math.isfinite(distance):
+        # beyond rounding, so that no choice is lost to it
         margin = 1e-9 * distance + 1e-12 * float(table.loss.max())
         core = table.select(bound.reduced <= distance + margin)
         unit = max(distance, 1e-12 * best.loss)

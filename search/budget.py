@@ -19,7 +19,8 @@ _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _NAMES = ("kB", "MB", "GB", "TB")
 _UNITS = _DECIMAL | _BINARY
 _SIZE = re.compile(
-    r"(?P<number>\d[\d_,]*(?:\.\d+)?)\s*(?P<unit>%|[kmgt]i?b?|b|bytes)?", re.IGNORECASE
+    r"(?P<number>(?:\d{1,3}(?:,\d{3})+|\d[\d_]*)(?:\.\d+)?)\s*(?P<unit>%|[kmgt]i?b?|b|bytes)?",
+    re.IGNORECASE,
 )
 
 

@@ -110,15 +110,13 @@ def _canonical(kind: str, text: str, value: str) -> str:
 
 
 def _names(weight: WeightInfo) -> list[str]:
-    """Every dotted name the weight goes by: with and without `.weight`, its own and its
-    aliases'."""
+    """Every dotted name the weight and its aliases go by, with and without `.weight`."""
     full = (weight.name, weight.module, *weight.aliases)
     return [*full, *(name.removesuffix(".weight") for name in full if name.endswith(".weight"))]
 
 
 def check_matches(rules: Iterable[Rule], weights: Sequence[WeightInfo]) -> None:
-    """Raise UsageError for the first rule that is about no weight at all, with the names it may
-    have meant."""
+    """Raise UsageError for a rule that is about no weight at all, with names it may have meant."""
     for rule in rules:
         if not any(rule.matches(weight) for weight in weights):
             near = near_matches(rule.pattern, weights)
@@ -131,8 +129,7 @@ def _components(weights: Sequence[WeightInfo]) -> str:
 
 
 def near_matches(pattern: str, weights: Sequence[WeightInfo], count: int = 4) -> list[str]:
-    """Component, kind and module names most like `pattern`, best first; empty when nothing is
-    close."""
+    """Component, kind and module names most like `pattern`, best first; perhaps none."""
     wanted = pattern.removeprefix("re:").replace("*", "").replace("\\", "").strip(".")
     known: dict[str, None] = {}
     for weight in weights:
@@ -147,8 +144,7 @@ def near_matches(pattern: str, weights: Sequence[WeightInfo], count: int = 4) ->
 def allowed(item: str, schemes: Sequence[str], rules: Sequence[Rule]) -> list[str]:
     """The candidates of `item` that every one of `rules` allows, in order.
 
-    Raises UsageError that names the rules when one of them alone, or two of them together, allow
-    nothing.
+    Raises UsageError that names the rules when they leave nothing, alone or together.
     """
     for index, rule in enumerate(rules):
         if not any(rule.allows(scheme) for scheme in schemes):

@@ -1,5 +1,4 @@
-"""Strict JSON for the files of this room: what people edit by hand is checked like what a program
-wrote.
+"""Strict JSON for the files of this room: people edit them, and mistakes must not pass silently.
 
 Python's reader keeps the last of two equal keys and accepts NaN; in a plan that somebody edited the
 first hides a mistake and the second poisons every sum, so both are refused here. Errors name the
@@ -30,8 +29,7 @@ _NAMES = {
 
 
 def parse_object(text: str, source: str) -> dict[str, Any]:
-    """The JSON object in `text`. Raises SearchError when it is not one, repeats a key, or holds NaN
-    or infinity."""
+    """The JSON object in `text`; SearchError unless its keys differ and its numbers are finite."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
@@ -53,6 +51,8 @@ def parse_object(text: str, source: str) -> dict[str, Any]:
         ) from error
     except RecursionError as error:
         raise SearchError(f"{source} is nested too deeply to be one of ours") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise SearchError(f"{source} holds a number that is not one: {error}") from error
     if not isinstance(value, dict):
         raise SearchError(f"{source} holds {type(value).__name__}, not a JSON object")
     return value
@@ -82,8 +82,7 @@ def check_keys(data: Mapping[str, Any], required: set[str], optional: set[str], 
 
 
 def field(data: Mapping[str, Any], key: str, kind: type[T], where: str) -> T:
-    """`data[key]`, which must be a `kind`. A whole number is a number; a boolean is neither;
-    infinity never passes."""
+    """`data[key]`, which must be a `kind`: whole numbers are numbers, booleans are neither."""
     value = data.get(key)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 1e300 else math.inf
@@ -112,8 +111,7 @@ def _shorten(value: object) -> str:
 
 
 def dump(value: object) -> str:
-    """One line of JSON; refuses NaN and infinity (ValueError: a bug of the caller, not of a
-    file)."""
+    """One line of JSON. ValueError for NaN and infinity: a bug of the caller, not of a file."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
@@ -128,8 +126,7 @@ def read_text(path: str | Path, what: str) -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` so that `path` holds either its old content or all of the new, whatever
-    happens."""
+    """Write `text` so that `path` holds its old content or all of the new, whatever happens."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -105,8 +105,7 @@ class Plan:
         calibration: Calibration | None = None,
         provenance: Mapping[str, str] | None = None,
     ) -> Plan:
-        """The plan of a solution, with its certificate and, given a calibration, the KL to
-        expect."""
+        """The plan of a solution, with its certificate and, if calibrated, the KL to expect."""
         predicted = {"lp_gap": solution.gap, "proven_gap": solution.proven_gap}
         if calibration is not None:
             kl = calibration.predict(max(0.0, solution.loss))

@@ -1,5 +1,4 @@
-"""The allocation problem: items, each with choices that cost bytes and lose something, and what is
-fixed.
+"""The allocation problem: items, each with choices that cost bytes and lose something.
 
 An item is the smallest thing that gets a scheme of its own: one weight; or one linear group (q/k/v,
 gate/up) when the engine that will run the checkpoint fuses the group into one matrix and therefore
@@ -20,8 +19,8 @@ from quantlib.search.sensitivity import Sensitivity
 from quantlib.search.weights import ENGINES, GroupInfo, WeightInfo, units
 
 COST_TOLERANCE = 1e-9
-"""Relative tolerance on limits of measured costs, whose sums depend on the order of addition. Bytes
-have none."""
+"""Relative tolerance on limits of measured costs: sums of floats depend on their order. Bytes have
+none."""
 
 Picks = tuple[int, ...]
 """For every item of a problem, in order, the index of its choice."""
@@ -51,8 +50,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Item:
-    """Weights that get one scheme together; `block` is where they live ("" outside of the repeated
-    blocks)."""
+    """Weights that get one scheme together; `block` is where they live, "" outside of blocks."""
 
     name: str
     members: tuple[str, ...]

@@ -1,5 +1,4 @@
-"""Refine a plan on the true KL: try exchanges of bytes between weights, keep those that really
-help.
+"""Refine a plan on the true KL: exchange bytes between weights, keep what really helps.
 
 The solver's optimum is an optimum of *predicted* losses, added up. Two things are missing from the
 sum: how wrong each prediction is, and how weights interact. Both show only when a whole plan is
@@ -32,8 +31,7 @@ from quantlib.search.problem import Picks, Problem
 from quantlib.search.swaps import NONE, best_swap
 
 Evaluate = Callable[[Plan], "Sequence[float] | np.ndarray | torch.Tensor"]
-"""Mean KL per token in nats of each window [W], W >= 2, always of the same windows in the same
-order."""
+"""Mean KL per token in nats of each window [W], W >= 2: the same windows every time, in order."""
 
 SIGNIFICANCE = 2.0
 """An exchange is kept when the KL falls by more than this many paired standard errors."""
@@ -44,6 +42,7 @@ SHARED = (0.4, 0.2)
 """Shares of that variance that weights of one kind (the same name in another block), and weights of
 one block, have in common: predictions go wrong by kind and by depth, not only one by one."""
 NUMBER = re.compile(r"\d+")
+"""What tells weights of one kind apart: the number of their block, of their expert."""
 REDRAWS = 64
 """Draws without a new exchange after which nothing is left to try."""
 

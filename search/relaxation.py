@@ -1,5 +1,4 @@
-"""What can be said about an allocation without searching: which choices never matter, and a bound
-on the best loss.
+"""What is known about an allocation without searching: which choices never matter, and a bound.
 
 A multiple-choice knapsack is mostly decided by its linear relaxation: with m constraints at most m
 items are fractional in an optimal vertex (Sinha and Zoltners, Oper. Res. 27, 1979). So we solve the
@@ -10,7 +9,7 @@ LP, and from its multipliers compute the Lagrangian bound
 ourselves: it is a lower bound for *any* u >= 0, so the certificate does not rest on a solver's
 tolerances. A choice whose reduced cost exceeds the distance between L and a known feasible loss is
 in no better solution and is dropped. What is left is a core of a few choices per item, and that is
-what `solve.py` hands to branch and bound.
+what `branch.py` searches.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ from quantlib.search.swaps import NONE, best_swap
 
 
 def undominated(choices: Sequence[Choice], limited: Sequence[str] = ()) -> list[int]:
-    """Indices of the choices that no other choice matches or beats in loss, bytes and every cost in
-    `limited`.
+    """Indices of the choices that no other one matches or beats in bytes, loss and `limited` costs.
 
     This keeps choices off the convex hull, which an optimum of the integer problem may need.
     """
@@ -48,13 +46,12 @@ def undominated(choices: Sequence[Choice], limited: Sequence[str] = ()) -> list[
 
 @dataclass(frozen=True)
 class Table:
-    """The undominated choices of a problem as arrays: row r is choice `choice[r]` of item
-    `item[r]`.
+    """Undominated choices of a problem as arrays: row r is choice `choice[r]` of item `item[r]`.
 
     Rows are sorted by item; `starts[i]` is item i's first row. `loss` [rows] and `cost`
     [constraints, rows] are what the row has above its item's own smallest; the sums of those
     smallest are `base_loss` and `base_cost`. Constraint 0 is bytes (whole numbers, exact in
-    float64), the others are `limited`, in order.
+    float64), the others are further costs.
     """
 
     item: np.ndarray
@@ -64,10 +61,10 @@ class Table:
     cost: np.ndarray
     base_loss: float
     base_cost: np.ndarray
-    limited: tuple[str, ...]
 
     @staticmethod
     def of(problem: Problem, limited: Sequence[str] = ()) -> Table:
+        """The table for constraints on bytes and on each of the costs in `limited`."""
         for item in problem.items:
             for name in limited:
                 if not all(name in choice.costs for choice in item.choices):
@@ -97,7 +94,6 @@ class Table:
             cost - least_cost[:, owner],
             float(least_loss.sum()),
             least_cost.sum(axis=1),
-            tuple(limited),
         )
 
     @property
@@ -105,8 +101,7 @@ class Table:
         return len(self.starts)
 
     def fitting(self, capacity: np.ndarray) -> Table | None:
-        """The rows that fit by themselves (everything else at its smallest), or None when some item
-        has none."""
+        """The rows that fit with all other items at their smallest; None if an item has none."""
         keep = np.all(self.cost <= capacity[:, None], axis=0)
         return self.select(keep) if len(np.unique(self.item[keep])) == self.items else None
 
@@ -125,7 +120,6 @@ class Table:
             self.cost[:, keep],
             self.base_loss,
             self.base_cost,
-            self.limited,
         )
 
     def feasible(self, rows: np.ndarray, capacity: np.ndarray) -> bool:
@@ -140,8 +134,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Bound:
-    """A lower bound (in the table's loss above base), its multipliers [constraints], and each row's
-    reduced cost [rows]."""
+    """A lower bound on the loss above base.
+
+    multipliers: prices of the constraints it was computed with [constraints].
+    reduced:     what choosing a row adds to the bound [rows], 0 for the best of each item.
+    """
 
     value: float
     multipliers: np.ndarray
@@ -149,8 +146,7 @@ class Bound:
 
 
 def lagrangian(table: Table, capacity: np.ndarray, multipliers: np.ndarray) -> Bound:
-    """L(u) of the module's docstring, for `multipliers` u >= 0 and the `capacity` left above the
-    base costs."""
+    """L(u) for `multipliers` u >= 0 and the `capacity` left above the base costs."""
     priced = table.loss + multipliers @ table.cost
     least = np.minimum.reduceat(priced, table.starts)
     return Bound(
@@ -198,8 +194,7 @@ def _bound_of_one(table: Table, capacity: np.ndarray) -> Bound | None:
 
 
 def _bound_of_several(table: Table, capacity: np.ndarray) -> Bound | None:
-    """Several constraints: HiGHS, with losses and costs scaled to order one; its multipliers are
-    evaluated by ourselves."""
+    """Several constraints: HiGHS, scaled to order one; its multipliers are evaluated by us."""
     rows = len(table.loss)
     loss_unit = float(table.loss.max()) or 1.0
     units = np.where(capacity > 0, capacity, 1.0)
@@ -221,8 +216,7 @@ def _bound_of_several(table: Table, capacity: np.ndarray) -> Bound | None:
 
 
 def repair(table: Table, capacity: np.ndarray, rows: np.ndarray) -> np.ndarray | None:
-    """Make `rows` (one per item) feasible: while something is over, the change that costs least
-    loss per unit of excess removed.
+    """Make `rows` (one per item) feasible by the changes that cost least loss per excess removed.
 
     Returns None when it gets stuck, which with several constraints does not prove infeasibility.
     """
@@ -248,8 +242,7 @@ def repair(table: Table, capacity: np.ndarray, rows: np.ndarray) -> np.ndarray |
 
 
 def fill(table: Table, capacity: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Spend what `rows` leave of `capacity`: again and again the change that lowers the loss most
-    and still fits."""
+    """Spend what `rows` leave: again and again the change that lowers the loss most and fits."""
     rows = rows.copy()
     while True:
         used = table.cost[:, rows].sum(axis=1)
@@ -265,10 +258,9 @@ def fill(table: Table, capacity: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def exchange(table: Table, capacity: np.ndarray, rows: np.ndarray, rounds: int = 200) -> np.ndarray:
-    """Fill, then apply the best exchange of two items (`swaps.py`) as long as one lowers the loss;
-    bytes only.
+    """Fill, then apply the best exchange of two items (`swaps.py`) while one lowers the loss.
 
-    Further constraints are not looked at by the exchange: one that breaks them ends it.
+    Exchanges look at bytes only; one that breaks a further constraint ends them.
     """
     rows = fill(table, capacity, rows)
     for _ in range(rounds):

@@ -7,7 +7,7 @@ Peers fill greedily or stop at the first layer that overshoots; here the optimum
 and bound (`branch.py`, with HiGHS) on the core that the linear relaxation leaves open
 (`relaxation.py`), and the answer comes with its distance to the relaxation's bound. The solver is
 not trusted with arithmetic: losses span eight decades and files 1e11 bytes, so its answer is
-recounted in whole numbers, its tolerances can never put a plan over budget, and the bound is ours.
+recounted in whole numbers, its tolerances never put a plan over budget, and the LP bound is ours.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Solution:
     loss:       sum of the predicted losses.
     costs:      sums of the further costs that have limits.
     lp_bound:   no allocation within the budget, not even a fractional one, loses less than this.
-    gap:        (loss - lp_bound) / |loss|: what is certainly not lost to the search.
-    proven_gap: the same against the best bound known after branch and bound.
+    gap:        (loss - lp_bound) / |loss|: no search could do better by more than this.
+    proven_gap: the same against the best bound known after branch and bound, which is tighter.
     optimal:    proven within the requested gap; False when time ran out first.
     """
 
@@ -77,8 +77,7 @@ class Solver:
     def solve(
         self, budget: int, *, relative_gap: float = RELATIVE_GAP, time_limit: float = TIME_LIMIT
     ) -> Solution:
-        """The allocation of least loss within `budget` bytes. Raises SearchError if there is
-        none."""
+        """The allocation of least loss within `budget` bytes. SearchError when there is none."""
         start = time.monotonic()
         capacity = self._capacity(self._table, budget)
         outcome = minimise(self._table, capacity, relative_gap, time_limit)
@@ -106,8 +105,7 @@ class Solver:
         )
 
     def smallest_size(self) -> int | None:
-        """Bytes of the smallest checkpoint within the limits, None when there is none of any
-        size."""
+        """Bytes of the smallest checkpoint within the limits, None when there is none at all."""
         if not self.limits:
             return self.problem.bytes(self.problem.smallest())
         table = Table.of(_by_size(self.problem), tuple(self.limits))

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 NONE = -1
+"""No change."""
 
 
 class Swap(NamedTuple):
-    """Rows of the change and of the change that pays for it (NONE where nothing has to), and what
-    both do to the loss."""
+    """Positions of the change and of the one that pays for it (or NONE), and their total loss."""
 
     first: int
     second: int
@@ -25,8 +25,7 @@ class Swap(NamedTuple):
 
 
 def best_swap(item: np.ndarray, loss: np.ndarray, size: np.ndarray, slack: float) -> Swap | None:
-    """The change, or pair of changes of two different items, of least total `loss` that needs at
-    most `slack` bytes.
+    """The change, or the pair of changes of two items, of least loss within `slack` bytes.
 
     item, loss, size [changes]: whose choice a change replaces, and what it adds (or frees,
     negative) in loss and in bytes. None when no change or pair lowers the loss.
@@ -34,8 +33,7 @@ def best_swap(item: np.ndarray, loss: np.ndarray, size: np.ndarray, slack: float
     payers = np.flatnonzero(size < 0)
     payers = payers[np.argsort(size[payers], kind="stable")]
     first_of, second_of = _running_least_two(item[payers], loss[payers])
-    # number of payers that free enough for each change, largest first; with none needed the partner
-    # is optional
+    # how many payers (sorted, largest first) free enough for each change
     enough = np.searchsorted(size[payers], slack - size, side="right")
     best, second_best = np.full(len(item), NONE), np.full(len(item), NONE)
     some = enough > 0
@@ -59,8 +57,7 @@ def best_swap(item: np.ndarray, loss: np.ndarray, size: np.ndarray, slack: float
 
 
 def _running_least_two(item: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For every prefix: position of the least loss, and of the least one of another item (NONE when
-    there is none)."""
+    """For every prefix: position of the least loss, and of the least of another item (or NONE)."""
     first, second = np.full(len(item), NONE), np.full(len(item), NONE)
     best = other = NONE
     for position in range(len(item)):

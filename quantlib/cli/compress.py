@@ -68,14 +68,15 @@ def compress(
     seqlen: Seqlen = None,
     windows: Windows = None,
     seed: Seed = None,
-    no_refine: Annotated[
-        bool,
+    refine: Annotated[
+        bool | None,
         typer.Option(
-            "--no-refine",
-            help="Ship what was measured: do not round again with quantized inputs.",
+            "--refine/--no-refine",
+            help="Round the plan again with quantized inputs, and ship the better of the two.",
             rich_help_panel=RECIPE,
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
     engine: Engine = "quantlib",
     floor: Floor = None,
     ceiling: Ceiling = None,
@@ -99,7 +100,7 @@ def compress(
     Examples:
         quantlib compress path/to/model --size 82.8MB --data text.txt -o OUT
         quantlib compress path/to/model --bits 4.25 --data text.txt -o OUT --fast
-        quantlib compress path/to/model --size 30% --data hub:wikitext:wikitext-2-raw-v1 -o OUT \\
+        quantlib compress path/to/model --size 30% --data text.txt -o OUT \\
             --floor embeddings=4 --pin lm_head=w8g64 --seed 1
         quantlib compress path/to/model --bits 4 --data text.txt -o OUT --dry-run
     """
@@ -112,7 +113,7 @@ def compress(
         seqlen=seqlen,
         windows=windows,
         seed=seed,
-        refine=not no_refine,
+        refine=refine,
     )
     budget = budget_of(size, bits, engine, floor, ceiling, pin)
     if dry_run:
@@ -164,7 +165,7 @@ def measure(
 
     Examples:
         quantlib measure path/to/model --data text.txt --work WORK
-        quantlib measure path/to/model --data text.txt --work WORK --schemes w3g64,w4g64,w8g64
+        quantlib measure path/to/model --data text.txt --work WORK --fast
         quantlib search --work WORK --bits 4.25
     """
     from quantlib.pipeline.compress import measured_table, open_run, prepare, recipe_for

@@ -21,7 +21,7 @@ def recipe_fields(
     seqlen: int | None,
     windows: int | None,
     seed: int | None,
-    refine: bool = True,
+    refine: bool | None = None,
 ) -> dict[str, Any]:
     """The fields that were given, those of the recipe file first; `data` is among them.
 
@@ -41,7 +41,7 @@ def recipe_fields(
         "seqlen": seqlen,
         "windows": windows,
         "seed": seed,
-        "refine": None if refine else False,
+        "refine": refine,
     }
     fields |= {name: value for name, value in options.items() if value is not None}
     if not isinstance(fields.get("data"), str):

@@ -111,22 +111,23 @@ def _calibrate(run: Run, store: WorkDirStore) -> None:
 
 def group_statistics(run: Run, group: str) -> GroupStatistics:
     """The statistics of one linear group."""
-    return group_from_tensors(group, read_tensors(run.work.file(_key(run, group))))
+    return group_from_tensors(group, read_tensors(run.work.file(statistics_key(run, group))))
 
 
 def embedding_statistics(run: Run) -> EmbeddingStatistics:
     """The statistics of the embedding and the head."""
-    return embedding_from_tensors(read_tensors(run.work.file(_key(run, EMBEDDING))))
+    return embedding_from_tensors(read_tensors(run.work.file(statistics_key(run, EMBEDDING))))
 
 
 def calibrated_groups(run: Run) -> tuple[int, int]:
     """How many groups (the embedding counted as one) have statistics, and how many there are."""
     groups = [g.name for block in run.model_map.blocks for g in run.model_map.groups_in(block)]
     names = (*groups, EMBEDDING)
-    return sum(run.work.has(_key(run, name)) for name in names), len(names)
+    return sum(run.work.has(statistics_key(run, name)) for name in names), len(names)
 
 
-def _key(run: Run, name: str) -> str:
+def statistics_key(run: Run, name: str) -> str:
+    """The key of the unit that holds the statistics of the group `name` (or of EMBEDDING)."""
     return run.work.key("statistics", name=name, inputs=run.statistics_hash)
 
 
@@ -135,7 +136,7 @@ def _file(run: Run, name: str) -> str:
 
 
 def _has_block(run: Run, block: str) -> bool:
-    return all(run.work.has(_key(run, group.name)) for group in run.model_map.groups_in(block))
+    return all(run.work.has(statistics_key(run, group.name)) for group in run.model_map.groups_in(block))
 
 
 def _commit(run: Run, groups: list[GroupStatistics]) -> None:
@@ -150,7 +151,7 @@ def _commit(run: Run, groups: list[GroupStatistics]) -> None:
                     "that exercises them"
                 )
             content = tensor_content(group_to_tensors(group))
-            key = _key(run, group.name)
+            key = statistics_key(run, group.name)
             batch.add(key, "statistics", {_file(run, group.name): content})
 
 
@@ -177,4 +178,4 @@ def _commit_embedding(run: Run, store: WorkDirStore) -> None:
     gradient = store.load("gradient.0") if run.recipe.gradients else torch.ones(1, 1, width)
     stats = passes.embedding(run.windows, gradient, int(head["variance"].shape[0]), head)
     content = tensor_content(embedding_to_tensors(stats))
-    run.work.commit(_key(run, EMBEDDING), "statistics", {_file(run, EMBEDDING): content})
+    run.work.commit(statistics_key(run, EMBEDDING), "statistics", {_file(run, EMBEDDING): content})

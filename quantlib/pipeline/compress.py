@@ -130,17 +130,18 @@ def load_tokenizer(path: Path) -> Any:
         ) from error
 
 
-def prepare(run: Run) -> estimates.Estimate:
+def prepare(run: Run, out: Path | None = None, budget: int = 0) -> estimates.Estimate:
     """The pre-flight estimate and what is already done, said through the run's progress.
 
-    Raises CheckpointError when the disk cannot hold the run.
+    out, budget: where a checkpoint of at most so many bytes will be written, if one will.
+    Raises CheckpointError when a disk cannot hold the run.
     """
     found = estimates.for_recipe(run.model_map, run.recipe)
     run.progress.say(f"needs {found} in {run.work.path}")
     done = already_there(run)
     if done:
         run.progress.say(f"continuing: {done} are already there")
-    estimates.require_room(run.work.path, found)
+    estimates.require_room(run, found, out, budget)
     return found
 
 
@@ -190,7 +191,7 @@ def compress(
         model, place, settings, budget=budget, download=download, progress=progress
     ) as run:
         _check_replaced(out, run, overwrite, lambda there: budget.asked_for(there, run.model_map))
-        prepare(run)
+        prepare(run, out, budget.in_bytes(run.model_map))
         table = measured_table(run)
         plan, problem, _ = search(run.model_map, table, budget)
         if settings.swaps:
@@ -238,7 +239,9 @@ def recipe_for(budget: Budget, **fields: Any) -> Recipe:
     recipe = Recipe.create(**fields)
     pinned = [Scheme.parse(rule.value) for rule in budget.rules() if rule.kind == "pin"]
     missing = [str(s) for s in pinned if s.weight and str(s) not in recipe.schemes]
-    return recipe.model_copy(update={"schemes": tuple(dict.fromkeys([*recipe.schemes, *missing]))})
+    if not missing:
+        return recipe
+    return Recipe.create(**recipe.model_dump() | {"schemes": (*recipe.schemes, *missing)})
 
 
 def default_work(out: Path) -> Path:

@@ -1,31 +1,46 @@
-"""Before anything long starts: how much disk, memory and time a run will need, and whether the disk has it.
+"""Before anything long starts: how much disk, memory and time a run will need, and whether the disk
+has it.
 
-Disk and memory follow from shapes. Time follows from the multiply-adds of the passes and a rate that is measured here, in a tenth
-of a second, on this machine: an estimate within a factor of two, and said as such.
+Disk follows from shapes, nearly to the byte. Memory is the largest of what the stages hold at once,
+counted from the arrays they make. Time follows from the multiply-adds of the passes and a rate that
+is measured here, in a tenth of a second, on this machine: an order of magnitude and a little more.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from quantlib.calibration.observe import SAMPLES_PER_WINDOW
+from quantlib.calibration.passes import SAMPLED_HEAD_TOKENS
 from quantlib.checkpoint.disk import require_free
 from quantlib.formats.scheme import Scheme
 from quantlib.models.modelmap import ModelMap
+from quantlib.models.rows import LinearGroup, Weight
 from quantlib.pipeline import bytecount
+from quantlib.pipeline.calibrate import EMBEDDING, calibrated_groups, statistics_key
+from quantlib.pipeline.measure import entry_key
+from quantlib.pipeline.run import Run
 from quantlib.recipe import Recipe
+from quantlib.rounding import RoundingOptions
 from quantlib.search.budget import format_size
 
 FLOAT_BYTES = 4
+PROCESS_BYTES = 420_000_000
+"""Resident memory of a process that has imported torch and transformers and done nothing."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """bank_bytes, statistics_bytes, hidden_bytes: on disk in the work directory (hidden states are removed after use).
-    memory_bytes: peak resident, roughly; seconds: roughly (None when not timed)."""
+    """What a run needs.
+
+    bank_bytes, statistics_bytes, hidden_bytes: on disk in the work directory; hidden states are
+    removed after use. memory_bytes: peak resident, roughly. seconds: roughly (None when not timed).
+    """
 
     bank_bytes: int
     statistics_bytes: int
@@ -44,63 +59,179 @@ class Estimate:
         return rest if self.seconds is None else f"about {_rough(self.seconds)}, {rest}"
 
 
-def estimate(model_map: ModelMap, recipe: Recipe, hidden_size: int, timed: bool = True) -> Estimate:
-    """What a run of `recipe` on this model needs. `hidden_size`: width D of the residual stream."""
-    schemes = [Scheme.parse(name) for name in recipe.schemes]
-    bank = sum(
-        bytecount.weight_bytes(weight, scheme) for weight in model_map.weights for scheme in schemes
-    )
-    inputs = {group.name: model_map.weight(group.members[0]) for group in model_map.groups}
-    statistics = sum(w.experts * w.in_features**2 * FLOAT_BYTES for w in inputs.values())
-    tokens = recipe.windows * recipe.seqlen
-    hidden = (len(model_map.blocks) + 2) * tokens * hidden_size * FLOAT_BYTES
-    seconds = _operations(model_map, recipe, len(schemes)) / _rate() if timed else None
+def for_recipe(model_map: ModelMap, recipe: Recipe, timed: bool = True) -> Estimate:
+    """What a whole run of `recipe` on this model needs."""
+    statistics = sum(_statistics_bytes(model_map, recipe, group) for group in model_map.groups)
     return Estimate(
-        bank,
+        _bank_bytes(model_map, recipe),
         statistics,
-        hidden,
-        _memory(model_map, recipe, len(schemes), tokens * hidden_size),
-        seconds,
+        _hidden_bytes(model_map, recipe),
+        PROCESS_BYTES + FLOAT_BYTES * _numbers_in_memory(model_map, recipe),
+        _operations(model_map, recipe) / _rate() if timed else None,
     )
 
 
-def for_recipe(model_map: ModelMap, recipe: Recipe) -> Estimate:
-    """`estimate` of a whole run. The first weight is the embedding, as wide as the residual stream."""
-    return estimate(model_map, recipe, int(model_map.weights[0].in_features))
-
-
-def require_room(work: Path, found: Estimate) -> None:
-    """Raise CheckpointError when the disk cannot hold what the work directory still has to get."""
-    existing = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+def require_room(run: Run, found: Estimate, out: Path | None = None, budget: int = 0) -> None:
+    """Raise CheckpointError when a disk cannot hold what is still to come: of the work directory,
+    and, if it is to be written, of a checkpoint of at most `budget` bytes in `out`."""
+    needed = found.disk_bytes - _bytes_there(run, found)
     purpose = "the work directory (statistics, layer bank, hidden states)"
-    require_free(work, max(0, found.disk_bytes - existing), purpose)
+    if out is not None:
+        checkpoint = min(budget, _largest_checkpoint(run))
+        require_free(out, checkpoint, "the checkpoint")
+        if _device(out) == _device(run.work.path):
+            needed, purpose = needed + checkpoint, f"{purpose} together with the checkpoint"
+    require_free(run.work.path, max(0, needed), purpose)
 
 
-def _memory(model_map: ModelMap, recipe: Recipe, schemes: int, hidden_numbers: int) -> int:
-    """Parameters outside blocks, one block, two sets of hidden states, and the stacked rows of one rounding; or the
-    dense model when probes are measured in it."""
-    outside = sum(w.parameters for w in model_map.weights if w.block is None)
-    blocks = [sum(w.parameters for w in model_map.weights_in(b)) for b in model_map.blocks] or [0]
-    stacked = 32768 * max((w.in_features for w in model_map.weights), default=0) * 6
-    streaming = outside + max(blocks) * 2 + 2 * hidden_numbers + stacked
-    dense = model_map.parameters if recipe.probes or recipe.refine else 0
-    return FLOAT_BYTES * max(streaming, dense + stacked // 2)
+def _largest_checkpoint(run: Run) -> int:
+    schemes = [Scheme.parse(name) for name in run.recipe.schemes]
+    chosen = sum(
+        max(bytecount.weight_bytes(weight, scheme) for scheme in schemes)
+        for weight in run.model_map.weights
+    )
+    return chosen + sum(row.nbytes for row in run.model_map.kept)
 
 
-def _operations(model_map: ModelMap, recipe: Recipe, schemes: int) -> float:
+def _bytes_there(run: Run, found: Estimate) -> int:
+    """Bytes of this run's own units in the work directory, and of hidden states it can do
+    without."""
+    names = [group.name for group in run.model_map.groups if group.block is not None]
+    keys = [statistics_key(run, name) for name in (*names, EMBEDDING)]
+    keys += [
+        entry_key(run, weight.name, scheme)
+        for weight in run.model_map.weights
+        for scheme in run.recipe.schemes
+    ]
+    there = [run.work.unit(key) for key in keys if run.work.has(key)]
+    calibrated, wanted = calibrated_groups(run)
+    spared = found.hidden_bytes if calibrated == wanted and not run.recipe.refine else 0
+    return spared + sum(file.nbytes for unit in there for file in unit.files.values())
+
+
+def _device(path: Path) -> int:
+    """The file system that holds, or will hold, `path`."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return os.stat(path).st_dev
+
+
+# -- disk ----------------------------------------------------------------------------------------
+
+
+def _bank_bytes(model_map: ModelMap, recipe: Recipe) -> int:
+    """Every weight in every candidate, and with `refine` the blocks of one plan once more (in the
+    largest candidate at most)."""
+    schemes = [Scheme.parse(name) for name in recipe.schemes]
+    total = 0
+    for weight in model_map.weights:
+        sizes = [bytecount.weight_bytes(weight, scheme) for scheme in schemes]
+        total += sum(sizes)
+        if recipe.refine and weight.block is not None and weight.kind != "experts":
+            total += max(sizes)
+    return total
+
+
+def _statistics_bytes(model_map: ModelMap, recipe: Recipe, group: LinearGroup) -> int:
+    """Of one group (see `calibration.statistics`)."""
+    members = model_map.members(group)
+    width, tokens = members[0].in_features, recipe.windows * recipe.seqlen
+    if group.block is None:
+        vocabulary = members[0].out_features
+        samples = recipe.windows * min(SAMPLED_HEAD_TOKENS, recipe.seqlen)
+        return FLOAT_BYTES * (width**2 + 2 * vocabulary + (samples + 1) * width)
+    outputs = sum(weight.out_features for weight in members) if recipe.gradients else 0
+    samples = recipe.windows * min(SAMPLES_PER_WINDOW, recipe.seqlen)
+    matrix = width**2 + outputs + samples * (width + outputs)
+    return FLOAT_BYTES * (members[0].experts * matrix + (tokens if recipe.gradients else 0))
+
+
+def _hidden_bytes(model_map: ModelMap, recipe: Recipe) -> int:
+    """Calibration keeps the input of every block and of the head, and two gradients; re-rounding
+    keeps two states twice."""
+    states = len(model_map.blocks) + 1 + 2 * recipe.gradients
+    return FLOAT_BYTES * _hidden_numbers(model_map, recipe) * max(states, 4 * recipe.refine)
+
+
+def _hidden_numbers(model_map: ModelMap, recipe: Recipe) -> int:
+    """Numbers in the hidden states of all calibration windows. The first weight is the embedding,
+    as wide as the residual stream."""
+    return recipe.windows * recipe.seqlen * model_map.weights[0].in_features
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+
+def _numbers_in_memory(model_map: ModelMap, recipe: Recipe) -> int:
+    """The most float32 numbers that one stage holds."""
+    outside = _parameters(model_map.weights_in(None))
+    block = max((_parameters(model_map.weights_in(name)) for name in model_map.blocks), default=0)
+    moments = max(
+        (
+            sum(_moments(model_map, group) for group in model_map.groups_in(name))
+            for name in model_map.blocks
+        ),
+        default=0,
+    )
+    hidden = _hidden_numbers(model_map, recipe)
+    vocabulary = max((w.out_features for w in model_map.weights_in(None)), default=0)
+    # logits of a window, their softmax, two gradients, and the copies between them
+    logits = 6 * recipe.seqlen * vocabulary
+    calibration = outside + max(2 * block + 2 * moments + 4 * hidden, logits + 2 * hidden)
+    rounding = max(_rounding(model_map, recipe, group) for group in model_map.groups)
+    refinement = outside + 2 * block + 2 * moments + 6 * hidden + rounding
+    measuring = model_map.parameters + logits
+    needed = [calibration, rounding]
+    needed += [measuring] if recipe.probes or recipe.swaps or recipe.refine else []
+    needed += [refinement] if recipe.refine else []
+    return max(needed)
+
+
+def _parameters(weights: tuple[Weight, ...]) -> int:
+    return sum(weight.parameters for weight in weights)
+
+
+def _moments(model_map: ModelMap, group: LinearGroup) -> int:
+    first = model_map.weight(group.members[0])
+    return first.experts * first.in_features**2
+
+
+def _rounding(model_map: ModelMap, recipe: Recipe, group: LinearGroup) -> int:
+    """Numbers held while one group is rounded: its weights, the stacked rows of one step (target,
+    result, gradient and three temporaries), and the codes (a byte each) of all candidates."""
+    members = model_map.members(group)
+    width, own = members[0].in_features, _parameters(members)
+    rows = min(RoundingOptions().rows, own // width * len(recipe.schemes))
+    return 3 * own + 6 * rows * width + own * len(recipe.schemes) // 2 + 3 * width**2
+
+
+# -- time ----------------------------------------------------------------------------------------
+
+
+def _operations(model_map: ModelMap, recipe: Recipe) -> float:
     """Multiply-adds of calibration, rounding, probes and re-rounding."""
     tokens = recipe.windows * recipe.seqlen
-    matrices = [(w.parameters, w.in_features, w.out_features) for w in model_map.weights]
-    forward = tokens * sum(parameters for parameters, _, _ in matrices)
-    moments = tokens * sum(
-        w.in_features**2 for w in (model_map.weight(g.members[0]) for g in model_map.groups)
-    )
+    forward = tokens * _parameters(model_map.weights)
+    moments = tokens * sum(_moments(model_map, group) for group in model_map.groups)
     sweeps = 1.5 + 2 * recipe.passes
-    rounding = sum(parameters * k * (sweeps + 1) for parameters, k, _ in matrices)
-    probe_tokens = recipe.probe_windows * recipe.seqlen * (recipe.probes + 2 * recipe.refine)
-    probes = probe_tokens * sum(parameters for parameters, _, _ in matrices)
+    rounding = sum(w.parameters * w.in_features * (sweeps + 1) for w in model_map.weights)
+    trials = recipe.probes + recipe.swaps + 2 * recipe.refine
+    probes = recipe.probe_windows * recipe.seqlen * trials * _parameters(model_map.weights)
     refine = (3 * forward + 2 * moments + rounding) if recipe.refine else 0
-    return 4 * forward + moments + schemes * rounding + probes + refine
+    return 4 * forward + moments + len(recipe.schemes) * rounding + probes + refine
+
+
+def _rate() -> float:
+    """Multiply-adds a second of float32 matrix products here, less what is lost around them."""
+    a, b = torch.ones(1024, 512), torch.ones(512, 512)
+    a @ b
+    started = time.perf_counter()
+    repeats = 0
+    while time.perf_counter() - started < 0.1:
+        a @ b
+        repeats += 1
+    return 0.4 * repeats * 1024 * 512 * 512 / (time.perf_counter() - started)
 
 
 def _rough(seconds: float) -> str:
@@ -109,15 +240,3 @@ def _rough(seconds: float) -> str:
         return f"{max(1, round(seconds))} s"
     minutes = seconds / 60
     return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
-
-
-def _rate() -> float:
-    """Multiply-adds a second of float32 matrix products here, halved for everything around them."""
-    a, b = torch.randn(1024, 512), torch.randn(512, 512)
-    a @ b
-    started = time.perf_counter()
-    repeats = 0
-    while time.perf_counter() - started < 0.1:
-        a @ b
-        repeats += 1
-    return 0.4 * repeats * 1024 * 512 * 512 / (time.perf_counter() - started)

@@ -198,8 +198,19 @@ def embedding_hessian(stats: EmbeddingStatistics, head: bool, lookup: bool) -> T
 
 
 def _embedding_scorer(run: Run, stats: EmbeddingStatistics, head: bool, lookup: bool) -> Scorer:
-    def score(_: Tensor, error: Tensor) -> tuple[float, float]:
-        loss = scores.embedding_score(error, stats, head, lookup)
+    """Its Fisher score; without gradients relative to the whole weight's, in each of its uses, to be
+    comparable with the scores of blocks."""
+    uses = [use for use in ((True, False), (False, True)) if use[0] <= head and use[1] <= lookup]
+
+    def score(weight: Tensor, error: Tensor) -> tuple[float, float]:
+        if run.recipe.gradients:
+            loss = scores.embedding_score(error, stats, head, lookup)
+        else:
+            loss = math.fsum(
+                scores.embedding_score(error, stats, *use)
+                / max(scores.embedding_score(weight, stats, *use), 1e-30)
+                for use in uses
+            )
         return loss, loss * scores.embedding_relative_error(error, stats, _bootstrap(run))
 
     return score

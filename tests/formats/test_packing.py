@@ -149,5 +149,5 @@ def test_the_padded_layout_of_older_files_is_refused() -> None:
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_zero_points_that_fill_one_word_row_unpack(bits: int) -> None:
     # [1, G] packed zero points: transposed, a single column whose strides are not those of a row
-    zeros = torch.arange(2 * 5, dtype=torch.uint8).view(2, 5) % (1 << bits)
+    zeros = (torch.arange(2 * 5).view(2, 5) % (1 << bits)).to(torch.uint8)
     assert torch.equal(unpack_zeros(pack_zeros(zeros, bits), bits, 2), zeros)

@@ -109,11 +109,11 @@ def _alone(weight, hessian, start, length, scheme, options) -> QuantizedWeight:
 @pytest.mark.parametrize("scheme", ["w4g64", "w3g32z4s4", "w2g128z", "w8"])
 def test_a_ragged_last_group_is_rounded_like_any_other(problem, layout, scheme):
     """80 columns: groups of 64 + 16, 32 + 32 + 16, one of 80. It survives packing, too."""
-    weight, hessian = problem(9, 80)
+    weight, _ = problem(9, 80)
     segments = layout(scheme, 80)
-    (rounded,) = round_integers({"w": weight}, hessian, [segments]).values()
+    (rounded,) = round_integers({"w": weight}, torch.eye(80), [segments]).values()
     error = (dequantize(rounded) - weight).square().mean(0)
-    assert float(error[64:].mean()) < 2 * float(error[:64].mean())
+    assert float(error[64:].mean()) < 1.5 * float(error[:64].mean())
     assert_same(unpack(pack(rounded), (9, 80), segments), rounded)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
+from quantlib.models.rows import LinearGroup, Weight
 from quantlib.search.problem import Problem, build_problem
 from quantlib.search.sensitivity import Entry, Sensitivity
 
@@ -25,27 +25,7 @@ LINEARS = {
 }
 
 
-@dataclass(frozen=True)
-class Weight:
-    """The attributes of `quantlib.models.rows.Weight` that the search reads."""
-
-    name: str
-    module: str
-    kind: str
-    component: str
-    block: str | None
-    group: str | None
-    shape: tuple[int, int]
-    aliases: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Group:
-    name: str
-    fused: bool
-
-
-def packed_bytes(shape: tuple[int, int], scheme: str) -> int:
+def packed_bytes(shape: tuple[int, ...], scheme: str) -> int:
     bits, group, asymmetric = int(scheme[1]), int(scheme[3:5]), scheme.endswith("z")
     rows, columns = shape
     groups = -(-columns // group)
@@ -55,31 +35,36 @@ def packed_bytes(shape: tuple[int, int], scheme: str) -> int:
 
 
 def make_weights(layers: int) -> list[Weight]:
+    """A tied embedding and `layers` blocks, in model order."""
     weights = [
         Weight(
-            "model.embed_tokens.weight",
-            "model.embed_tokens",
-            "embedding",
-            "embeddings",
-            None,
-            "model.embed_tokens",
-            (512, 64),
-            ("lm_head.weight",),
+            name="model.embed_tokens.weight",
+            module="model.embed_tokens",
+            shape=(512, 64),
+            kind="embedding",
+            component="embeddings",
+            block=None,
+            group="model.embed_tokens",
+            dtype="BF16",
+            nbytes=2 * 512 * 64,
+            aliases=("lm_head.weight",),
+            head="lm_head",
         )
     ]
     for layer in range(layers):
+        block = f"model.layers.{layer}"
         for name, (rows, columns, group) in LINEARS.items():
-            block = f"model.layers.{layer}"
-            module = f"{block}.{name}"
             weights.append(
                 Weight(
-                    f"{module}.weight",
-                    module,
-                    "linear",
-                    "language_model",
-                    block,
-                    f"{block}.{group}",
-                    (rows, columns),
+                    name=f"{block}.{name}.weight",
+                    module=f"{block}.{name}",
+                    shape=(rows, columns),
+                    kind="linear",
+                    component="language_model",
+                    block=block,
+                    group=f"{block}.{group}",
+                    dtype="BF16",
+                    nbytes=2 * rows * columns,
                 )
             )
     return weights
@@ -130,7 +115,20 @@ def make_problem() -> Callable[..., Problem]:
 
 
 @pytest.fixture
-def groups(weights: list[Weight]) -> list[Group]:
+def groups(weights: list[Weight]) -> list[LinearGroup]:
     """The linear groups, with those of several members marked as fused."""
-    names = [weight.group for weight in weights]
-    return [Group(name, names.count(name) > 1) for name in dict.fromkeys(names) if name]
+    found: dict[str, list[Weight]] = {}
+    for weight in weights:
+        found.setdefault(weight.group, []).append(weight)
+    return [
+        LinearGroup(
+            name=name,
+            component=members[0].component,
+            block=members[0].block,
+            members=tuple(member.name for member in members),
+            kind=members[0].kind,
+            fused=len(members) > 1,
+            input_module=members[0].module,
+        )
+        for name, members in found.items()
+    ]

@@ -37,7 +37,7 @@ def test_percentages_are_of_the_source_and_rounded_down() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "MB", "90 parsecs", "-5MB", "0", "0.1B", "1e9", "90MBit", "nan"]
+    "text", ["", "MB", "90 parsecs", "-5MB", "0", "0.1B", "1e9", "90MBit", "nan", "1,2GB"]
 )
 def test_what_is_not_a_size_is_refused_by_name(text: str) -> None:
     with pytest.raises(UsageError) as error:

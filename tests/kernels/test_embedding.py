@@ -1,0 +1,58 @@
+"""Rows of a packed weight are the rows of the dequantized one, bit for bit."""
+
+import pytest
+import torch
+
+from quantlib.errors import DataError
+from quantlib.formats import dequantize
+from quantlib.kernels import ops, reference
+from quantlib.kernels.cpu import library as cpu
+
+SCHEMES = ["w4g64", "w3g32z", "w6g16zs6", "w8z4", "w5t", "w7tz", "fp8", "fp6g32", "nvfp4", "mxfp4"]
+LENGTHS = (1, 31, 64, 100, 576)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_dequantized_rows_equal_the_reference(library, draw, isa, scheme):
+    ids = torch.tensor([36, 0, 5, 5, 31, 32])
+    for length in LENGTHS:
+        weight, packed = draw(37, [(scheme, length)])
+        described = cpu.describe(list(packed.tensors.values()), packed.layout)
+        matrix = dequantize(weight)
+        assert torch.equal(library.dequantize(described, isa=isa), matrix)
+        assert torch.equal(library.dequantize(described, ids, isa=isa), matrix[ids])
+        assert torch.equal(library.dequantize(described, range(30, 37), isa=isa), matrix[30:])
+
+
+def test_the_number_of_threads_changes_no_bit(library, draw, isa):
+    weight, packed = draw(2000, [("w5g32z6", 600)])
+    described = cpu.describe(list(packed.tensors.values()), packed.layout)
+    for threads in (1, 2, 3):
+        found = library.dequantize(described, isa=isa, threads=threads)
+        assert torch.equal(found, dequantize(weight))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_embedding_looks_up_ids_of_any_shape_and_integer_type(draw, scheme):
+    weight, packed = draw(300, [(scheme, 72), ("w8", 24)])
+    ids = torch.randint(0, 300, (2, 5), generator=torch.Generator().manual_seed(0))
+    expected = reference.embedding(ids, weight)
+    assert torch.equal(ops.embedding(ids, packed), expected)
+    assert torch.equal(ops.embedding(ids.to(torch.int32), packed), expected)
+    assert torch.equal(ops.embedding(ids.t(), packed), expected.transpose(0, 1))
+    half = ops.embedding(ids, packed, torch.bfloat16)
+    assert torch.equal(half, expected.bfloat16())
+
+
+def test_no_ids_give_no_rows(draw):
+    _, packed = draw(10, [("w4", 8)])
+    found = ops.embedding(torch.zeros(2, 0, dtype=torch.int64), packed, torch.float16)
+    assert found.shape == (2, 0, 8)
+    assert found.dtype == torch.float16
+
+
+@pytest.mark.parametrize("bad", [10, -1, 2**40])
+def test_an_id_that_is_no_row_is_a_sentence(draw, bad):
+    _, packed = draw(10, [("w4", 8)])
+    with pytest.raises(DataError, match=r"outside 0\.\.9.*tokenizer"):
+        ops.embedding(torch.tensor([1, bad]), packed)

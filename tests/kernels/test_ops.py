@@ -1,0 +1,168 @@
+"""The operators: dtypes, shapes, errors, torch's own checks, and the reference behind them."""
+
+import warnings
+
+import pytest
+import torch
+
+from quantlib.errors import DataError, FormatError, UsageError
+from quantlib.formats import dequantize
+from quantlib.kernels import ops, reference
+from quantlib.kernels.cpu import build
+from quantlib.kernels.cpu import library as cpu
+
+MIXED = [("w4g64z6", 448), ("w8", 64)]
+
+
+def arguments(packed):
+    """Tensors and layout, as the operators take a weight."""
+    return list(packed.tensors.values()), packed.layout
+
+
+@pytest.fixture
+def without_library(monkeypatch):
+    """A machine without a compiler."""
+
+    def no_compiler():
+        raise build.BuildError("there is no C++ compiler: install g++")
+
+    monkeypatch.setattr(build, "find", lambda: None)
+    monkeypatch.setattr(build, "build", no_compiler)
+    cpu.load.cache_clear()
+    yield
+    cpu.load.cache_clear()
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 5, 40])
+def test_exact_mode_is_a_linear_with_the_dequantized_weight(draw, tokens):
+    weight, packed = draw(70, MIXED)
+    x, bias = torch.randn(tokens, 512), torch.randn(70)
+    expected = torch.nn.functional.linear(x.double(), dequantize(weight).double(), bias.double())
+    torch.testing.assert_close(ops.linear(x, packed, bias), expected.float(), rtol=1e-4, atol=1e-3)
+
+
+def test_large_weights_are_multiplied_block_by_block(draw, monkeypatch):
+    weight, packed = draw(300, [("w4g64", 64)])
+    monkeypatch.setattr(ops, "_BLOCK_BYTES", 1)  # blocks of 64 rows
+    x, bias = torch.randn(9, 64), torch.randn(300)
+    torch.testing.assert_close(
+        ops.linear(x, packed, bias), reference.linear(x, weight, bias), rtol=1e-5, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("mode", ops.MODES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_activations_are_computed_in_float32_and_rounded_once(draw, mode, dtype):
+    _, packed = draw(37, MIXED)
+    for tokens in (1, 9):
+        x = torch.randn(tokens, 512).mul(0.01).to(dtype)
+        expected = ops.linear(x.float(), packed, None, mode).to(dtype)
+        found = ops.linear(x, packed, None, mode)
+        assert found.dtype == dtype
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("mode", ops.MODES)
+def test_leading_dimensions_are_kept_even_when_empty(draw, mode):
+    _, packed = draw(37, MIXED)
+    x = torch.randn(2, 3, 512)
+    flat = ops.linear(x.reshape(6, 512), packed, None, mode)
+    assert torch.equal(ops.linear(x, packed, None, mode), flat.view(2, 3, 37))
+    assert ops.linear(x[0, 0], packed, None, mode).shape == (37,)
+    assert ops.linear(x[:0], packed, None, mode).shape == (0, 3, 37)
+    transposed = torch.randn(512, 6).t()
+    assert torch.equal(
+        ops.linear(transposed, packed, None, mode),
+        ops.linear(transposed.contiguous(), packed, None, mode),
+    )
+
+
+def test_float_weights_in_int8_mode_multiply_rounded_activations(draw):
+    weight, packed = draw(37, [("mxfp4", 64), ("w4g64", 64)])
+    for tokens in (2, 9):
+        x = torch.randn(tokens, 128)
+        expected = reference.linear(x, weight, activation_bits=8)
+        found = ops.linear(x, packed, None, "int8")
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ops.MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_accepts_linear_as_an_operator(draw, mode, dtype):
+    _, packed = draw(37, MIXED)
+    x, bias = torch.randn(2, 3, 512).to(dtype), torch.randn(37).to(dtype)
+    torch.library.opcheck(torch.ops.quantlib.linear, (x, *arguments(packed), bias, mode))
+
+
+def test_torch_accepts_embedding_as_an_operator(draw):
+    _, packed = draw(37, MIXED)
+    ids = torch.tensor([[0, 36], [5, 5]])
+    torch.library.opcheck(torch.ops.quantlib.embedding, (ids, *arguments(packed), torch.bfloat16))
+
+
+def test_torch_compile_sees_one_node_and_the_same_numbers(draw):
+    _, packed = draw(37, MIXED)
+    x = torch.randn(3, 512)
+
+    def layer(x):
+        return ops.linear(x, packed, mode="int8").relu()
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+
+
+def test_wrong_input_is_a_sentence(draw):
+    _, packed = draw(37, MIXED)
+    with pytest.raises(FormatError, match=r"shape \[3, 500\].*37 x 512 takes 512 features"):
+        ops.linear(torch.zeros(3, 500), packed)
+    with pytest.raises(FormatError, match="float64: give float32, bfloat16 or float16"):
+        ops.linear(torch.zeros(3, 512, dtype=torch.float64), packed)
+    with pytest.raises(FormatError, match=r"bias has shape \[36\], expected \[37\]"):
+        ops.linear(torch.zeros(3, 512), packed, torch.zeros(36))
+    with pytest.raises(UsageError, match="unknown mode 'fast'.*exact, int8"):
+        ops.linear(torch.zeros(3, 512), packed, mode="fast")
+
+
+def test_tensors_of_another_weight_are_refused_by_the_operator(draw, library):
+    _, packed = draw(37, MIXED)
+    _, other = draw(36, MIXED)
+    with pytest.raises(FormatError, match="bytes"):
+        torch.ops.quantlib.linear(
+            torch.zeros(1, 512), list(other.tensors.values()), packed.layout, None, "exact"
+        )
+    tensors, layout = arguments(packed)
+    tensors[0] = tensors[0].t().contiguous().t()
+    with pytest.raises(FormatError, match="not contiguous"):
+        torch.ops.quantlib.linear(torch.zeros(1, 512), tensors, layout, None, "exact")
+
+
+@pytest.mark.parametrize("mode", ops.MODES)
+def test_without_a_compiler_the_reference_computes_and_says_so_once(draw, without_library, mode):
+    weight, packed = draw(37, MIXED)
+    x, bias = torch.randn(3, 512), torch.randn(37)
+    bits = 8 if mode == "int8" else 16
+    with pytest.warns(RuntimeWarning, match="torch reference.*no C\\+\\+ compiler: install g"):
+        found = ops.linear(x, packed, bias, mode)
+    assert torch.equal(found, reference.linear(x, weight, bias, bits))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(ops.linear(x, packed, bias, mode), found)
+        assert torch.equal(ops.dequantize(packed), dequantize(weight))
+        ids = torch.tensor([[36, 0, 36]])
+        assert torch.equal(ops.embedding(ids, packed), dequantize(weight)[ids])
+        with pytest.raises(DataError, match=r"outside 0\.\.36"):
+            ops.embedding(torch.tensor([37]), packed)
+    assert ops.backend() == "reference"
+
+
+def test_the_backend_has_a_name(library):
+    assert ops.backend() == library.isa
+    assert library.isa in cpu.ISAS[1:]
+
+
+def test_an_instruction_set_that_is_not_there_is_a_sentence(draw, library, monkeypatch):
+    _, packed = draw(4, [("w4", 8)])
+    described = cpu.describe(*arguments(packed))
+    monkeypatch.setattr(cpu, "ISAS", (*cpu.ISAS, "avx9"))
+    with pytest.raises(UsageError, match="no avx9"):
+        library.linear(described, torch.zeros(1, 8), None, "exact", isa="avx9")
