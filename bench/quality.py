@@ -43,9 +43,10 @@ BUDGETS_MB = (89.5, 82.8, 76.2, 69.6, 62.9)
 TARGET_KL = (0.033, 0.062, 0.128, 0.265, 0.65)
 """What the project set out to reach at these sizes."""
 WINDOWS, SEQLEN = 24, 512
-PARTS = ("presets", "budgets", "baselines", "prediction")
+PARTS = ("presets", "budgets", "baselines", "prediction", "refinement")
 RANDOM_PLANS = 40
 RANDOM_WINDOWS = 6
+SWAPS = 12
 """Windows each random plan is measured on: ranks need fewer than values do."""
 
 
@@ -156,6 +157,23 @@ def prediction(bench: Bench) -> dict[str, Any]:
     return {"spearman": rho, "windows": RANDOM_WINDOWS, "points": points}
 
 
+def refinement(bench: Bench, scratch: Path) -> dict[str, Any]:
+    """What `--refine` and `--swaps` add at one budget, on the held-out windows."""
+    rows = []
+    source = load_reference(bench)
+    for name, recipe in (("plain", {}), ("refine", {"refine": True}), ("swaps", {"swaps": SWAPS})):
+        started = time.monotonic()
+        result = bench.compress(82.8, scratch / f"out-{name}", bench.work, **recipe)
+        row: dict[str, Any] = {"variant": name, "seconds": round(time.monotonic() - started, 1)}
+        row |= figures(evaluate_language(load(result.path).model, bench.windows, source))
+        if result.refinement:
+            compared = {"bank_kl": result.refinement.bank_kl, "refined_kl": result.refinement.refined_kl}
+            row["held_back"] = compared | {"kept": result.refinement.kept}
+        rows.append(row)
+        print(f"{name}: KL {row['kl']:.4f} +- {row['kl_error']:.4f}", row.get("held_back", ""))
+    return {"rows": rows}
+
+
 def presets(bench: Bench, scratch: Path) -> dict[str, Any]:
     """Both presets from an empty work directory, timed."""
     rows = []
@@ -195,6 +213,7 @@ def main() -> None:
             "budgets": lambda: budgets(bench, scratch),
             "baselines": lambda: baselines(bench),
             "prediction": lambda: prediction(bench),
+            "refinement": lambda: refinement(bench, scratch),
         }
         for part in options.part or PARTS:
             print(record.write(f"quality_{part}", parts[part]()))

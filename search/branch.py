@@ -5,7 +5,7 @@ made to fit, then improved by exchanges. Often it is already proven. If not, the
 open choice of the *largest* item: a language model's embedding may be a fifth of it, and one such
 item, split between two choices in the relaxation, is nearly all of the gap. With it fixed the
 relaxation is tight, most branches are cut off by their bound, and what HiGHS gets of the others is
-a core of a few hundred choices. That makes the difference between seconds and a tenth of one.
+a core of a few hundred choices.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@ plans are really measured and the line
 
     log KL = a + b log S
 
-is fitted to them. The logarithm makes the error relative, which is how it behaves over three
-decades. The line is robust (Huber weights: one odd probe does not bend it); the interval is not
-(the same odd probe widens it, because the next plan may be odd too). The scatter around the line is
-split into the probes' own standard errors and a real lack of fit tau^2 (Paule and Mandel's
-estimator, J. Res. NBS 87, 1982), so that noisy probes neither hide nor fake a good fit.
+is fitted to them. The logarithm makes errors relative, as misjudged sensitivities are. The line is
+robust (Huber weights: one odd probe does not bend it); the interval is not (the same odd probe
+widens it, because the next plan may be odd too). The scatter around the line is split into the
+probes' own standard errors and a real lack of fit tau^2 (Paule and Mandel's estimator, J. Res. NBS
+87, 1982), so that noisy probes neither hide nor fake a good fit.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ NORMAL_MAD = 1.4826
 
 
 class Probe(NamedTuple):
-    """One measured plan: its sum of predicted losses, the KL measured, and the standard error of
-    the measurement."""
+    """A measured plan: its sum of predicted losses, its KL, and the standard error of that."""
 
     predicted: float
     measured: float
@@ -45,8 +44,7 @@ class Probe(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """A KL in nats per token, and the ends of the 95 % interval a measurement of it should fall
-    into."""
+    """A KL in nats per token, and the 95 % interval a measurement of it should fall into."""
 
     kl: float
     low: float
@@ -54,8 +52,11 @@ class Prediction(NamedTuple):
 
 
 class _Fit(NamedTuple):
-    """log KL = coefficients @ (1, log S - center); `covariance` of the coefficients; `scatter` of
-    one new measurement."""
+    """log KL = coefficients @ (1, log S - center).
+
+    covariance: of the coefficients. scatter: variance of one new measurement around the line.
+    quantile:   of Student's t, for the interval.
+    """
 
     coefficients: np.ndarray
     center: float
@@ -66,8 +67,7 @@ class _Fit(NamedTuple):
 
 @dataclass(frozen=True)
 class Calibration:
-    """Measured probes and the line through them. Raises SearchError with fewer than three usable,
-    different probes."""
+    """Measured probes and the line through them; SearchError unless three or more differ."""
 
     probes: tuple[Probe, ...]
 
@@ -196,8 +196,7 @@ def _estimator(design: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def _lack_of_fit(squares: np.ndarray, noise: np.ndarray, free: int) -> float:
-    """tau^2 such that sum r^2 / (noise + tau^2) equals the degrees of freedom; 0 when noise alone
-    explains the scatter."""
+    """tau^2 >= 0 for which sum r^2 / (noise + tau^2) is the degrees of freedom, or 0 below it."""
 
     def excess(lack: float) -> float:
         return float((squares / (noise + lack)).sum()) - free

@@ -1,8 +1,8 @@
 """Size against loss: the same problem solved for many budgets.
 
-Preparing a problem (dominated choices, arrays) is shared by all points, and a point that is a few
-thousandths above its optimum looks the same in a plot, so a front of thirty budgets takes a few
-seconds.
+Preparing a problem (dominated choices, arrays) is shared by all points, and a point a
+ten-thousandth above its optimum looks the same in a plot, so most points need no branch and bound
+at all.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ def pareto_front(
     calibration: Calibration | None = None,
     limits: Mapping[str, float] | None = None,
 ) -> list[Point]:
-    """The best allocation for every budget, smallest first, each strictly better than the one
-    before.
+    """The best allocation for every budget, smallest first, each better than the one before.
 
     Budgets default to `spread_budgets`. A budget that is impossible, or that buys nothing over a
     smaller one, is left out; SearchError when that leaves nothing.
@@ -76,8 +75,8 @@ def pareto_front(
             Point(budget, solution.bytes, solution.loss, solution.gap, solution.picks, *kl)
         )
     if not front:
-        raise SearchError(
-            "none of the budgets of the front is possible: the smallest checkpoint has "
-            f"{'no allocation within the limits' if smallest is None else f'{smallest:,} bytes'}"
+        least = (
+            "does not exist within the limits" if smallest is None else f"has {smallest:,} bytes"
         )
+        raise SearchError(f"no budget of the front is possible: the smallest checkpoint {least}")
     return front

@@ -30,8 +30,8 @@ Picks = tuple[int, ...]
 class Choice:
     """One way to store an item.
 
-    bytes: what it adds to the file. loss: predicted increase of the task's loss. error: standard
-           error of `loss`.
+    bytes: what it adds to the file.
+    loss:  predicted increase of the task's loss. error: its standard error.
     costs: further additive costs by name (such as measured milliseconds), each >= 0.
     parts: (bytes, loss) of each member when the item has several.
     """
@@ -82,8 +82,7 @@ class Problem:
 
     fixed_bytes: bytes that are there whatever is chosen (kept tensors, file headers).
     weights:     member weights in model order (a fused group may not be contiguous in it).
-    model, sensitivity, task: fingerprint of the model, digest of the table, loss column: provenance
-                              for the plan.
+    model, sensitivity, task: fingerprint of the model, digest of the table, loss column.
     rules:       the user's constraints, as text; `rule_bytes`: what each adds to the smallest
                  possible size.
     """
@@ -143,8 +142,7 @@ class Problem:
         )
 
     def best(self) -> Picks:
-        """The allocation that loses least (of equally good choices the smaller): no budget needs
-        more bytes."""
+        """The allocation that loses least (of equally good choices the smaller one)."""
         return tuple(
             _argmin(item, lambda choice: (choice.loss, choice.bytes)) for item in self.items
         )
@@ -182,8 +180,7 @@ def _argmin(item: Item, key: Callable[[Choice], tuple[float, float]]) -> int:
 
 
 def fuse(name: str, items: Sequence[Item]) -> Item:
-    """One item out of several: the schemes that all of them offer, with bytes, losses and costs
-    added.
+    """One item out of several: the schemes that all offer, with bytes, losses and costs added.
 
     Errors add too (not in quadrature): the members were measured on the same windows and err
     together.

@@ -1,5 +1,4 @@
-"""The sensitivity table: what each weight loses in each scheme, how sure we are, and how many bytes
-it takes.
+"""The sensitivity table: what each weight loses in each scheme, how surely, and for how many bytes.
 
 This file is the only thing the solver needs to know about a model, and its JSON is meant for other
 tools too: one line per (weight, scheme), units written down, nothing encoded. A loss is the

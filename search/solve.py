@@ -28,8 +28,8 @@ from quantlib.search.relaxation import Table
 RELATIVE_GAP = 1e-5
 """Stop when the loss is proven within this of the optimum: sensitivities are known to a percent."""
 TIME_LIMIT = 30.0
-"""Seconds until the best found so far is returned with its gap. Far above what is needed (a tenth
-of a second), because an answer that depends on the clock cannot be reproduced."""
+"""Seconds until the best found so far is returned with its gap. Far above what is needed, because
+an answer that depends on the clock cannot be reproduced."""
 
 
 @dataclass(frozen=True)

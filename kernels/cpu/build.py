@@ -38,8 +38,13 @@ _COMMON = (
 )
 _AVX2 = ("-mavx2", "-mfma", "-mbmi2", "-mf16c", "-ffp-contract=fast")
 _AVX512 = tuple(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vbmi", "vnni"))
-_X86_UNITS = {"avx2.cpp": _AVX2, "avx512.cpp": (*_AVX2, *_AVX512)}
 _UNITS: dict[str, tuple[str, ...]] = {"driver.cpp": (), "pool.cpp": (), "portable.cpp": ()}
+_X86_UNITS = {
+    **_UNITS,
+    "driver.cpp": ("-DQL_X86",),
+    "avx2.cpp": _AVX2,
+    "avx512.cpp": (*_AVX2, *_AVX512),
+}
 # The C++ runtime goes into the library: an older one in the user's environment would refuse to load
 # it.
 _LINK = ("-shared", "-pthread", "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")
@@ -76,15 +81,21 @@ def build() -> Path:
         raise BuildError(f"the cache folder {folder} cannot be used ({error.strerror})") from error
 
 
-def build_into(folder: Path, extra_flags: tuple[str, ...] = ()) -> Path:
-    """Compile into `folder` (it must exist) and return the library's path; a file appears there
-    only when whole."""
+def build_into(
+    folder: Path, extra_flags: tuple[str, ...] = (), portable_only: bool = False
+) -> Path:
+    """Compile into `folder`, which must exist, and return the library's path.
+
+    The file appears only when it is whole. `extra_flags` come last, for sanitizers; with
+    `portable_only` the library has no other instruction set. Raises BuildError as `build` does.
+    """
     compiler = _compiler()
+    units = _UNITS if portable_only else _units()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
-        objects = {unit: Path(scratch, unit).with_suffix(".o") for unit in _units()}
+        objects = {unit: Path(scratch, unit).with_suffix(".o") for unit in units}
 
         def compile_unit(unit: str) -> None:
-            flags = (*_COMMON, *_units()[unit], *extra_flags)
+            flags = (*_COMMON, *units[unit], *extra_flags)
             _run(compiler, *flags, "-c", str(SOURCES / unit), "-o", str(objects[unit]))
 
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -115,7 +126,7 @@ def library_name() -> str:
 def _units() -> dict[str, tuple[str, ...]]:
     """Translation unit -> its own flags, for this architecture."""
     is_x86 = platform.machine() in ("x86_64", "AMD64")
-    return {**_UNITS, **_X86_UNITS} if is_x86 else _UNITS
+    return _X86_UNITS if is_x86 else _UNITS
 
 
 def _compiler() -> str:

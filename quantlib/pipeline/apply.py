@@ -86,15 +86,17 @@ def apply(
 
 
 def _require_entries(run: Run, plan: Plan, keys: Mapping[str, str]) -> None:
-    """Raise CheckpointError when the bank lacks an entry that the plan needs."""
-    missing = [
-        f"{name} in {plan.schemes[name]}" for name, key in keys.items() if not run.bank.has(key)
-    ]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    """Raise CheckpointError when entries that the plan needs are missing or damaged.
+
+    All are looked at, and the damaged ones dropped, so that one more run repairs them together.
+    """
+    bad = [name for name, key in keys.items() if not run.bank.verify(key)]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise CheckpointError(
-            f"the layer bank of {run.work.path} lacks {missing[0]}{more}: run quantlib measure again "
-            "with the same options, it makes what is missing"
+            f"in the layer bank of {run.work.path}, {bad[0]} in {plan.schemes[bad[0]]}{more} are "
+            "missing or damaged: run quantlib measure (or compress) again with the same options, "
+            "it makes only those"
         )
 
 

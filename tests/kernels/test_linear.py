@@ -199,7 +199,9 @@ def test_tiny_and_zero_activations_are_rounded_like_the_reference(library, draw,
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
-any_scheme = st.sampled_from([*SPECIAL, *FLOATS, "w2", "w3g16z", "w5t", "w7tz", "w6g64z3", "w8g128"])
+any_scheme = st.sampled_from(
+    [*SPECIAL, *FLOATS, "w2", "w3g16z", "w5t", "w7tz", "w6g64z3", "w8g128"]
+)
 
 
 @SETTINGS
@@ -211,7 +213,9 @@ any_scheme = st.sampled_from([*SPECIAL, *FLOATS, "w2", "w3g16z", "w5t", "w7tz", 
     name=st.sampled_from(cpu.ISAS),
     seed=st.integers(0, 1000),
 )
-def test_any_mixture_of_segments_and_shapes(library, draw, parts, rows, tokens, threads, name, seed):
+def test_any_mixture_of_segments_and_shapes(
+    library, draw, parts, rows, tokens, threads, name, seed
+):
     if not library.supports(name):
         return
     weight, packed = draw(rows, parts, seed=seed)

@@ -62,7 +62,9 @@ def test_tensors_that_do_not_fit_are_refused(draw):
     with pytest.raises(FormatError, match=r"missing \['_zero_point'\]"):
         PackedWeight.from_tensors(without, packed.shape, packed.segments)
     short = packed.tensors | {"_packed": packed.tensors["_packed"][:, 1:]}
-    with pytest.raises(FormatError, match=r"_packed is int32 \[37, 12\], expected int32 \[37, 13\]"):
+    with pytest.raises(
+        FormatError, match=r"_packed is int32 \[37, 12\], expected int32 \[37, 13\]"
+    ):
         PackedWeight.from_tensors(short, packed.shape, packed.segments)
     wide = packed.tensors | {"_scale": packed.tensors["_scale"].float()}
     with pytest.raises(FormatError, match="_scale is float32"):

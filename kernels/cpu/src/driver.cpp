@@ -10,7 +10,7 @@ using ql::IsaKernels;
 using ql::LinearKernel;
 using ql::Problem;
 
-#ifdef __x86_64__
+#ifdef QL_X86
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
@@ -26,7 +26,7 @@ bool has_avx512() {
 // The kernels of an instruction set, null when this processor (or this build) does not have it.
 const IsaKernels* kernels_of(int32_t isa) {
   if (isa == QL_ISA_BEST) isa = ql_best_isa();
-#ifdef __x86_64__
+#ifdef QL_X86
   if (isa == QL_ISA_AVX2 && has_avx2()) return &ql::avx2_kernels;
   if (isa == QL_ISA_AVX512 && has_avx512()) return &ql::avx512_kernels;
 #endif
@@ -147,7 +147,7 @@ int32_t ql_abi_version() { return QL_ABI_VERSION; }
 int64_t ql_segment_bytes() { return sizeof(QlSegment); }
 
 int32_t ql_best_isa() {
-#ifdef __x86_64__
+#ifdef QL_X86
   static const int32_t best = has_avx512() ? QL_ISA_AVX512
                               : has_avx2() ? QL_ISA_AVX2
                                            : QL_ISA_PORTABLE;

@@ -45,9 +45,7 @@ struct IsaKernels {
 };
 
 extern const IsaKernels portable_kernels;
-#ifdef __x86_64__
-extern const IsaKernels avx2_kernels;
-extern const IsaKernels avx512_kernels;
-#endif
+extern const IsaKernels avx2_kernels;    // these two only where build.py compiles them,
+extern const IsaKernels avx512_kernels;  // which it tells driver.cpp by QL_X86
 
 }  // namespace ql

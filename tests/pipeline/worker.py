@@ -1,0 +1,130 @@
+"""A process that has imported everything, and runs compressions in forked children.
+
+A fresh process pays seconds for importing torch before it does anything that could be killed; a
+fork of this one pays nothing. Reads one JSON request a line and answers with one JSON line:
+
+    {"call": {...}}                            arguments of quantlib.compress
+    {"call": {...}, "seconds": 0.3}            SIGKILL after so many seconds
+    {"call": {...}, "operation": 17}           SIGKILL in place of the 17th change of the disk
+    {"call": {...}, "stage": ["measure", 2]}   SIGKILL after the second step of a stage
+
+    {"killed": true, "error": "", "seconds": 0.31, "operations": 0}
+
+`error` is the text of the QuantlibError the child ended with (with "!" before it, if it was another
+exception); `operations` the number of changes of the disk it made, when it was not killed.
+
+It is started by tests, not collected: nothing here has run on threads before a fork.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import torch
+import transformers  # noqa: F401
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+
+from quantlib.errors import QuantlibError
+from quantlib.pipeline import compress
+
+OPERATIONS = ("replace", "rename", "unlink", "rmdir", "write", "ftruncate", "fsync", "mkdir")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Disk:
+    """Counts changes of the disk and dies in place of one; a journal line is then half written."""
+
+    def __init__(self, last: int | None) -> None:
+        self.count, self.last = 0, last
+        for name in OPERATIONS:
+            setattr(os, name, self._counted(name, getattr(os, name)))
+
+    def _counted(self, name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            if self.count == self.last:
+                if name == "write":
+                    function(args[0], bytes(args[1])[: len(args[1]) // 2])
+                die()
+            return function(*args, **kwargs)
+
+        return call
+
+
+class Steps:
+    """Progress that dies after a step of a stage; after step 0 as soon as the stage begins."""
+
+    def __init__(self, stage: str, step: int) -> None:
+        self.wanted, self.stage, self.step = (stage, step), "", 0
+
+    def start(self, stage: str, total: int) -> None:
+        self.stage, self.step = stage, 0
+        self._check()
+
+    def tick(self, message: str = "") -> None:
+        self.step += 1
+        self._check()
+
+    def _check(self) -> None:
+        if (self.stage, self.step) == self.wanted:
+            die()
+
+    def finish(self) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+
+def child(request: dict[str, Any], answers: int) -> None:
+    torch.set_num_threads(1)
+    answer = {"error": ""}
+    disk = Disk(request.get("operation"))
+    call = dict(request["call"])
+    if "stage" in request:
+        call["progress"] = Steps(*request["stage"])
+    try:
+        compress(**call)
+    except QuantlibError as error:
+        answer["error"] = str(error)
+    except BaseException as error:
+        answer["error"] = f"!{type(error).__name__}: {error}"
+    with os.fdopen(answers, "w") as pipe:
+        json.dump({**answer, "operations": disk.count}, pipe)
+    os._exit(0)
+
+
+def run(request: dict[str, Any]) -> dict[str, Any]:
+    reading, writing = os.pipe()
+    started = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+        child(request, writing)
+    os.close(writing)
+    if "seconds" in request:
+        time.sleep(request["seconds"])
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    with os.fdopen(reading) as pipe:
+        text = pipe.read()
+    _, status = os.waitpid(pid, 0)
+    answer = {"killed": os.WIFSIGNALED(status), "error": "", "operations": 0}
+    if not answer["killed"]:
+        answer |= json.loads(text)
+    return {**answer, "seconds": time.monotonic() - started}
+
+
+def main() -> None:
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
