@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from quantlib.cli.allocate import apply, search
+from quantlib.cli.bench import bench
 from quantlib.cli.compress import compress, measure
 from quantlib.cli.evaluate import evaluate
 from quantlib.cli.generate import generate
@@ -50,6 +51,8 @@ for name, command, panel, resumes in (
 ):
     register = app.command(name, help=help_text(command), rich_help_panel=panel)
     register(guarded(command, resumes))
+
+app.add_typer(bench, rich_help_panel=USE)
 
 
 def _version(asked: bool) -> None:

@@ -1,5 +1,6 @@
 """Every bad input is a sentence that says what is wrong and what to do, and leaves nothing behind."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -331,20 +333,22 @@ def test_a_disk_that_fills_up_midway_loses_nothing(
     text: Path,
     tmp_path: Path,
 ) -> None:
-    """The write that fails is in the middle of the layer bank; room is made; the run goes on."""
-    from quantlib.checkpoint.disk import Sink
+    """The disk is full in the middle of the layer bank; room is made; the run goes on."""
+    from quantlib.checkpoint.disk import PendingFile
 
-    write, budget = Sink.write, [800_000]
+    write, entries = PendingFile.write, count()
 
-    def limited(self: Sink, data: bytes) -> int:
-        budget[0] -= len(memoryview(data).cast("B"))
-        if budget[0] < 0:
-            raise OSError(28, "No space left on device")
-        return write(self, data)
+    def limited(path: Path, *arguments: object) -> PendingFile:
+        if "bank" in path.parts and next(entries) == 12:
+            arguments = (fill_up, *arguments[1:])
+        return write(path, *arguments)
+
+    def fill_up(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(Sink, "write", limited)
+        patch.setattr(PendingFile, "write", limited)
         assert "the disk is full" in fails(1, *compress(model, text, out))
     assert not out.exists()
     answer = run(*compress(model, text, out))

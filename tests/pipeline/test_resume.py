@@ -82,27 +82,27 @@ def _clean(runs: Runs) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_twenty_kills_at_random_moments(runs: Runs) -> None:
-    """Up to 40 % of a whole run each time; a run that outlives its kill is compared, and the next
-    one starts from nothing."""
-    moments = random.Random(0)
+def under_fire(runs: Runs, draw: Callable[[], dict[str, Any]]) -> None:
+    """Kill runs until KILLS have died; whenever one outlives its kill, the next starts anew."""
     kills = 0
     while kills < KILLS:
-        killed = runs(seconds=moments.uniform(0.02, 0.4) * runs.seconds)
-        kills += killed
-        if not killed:
+        if runs(**draw()):
+            kills += 1
+        else:
             runs.start_again()
     assert not runs()
 
 
-def test_kills_in_place_of_changes_of_the_disk(runs: Runs) -> None:
-    """Renames, unlinks, flushes and journal lines are where a crash window would be: every run dies
-    at one of them, a few after the one before, until there are none left."""
+def test_twenty_kills_at_random_moments(runs: Runs) -> None:
+    """Up to 40 % of a whole run each time, so that about every fifth is the last one."""
+    moments = random.Random(0)
+    under_fire(runs, lambda: {"seconds": moments.uniform(0.02, 0.4) * runs.seconds})
+
+
+def test_twenty_kills_in_place_of_changes_of_the_disk(runs: Runs) -> None:
+    """Renames, unlinks, flushes and journal lines are where a crash window would be."""
     steps = random.Random(1)
-    kills = 0
-    while runs(operation=steps.randint(1, 2 * runs.operations // KILLS)):
-        kills += 1
-    assert kills > KILLS / 2
+    under_fire(runs, lambda: {"operation": steps.randint(1, runs.operations // 4)})
 
 
 STEPS = [
