@@ -1,8 +1,9 @@
 """`make demo`: compress a real language model to a byte budget, and show what it cost.
 
-Fetches SmolLM2-135M-Instruct and a Wikipedia extract, runs `quantlib compress` with the fast preset, measures the packed checkpoint
-on held-out text against the original, lets both write a sentence, and prints a before/after table. Everything lands
-in one folder; run it again and it continues or reuses what is there.
+Fetches SmolLM2-135M-Instruct and a Wikipedia extract, runs `quantlib compress` with the fast
+preset, measures the packed checkpoint on held-out text against the original, lets both write a
+sentence, and prints a before/after table. Everything lands in one folder; run it again and it
+continues or reuses what is there.
 """
 
 from __future__ import annotations
@@ -23,10 +24,20 @@ WINDOWS = 12
 
 def main() -> None:
     """Run the demo."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="76.2MB", help="byte budget of the whole checkpoint (default: %(default)s)")
-    parser.add_argument("--preset", default="fast", choices=("fast", "best"), help="default: %(default)s")
-    parser.add_argument("--folder", type=Path, default=Path("demo-output"), help="default: %(default)s")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--size",
+        default="76.2MB",
+        help="byte budget of the whole checkpoint (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--preset", default="fast", choices=("fast", "best"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("demo-output"), help="default: %(default)s"
+    )
     options = parser.parse_args()
     console = Console()
     started = time.monotonic()
@@ -59,7 +70,9 @@ def main() -> None:
     for row in found.rows():
         table.add_row(*row)
     console.print(table)
-    console.print(f"{WINDOWS} windows of {found.seqlen} tokens, second half scored; ± is one standard error")
+    console.print(
+        f"{WINDOWS} windows of {found.seqlen} tokens, second half scored; ± is one standard error"
+    )
 
     console.rule("4. It still talks")
     from quantlib.runtime.load import load
@@ -67,7 +80,9 @@ def main() -> None:
     quantized = load(out)
     console.print(f"[bold]{PROMPT}[/bold]\n{quantized.generate(PROMPT, max_new_tokens=40)}")
     console.rule()
-    console.print(f"report      {result.report}\ncheckpoint  {out}\ntime        {time.monotonic() - started:.0f} s")
+    console.print(
+        f"report      {result.report}\ncheckpoint  {out}\ntime        {time.monotonic() - started:.0f} s"
+    )
 
 
 if __name__ == "__main__":

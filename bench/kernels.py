@@ -1,11 +1,12 @@
-"""How fast the packed linear runs: quantlib's CPU kernel beside torch on dense weights, interleaved in one process.
+"""How fast the packed linear runs: quantlib's CPU kernel beside torch on dense weights, interleaved
+in one process.
 
     quantlib bench kernels [--quick] [--json]
 
-Weights rotate among copies that together exceed the caches, so that M = 1 streams from memory as decoding does. A row is the
-median over repeats, with quartiles; peers are timed in the same loop, so a noisy machine disturbs all of them alike.
-`roof_ms` is the time plain reads of the packed bytes take at the bandwidth measured in the same run: no kernel can be
-faster at M = 1 than that.
+Weights rotate among copies that together exceed the caches, so that M = 1 streams from memory as
+decoding does. A row is the median over repeats, with quartiles; peers are timed in the same loop,
+so a noisy machine disturbs all of them alike. `roof_ms` is the time plain reads of the packed bytes
+take at the bandwidth measured in the same run: no kernel can be faster at M = 1 than that.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ CACHE_BYTES = 96 << 20
 """Copies of a weight together take at least this much."""
 
 
-def measure_shape(columns: int, rows: int, schemes: Sequence[str], repeats: int, bandwidth: float) -> list[dict[str, Any]]:
+def measure_shape(
+    columns: int, rows: int, schemes: Sequence[str], repeats: int, bandwidth: float
+) -> list[dict[str, Any]]:
     """Rows for one shape [N = rows, K = columns]: every scheme and token count."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, columns, generator=generator)
@@ -48,7 +51,9 @@ def measure_shape(columns: int, rows: int, schemes: Sequence[str], repeats: int,
         nbytes = sum(t.nbytes for t in tensors.values())
 
         def fresh(tensors: dict[str, Tensor] = tensors, segments: Any = segments) -> PackedWeight:
-            return PackedWeight.from_tensors({k: v.clone() for k, v in tensors.items()}, (rows, columns), segments)
+            return PackedWeight.from_tensors(
+                {k: v.clone() for k, v in tensors.items()}, (rows, columns), segments
+            )
 
         packed = _copies(fresh, nbytes)
         for tokens in TOKENS:
@@ -57,7 +62,9 @@ def measure_shape(columns: int, rows: int, schemes: Sequence[str], repeats: int,
             times = interleaved(
                 {
                     "quantlib int8": lambda i, x=x, p=packed: linear(x, p[i % len(p)], mode="int8"),
-                    "quantlib exact": lambda i, x=x, p=packed: linear(x, p[i % len(p)], mode="exact"),
+                    "quantlib exact": lambda i, x=x, p=packed: linear(
+                        x, p[i % len(p)], mode="exact"
+                    ),
                     "torch float32": lambda i, x=x: dense_linear(x, dense[i % len(dense)]),
                     "torch bfloat16": lambda i, x=xb: dense_linear(x, half[i % len(half)]),
                 },
@@ -81,8 +88,11 @@ def measure_shape(columns: int, rows: int, schemes: Sequence[str], repeats: int,
     return found
 
 
-def interleaved(candidates: dict[str, Callable[[int], Any]], repeats: int) -> dict[str, tuple[float, float, float]]:
-    """Quartiles in milliseconds of each candidate, all run in turn `repeats` times after two warm-ups."""
+def interleaved(
+    candidates: dict[str, Callable[[int], Any]], repeats: int
+) -> dict[str, tuple[float, float, float]]:
+    """Quartiles in milliseconds of each candidate, all run in turn `repeats` times after two
+    warm-ups."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for index in range(repeats + 2):
         for name, run in candidates.items():
@@ -90,7 +100,10 @@ def interleaved(candidates: dict[str, Callable[[int], Any]], repeats: int) -> di
             run(index)
             if index >= 2:
                 times[name].append(1e3 * (time.perf_counter() - started))
-    return {name: tuple(np.quantile(values, (0.25, 0.5, 0.75)).tolist()) for name, values in times.items()}  # type: ignore[misc]
+    return {
+        name: tuple(np.quantile(values, (0.25, 0.5, 0.75)).tolist())
+        for name, values in times.items()
+    }  # type: ignore[misc]
 
 
 def read_bandwidth(megabytes: int = 512) -> float:
@@ -112,25 +125,37 @@ def run(quick: bool = False) -> dict[str, Any]:
     """All rows. `quick`: two schemes and one shape."""
     bandwidth = read_bandwidth()
     shapes, schemes, repeats = (SHAPES[:1], SCHEMES[2:4], 5) if quick else (SHAPES, SCHEMES, 15)
-    rows = [row for columns, n in shapes for row in measure_shape(columns, n, schemes, repeats, bandwidth)]
+    rows = [
+        row
+        for columns, n in shapes
+        for row in measure_shape(columns, n, schemes, repeats, bandwidth)
+    ]
     return {"threads": torch.get_num_threads(), "read_gb_per_s": bandwidth / 1e9, "rows": rows}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and (without --quick) keep the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one shape and two schemes; nothing is kept")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one shape and two schemes; nothing is kept"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     options = parser.parse_args(arguments)
     found = run(options.quick)
     if options.json:
         print(json.dumps(found))
     else:
-        print(f"{found['threads']} threads, plain reads {found['read_gb_per_s']:.1f} GB/s; milliseconds, medians")
+        print(
+            f"{found['threads']} threads, plain reads {found['read_gb_per_s']:.1f} GB/s; milliseconds, medians"
+        )
         for row in found["rows"]:
             peers = "  ".join(f"{name} {value:8.3f}" for name, value in row["peers"].items())
             shape = f"N={row['N']} K={row['K']} M={row['M']}"
-            print(f"{row['scheme']:10} {shape:24} int8 {row['ms']:8.3f}  {peers}  roof {row['roof_ms']:.3f}")
+            print(
+                f"{row['scheme']:10} {shape:24} int8 {row['ms']:8.3f}  {peers}  roof {row['roof_ms']:.3f}"
+            )
     if not options.quick:
         path = record.write("kernels", found)
         if not options.json:

@@ -1,13 +1,16 @@
-"""What quality costs: KL against bytes on a real language model, held-out text, and everything counted.
+"""What quality costs: KL against bytes on a real language model, held-out text, and everything
+counted.
 
     python -P -m quantlib.bench.quality                 the five budgets, baselines, prediction, and both presets
-    python -P -m quantlib.bench.quality --part budgets  one part: budgets, baselines, prediction or presets
+    python -P -m quantlib.bench.quality --part budgets  one part: budgets, baselines, prediction or
+    presets
 
-SmolLM2-135M-Instruct (the permuted copy of `bench.assets`), calibrated on nine tenths of the articles of a Wikipedia extract and
-evaluated on the tenth that was held out: KL(full precision || quantized) over the second half of 512-token windows.
-Sizes are those of the whole safetensors file. Every allocation is measured on the same windows; errors are standard
-errors over windows. Baselines share everything with quantlib but the allocation: the same rounding, the same candidate
-schemes, the same bytes.
+SmolLM2-135M-Instruct (the permuted copy of `bench.assets`), calibrated on nine tenths of the
+articles of a Wikipedia extract and evaluated on the tenth that was held out: KL(full precision ||
+quantized) over the second half of 512-token windows. Sizes are those of the whole safetensors file.
+Every allocation is measured on the same windows; errors are standard errors over windows. Baselines
+share everything with quantlib but the allocation: the same rounding, the same candidate schemes,
+the same bytes.
 """
 
 from __future__ import annotations
@@ -65,7 +68,13 @@ class Bench:
     def compress(self, size_mb: float, out: Path, work: Path, **recipe: Any) -> Result:
         """`quantlib compress` to a size in MB."""
         return compress(
-            self.model, out=out, work=work, data=self.data, size=f"{size_mb}MB", overwrite=True, **recipe
+            self.model,
+            out=out,
+            work=work,
+            data=self.data,
+            size=f"{size_mb}MB",
+            overwrite=True,
+            **recipe,
         )
 
     @contextmanager
@@ -93,13 +102,23 @@ def budgets(bench: Bench, scratch: Path) -> dict[str, Any]:
         result = bench.compress(size, scratch / f"out-{size}", bench.work)
         seconds = time.monotonic() - started
         measured = evaluate_language(load(result.path).model, bench.windows, source)
-        row = {"budget_mb": size, "bytes": result.file_bytes, "target_kl": target, "seconds": round(seconds, 1)}
+        row = {
+            "budget_mb": size,
+            "bytes": result.file_bytes,
+            "target_kl": target,
+            "seconds": round(seconds, 1),
+        }
         row |= figures(measured) | {"plan_bytes": result.plan.bytes}
         row["predicted"] = dict(result.plan.predicted)
         if result.refinement:
-            row["held_back"] = {"bank_kl": result.refinement.bank_kl, "refined_kl": result.refinement.refined_kl}
+            row["held_back"] = {
+                "bank_kl": result.refinement.bank_kl,
+                "refined_kl": result.refinement.refined_kl,
+            }
         rows.append(row)
-        print(f"{size} MB: {result.file_bytes:,} bytes, KL {row['kl']:.4f} +- {row['kl_error']:.4f} (target {target})")
+        print(
+            f"{size} MB: {result.file_bytes:,} bytes, KL {row['kl']:.4f} +- {row['kl_error']:.4f} (target {target})"
+        )
     return {"rows": rows}
 
 
@@ -115,7 +134,8 @@ def load_reference(bench: Bench) -> Any:
 
 
 def baselines(bench: Bench) -> dict[str, Any]:
-    """The exact allocation against simpler ones at equal bytes, all assembled from one bank without re-rounding."""
+    """The exact allocation against simpler ones at equal bytes, all assembled from one bank without
+    re-rounding."""
     rows = []
     with bench.run() as (run, table, problem):
         trial = bench.trial(run, bench.windows)
@@ -142,7 +162,8 @@ def baselines(bench: Bench) -> dict[str, Any]:
 
 
 def prediction(bench: Bench) -> dict[str, Any]:
-    """Predicted against measured KL: the interval at the five budgets is in `baselines`; here 40 random plans."""
+    """Predicted against measured KL: the interval at the five budgets is in `baselines`; here 40
+    random plans."""
     points = []
     with bench.run() as (run, _, problem):
         trial = bench.trial(run, bench.windows[:RANDOM_WINDOWS])
@@ -151,8 +172,12 @@ def prediction(bench: Bench) -> dict[str, Any]:
             limit = int(low + (high - low) * index / (RANDOM_PLANS - 1))
             picks = random_allocation(problem, limit, seed=index)
             measured = figures(trial.measure(problem.schemes(picks)))
-            points.append({"bytes": problem.bytes(picks), "predicted_sum": problem.loss(picks), **measured})
-    rho = float(spearmanr([p["predicted_sum"] for p in points], [p["kl"] for p in points]).statistic)
+            points.append(
+                {"bytes": problem.bytes(picks), "predicted_sum": problem.loss(picks), **measured}
+            )
+    rho = float(
+        spearmanr([p["predicted_sum"] for p in points], [p["kl"] for p in points]).statistic
+    )
     print(f"Spearman correlation over {RANDOM_PLANS} random plans: {rho:.3f}")
     return {"spearman": rho, "windows": RANDOM_WINDOWS, "points": points}
 
@@ -167,7 +192,10 @@ def refinement(bench: Bench, scratch: Path) -> dict[str, Any]:
         row: dict[str, Any] = {"variant": name, "seconds": round(time.monotonic() - started, 1)}
         row |= figures(evaluate_language(load(result.path).model, bench.windows, source))
         if result.refinement:
-            compared = {"bank_kl": result.refinement.bank_kl, "refined_kl": result.refinement.refined_kl}
+            compared = {
+                "bank_kl": result.refinement.bank_kl,
+                "refined_kl": result.refinement.refined_kl,
+            }
             row["held_back"] = compared | {"kept": result.refinement.kept}
         rows.append(row)
         print(f"{name}: KL {row['kl']:.4f} +- {row['kl_error']:.4f}", row.get("held_back", ""))
@@ -180,9 +208,16 @@ def presets(bench: Bench, scratch: Path) -> dict[str, Any]:
     source = load_reference(bench)
     for preset in ("fast", "best"):
         started = time.monotonic()
-        result = bench.compress(82.8, scratch / f"out-{preset}", scratch / f"work-{preset}", preset=preset)
+        result = bench.compress(
+            82.8, scratch / f"out-{preset}", scratch / f"work-{preset}", preset=preset
+        )
         seconds = time.monotonic() - started
-        row = {"preset": preset, "bytes": result.file_bytes, "seconds": round(seconds, 1), "stages": result.seconds}
+        row = {
+            "preset": preset,
+            "bytes": result.file_bytes,
+            "seconds": round(seconds, 1),
+            "stages": result.seconds,
+        }
         row |= figures(evaluate_language(load(result.path).model, bench.windows, source))
         rows.append(row)
         print(f"{preset}: {seconds:.0f} s, KL {row['kl']:.4f} at {result.file_bytes / 1e6:.1f} MB")
@@ -190,7 +225,8 @@ def presets(bench: Bench, scratch: Path) -> dict[str, Any]:
 
 
 def figures(result: LanguageResult) -> dict[str, float]:
-    """KL, perplexity and its ratio to full precision, same-top share, each with its standard error."""
+    """KL, perplexity and its ratio to full precision, same-top share, each with its standard
+    error."""
     out: dict[str, float] = {}
     for name in ("kl", "perplexity", "perplexity_ratio", "same_top"):
         estimate = getattr(result, name)
@@ -201,9 +237,13 @@ def figures(result: LanguageResult) -> dict[str, float]:
 
 def main() -> None:
     """Run the parts that were asked for, each into its own file of `results/`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--part", choices=PARTS, action="append")
-    parser.add_argument("--work", type=Path, help="work directory to use and keep (a temporary one by default)")
+    parser.add_argument(
+        "--work", type=Path, help="work directory to use and keep (a temporary one by default)"
+    )
     options = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="quantlib-bench-"))
     try:

@@ -1,7 +1,7 @@
 """The README's table of results, made from `bench/results/` so that no figure is typed by hand.
 
-    python -P -m quantlib.bench.readme_table            print it
-    python -P -m quantlib.bench.readme_table --write    put it into README.md, between its two markers
+python -P -m quantlib.bench.readme_table            print it
+python -P -m quantlib.bench.readme_table --write    put it into README.md, between its two markers
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def _read(name: str) -> dict[str, Any]:
 
 def main() -> None:
     """Print the table, or write it into the README."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--write", action="store_true")
     if parser.parse_args().write:
         atomic_write_text(README, updated(README.read_text(encoding="utf-8")))

@@ -22,15 +22,18 @@ def machine() -> str:
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        name = next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         pass
     return f"{name}, {os.cpu_count()} cores"
 
 
 def write(name: str, rows: dict[str, Any]) -> Path:
-    """Keep `rows` as `results/NAME.json` with date, machine, versions and the command that made them."""
-    words = [Path(sys.argv[0]).stem, *sys.argv[1:]]
+    """Keep `rows` as `results/NAME.json` with date, machine, versions and the command that made
+    them."""
+    words = [Path(sys.argv[0]).stem, *(Path(w).name if "/" in w else w for w in sys.argv[1:])]
     head = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": machine(),

@@ -1,9 +1,11 @@
-"""What each part of rounding is worth: Fisher-weighted output error of a few real matrices, relative to their output energy.
+"""What each part of rounding is worth: Fisher-weighted output error of a few real matrices,
+relative to their output energy.
 
     python -P -m quantlib.bench.rounding --work DIR
 
-One geometric mean per row over one matrix of each kind, in different depths of SmolLM2-135M (permuted). `DIR` is the work directory
-of `quantlib compress` (or of `bench.quality --work DIR`); statistics are taken there if it has none.
+One geometric mean per row over one matrix of each kind, in different depths of SmolLM2-135M
+(permuted). `DIR` is the work directory of `quantlib compress` (or of `bench.quality --work DIR`);
+statistics are taken there if it has none.
 """
 
 from __future__ import annotations
@@ -39,8 +41,11 @@ SCHEMES = (
 
 
 def main() -> None:
-    """Measure every scheme with plain rounding, GPTQ, and GPTQ with 1, 3 and 6 passes of coordinate descent."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure every scheme with plain rounding, GPTQ, and GPTQ with 1, 3 and 6 passes of coordinate
+    descent."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True)
     options = parser.parse_args()
     recipe = Recipe.create(data=str(assets.wikipedia_text("calibration")))
@@ -50,11 +55,15 @@ def main() -> None:
     rows = []
     for scheme in SCHEMES:
         row: dict[str, object] = {"scheme": scheme, "bits": _bits(scheme)}
-        row["rtn"] = _mean(cases, lambda w, h, s=scheme: quantize_rtn(w, Scheme.parse(s).segments(w.shape[1])))
+        row["rtn"] = _mean(
+            cases, lambda w, h, s=scheme: quantize_rtn(w, Scheme.parse(s).segments(w.shape[1]))
+        )
         for passes in (0, 1, 3, 6):
             row[f"gptq_{passes}"] = _mean(cases, lambda w, h, s=scheme, p=passes: _gptq(w, h, s, p))
         rows.append(row)
-        print("  ".join(f"{k} {v:.3e}" if isinstance(v, float) else f"{v:10}" for k, v in row.items()))
+        print(
+            "  ".join(f"{k} {v:.3e}" if isinstance(v, float) else f"{v:10}" for k, v in row.items())
+        )
     print(record.write("rounding", {"matrices": MATRICES, "rows": rows}))
 
 
@@ -65,7 +74,9 @@ def _statistics(run: Run, name: str) -> Tensor:
 
 def _gptq(weight: Tensor, hessian: Tensor, scheme: str, passes: int) -> QuantizedWeight:
     layout = Scheme.parse(scheme).segments(weight.shape[1])
-    (rounded,) = round_group({"w": weight}, hessian, [layout], RoundingOptions(passes=passes)).values()
+    (rounded,) = round_group(
+        {"w": weight}, hessian, [layout], RoundingOptions(passes=passes)
+    ).values()
     return rounded
 
 
@@ -74,7 +85,9 @@ def _mean(cases: dict[str, tuple[Tensor, Tensor]], rounding) -> float:  # type: 
     logs = []
     for weight, hessian in cases.values():
         error = dequantize(rounding(weight, hessian)) - weight
-        logs.append(math.log(float(((error @ hessian) * error).sum() / ((weight @ hessian) * weight).sum())))
+        logs.append(
+            math.log(float(((error @ hessian) * error).sum() / ((weight @ hessian) * weight).sum()))
+        )
     return math.exp(sum(logs) / len(logs))
 
 

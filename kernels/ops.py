@@ -69,8 +69,7 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def backend() -> str:
-    """What computes on the CPU: "avx512", "avx2", "portable", or "reference" when no library could
-    be built."""
+    """What computes on the CPU: "avx512", "avx2", "portable"; "reference" without a library."""
     library = cpu.load()
     return "reference" if library is None else library.isa
 

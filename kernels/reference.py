@@ -34,21 +34,19 @@ def linear(
     """
     if activation_bits not in (8, 16):
         raise FormatError(f"activations have 8 or 16 bits here, not {activation_bits}")
-    wide_bias = (
-        None if bias is None else bias.to(torch.float64 if activation_bits == 8 else compute_dtype)
-    )
-    if activation_bits == 16:
-        matrix = dequantize(weight, torch.float32).to(compute_dtype)
-        return functional.linear(x.to(compute_dtype), matrix, wide_bias).to(x.dtype)
-    codes, scale = round_activations(x)
-    matrix = dequantize(weight, torch.float32).to(torch.float64)
-    out = functional.linear(codes.to(torch.float64), matrix) * scale.to(torch.float64)
-    return (out if wide_bias is None else out + wide_bias).to(x.dtype)
+    wide = torch.float64 if activation_bits == 8 else compute_dtype
+    matrix = dequantize(weight, torch.float32).to(wide)
+    if activation_bits == 8:
+        codes, scale = round_activations(x)
+        out = functional.linear(codes.to(wide), matrix) * scale.to(wide)
+    else:
+        out = functional.linear(x.to(wide), matrix)
+    return (out if bias is None else out + bias.to(wide)).to(x.dtype)
 
 
 def round_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Per token (last dimension): int8 codes [..., K] in -127..127 and float32 scales [..., 1], `x
-    ~ codes * scale`.
+    """int8 codes [..., K] in -127..127 and float32 scales [..., 1], one per token (last dimension):
+    `x` is about `codes * scale`.
 
     The scale is amax / 127 in float32; codes round to nearest, ties to even. A token of zeros, or
     one so small that its scale is, has codes 0. A token with a value that is not finite has codes 0
@@ -64,6 +62,5 @@ def round_activations(x: Tensor) -> tuple[Tensor, Tensor]:
 def embedding(
     ids: Tensor, weight: QuantizedWeight, compute_dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Rows `ids` (integers, any shape) of the weight [N, K], dequantized: [*ids.shape, K] in
-    `compute_dtype`."""
+    """Rows `ids` (integers, any shape) of the dequantized weight [N, K]: [*ids.shape, K]."""
     return functional.embedding(ids, dequantize(weight, torch.float32).to(compute_dtype))

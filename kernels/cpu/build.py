@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -24,6 +25,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+_LOG = logging.getLogger("quantlib.kernels")
+
 SOURCES = Path(__file__).with_name("src")
 
 _COMMON = (
@@ -31,8 +34,7 @@ _COMMON = (
     "-O3",
     "-fPIC",
     "-fvisibility=hidden",
-    # Never -ffast-math: results must be the reference's. These two allow vector rounding and
-    # comparisons.
+    # Never -ffast-math: results must be the reference's. These two only let loops be vectorized.
     "-fno-math-errno",
     "-fno-trapping-math",
 )
@@ -45,20 +47,17 @@ _X86_UNITS = {
     "avx2.cpp": _AVX2,
     "avx512.cpp": (*_AVX2, *_AVX512),
 }
-# The C++ runtime goes into the library: an older one in the user's environment would refuse to load
-# it.
+# The C++ runtime goes inside: an older one in the user's environment would not load the library.
 _LINK = ("-shared", "-pthread", "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")
 _COMPILE_SECONDS = 600
 
 
 class BuildError(RuntimeError):
-    """The library could not be built; the text says why, and the torch reference works without
-    it."""
+    """The library could not be built, and why. Everything works without it, on the reference."""
 
 
 def find() -> Path | None:
-    """The library of exactly these sources, from the package or the user's cache; None when it is
-    to be built."""
+    """The library of exactly these sources, from the package or the user's cache, if any."""
     for folder in (Path(__file__).parent, cache_folder()):
         path = folder / library_name()
         if path.is_file():
@@ -67,16 +66,19 @@ def find() -> Path | None:
 
 
 def build() -> Path:
-    """Compile into the user's cache (once, whatever the number of processes) and return the
-    library's path.
+    """Compile into the user's cache and return the library's path; takes some ten seconds.
 
-    Raises BuildError when there is no compiler, it fails, or the cache cannot be written.
+    Of several processes, one compiles and the others wait. Raises BuildError when there is no
+    compiler, it fails, or the cache cannot be written.
     """
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / "build.lock"):
-            return find() or build_into(folder)
+            if path := find():
+                return path
+            _LOG.info("compiling the CPU kernels, once: they are kept in %s", folder)
+            return build_into(folder)
     except OSError as error:
         raise BuildError(f"the cache folder {folder} cannot be used ({error.strerror})") from error
 
@@ -107,8 +109,7 @@ def build_into(
 
 
 def cache_folder() -> Path:
-    """Where compiled libraries are kept: `$XDG_CACHE_HOME/quantlib/kernels`, by default under
-    `~/.cache`."""
+    """Where compiled libraries are kept: `quantlib/kernels` in `$XDG_CACHE_HOME` or `~/.cache`."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "quantlib" / "kernels"
 

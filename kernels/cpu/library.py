@@ -151,19 +151,18 @@ def _describe_segment(
 
 @cache
 def _scale_book(form: WeightFormat) -> Tensor:
-    """float32 [2^scale_bits]: what each stored scale code stands for, before the row's own
-    factor."""
-    codes = torch.arange(1 << form.scale_bits).to(torch.uint8)[None]
-    return decode_scales(codes, torch.ones(1), form)[0].contiguous()
+    """float32 [2^scale_bits]: what each stored scale code stands for, before the row's factor."""
+    codes = torch.arange(1 << form.scale_bits, device="cpu").to(torch.uint8)[None]
+    row_scale = torch.ones(1, dtype=torch.float32, device="cpu")
+    return decode_scales(codes, row_scale, form)[0].contiguous()
 
 
 class Library:
-    """The loaded library. All tensors are contiguous float32 on the CPU; shapes are the caller's
-    business."""
+    """The loaded library. Tensors are contiguous float32 on the CPU: callers see to that, and to
+    shapes; torch's default dtype and device do not matter."""
 
     def __init__(self, path: Path) -> None:
-        """Load a file that `build` made. Raises OSError when the system refuses it or it is of
-        another make."""
+        """Load a file that `build` made. Raises OSError when the system or its version forbids."""
         self._c = ctypes.CDLL(str(path))
         self._c.ql_segment_bytes.restype = ctypes.c_int64
         made_for = self._c.ql_abi_version(), self._c.ql_segment_bytes()
@@ -194,8 +193,7 @@ class Library:
         isa: str = "best",
         threads: int | None = None,
     ) -> Tensor:
-        """x [M, K] -> [M, N]. Mode "int8" takes integer elements only; "exact" is meant for a few
-        tokens.
+        """x [M, K] -> [M, N]. Mode "int8" is for integer elements, "exact" for a few tokens.
 
         `threads` (default: torch's number) never changes a bit of the result.
         """
@@ -221,7 +219,7 @@ class Library:
     ) -> Tensor:
         """float32 [n, K]: the rows of an int64 tensor [n], of a range (step 1), or all."""
         rows = range(weight.rows) if rows is None else rows
-        out = torch.empty(len(rows), weight.columns)
+        out = torch.empty(len(rows), weight.columns, dtype=torch.float32, device="cpu")
         status = self._c.ql_dequantize(
             weight.weight,
             rows.data_ptr() if isinstance(rows, Tensor) else None,
@@ -255,8 +253,7 @@ def row_out_of_range(rows: int) -> DataError:
 
 @lru_cache(maxsize=1)
 def load() -> Library | None:
-    """The library, compiled at first use; None when there is none to be had, which is said once, as
-    a warning."""
+    """The library, compiled at first use. None when there is none to be had: one warning."""
     try:
         return Library(build.find() or build.build())
     except (build.BuildError, OSError) as error:

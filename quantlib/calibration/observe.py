@@ -1,16 +1,17 @@
-"""Watching the linears of one block: second moments of inputs, weighted by the gradients of outputs.
+"""Watching the linears of one block: second moments of inputs, weighted by gradients of outputs.
 
-`observe_block` hooks every linear group of a loaded block. During a forward pass each hook remembers its input; during
-the backward pass the outputs' gradients arrive, and when the last member of a group has its gradient the pair is
-accumulated and forgotten. Without gradients (`weighted=False`) inputs are accumulated at once.
+`observed` hooks every linear group of a loaded block. During a forward pass each hook remembers its
+input; during the backward pass the outputs' gradients arrive, and when the last member of a group
+has its gradient the pair is accumulated and forgotten. Without gradients (`weighted=False`) inputs
+are accumulated at once.
 
-Experts are stacks of matrices inside one module: their forward is replaced by an equivalent loop that shows each
-expert's rows to the same accumulators.
+Experts are stacks of matrices inside one module: their forward is replaced by an equivalent loop
+that shows each expert's rows to the same accumulators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,10 +27,24 @@ from quantlib.models.modelmap import ModelMap
 SAMPLES_PER_WINDOW = 8
 """Tokens of each window whose input and output gradients are kept for standard errors."""
 
+_EXPERT_LAYOUT = {
+    "is_transposed": False,
+    "has_bias": False,
+    "has_post_expert_norm": False,
+    "has_gate": True,
+    "is_concatenated": True,
+}
+"""What transformers' expert modules say of themselves where `_experts_forward` is their forward."""
+
 
 @dataclass
 class Accumulator:
-    """Sums over tokens for one input (a dense group, or one expert)."""
+    """Sums over tokens for one input (a dense group, or one expert); see `MatrixStatistics`.
+
+    members:  weights that read it.
+    weighted: whether gradients are coming.
+    pending:  gradients [T, N] of this window's members, until all are there.
+    """
 
     members: tuple[str, ...]
     weighted: bool
@@ -45,36 +60,34 @@ class Accumulator:
     pending: dict[str, Tensor] = field(default_factory=dict)
 
     def seen(self, member: str, x: Tensor, y: Tensor, window: int) -> None:
-        """Note input x [T, K] and output y [T, N] of one member."""
+        """Note input x [..., K] and output y [..., N] of one member."""
         x = x.detach().reshape(-1, x.shape[-1])
         if self.weighted:
             y.register_hook(partial(self._gradient, member, x, window))
         elif member == self.members[0]:
-            self._add(x, {}, window)
+            self._add(x.float(), {}, window)
 
     def _gradient(self, member: str, x: Tensor, window: int, gradient: Tensor) -> None:
         self.pending[member] = gradient.detach().reshape(-1, gradient.shape[-1]).float()
         if len(self.pending) == len(self.members):
-            self._add(x, self.pending, window)
-            self.pending = {}
+            gradients, self.pending = self.pending, {}
+            self._add(x.float(), gradients, window)
 
-    def _add(self, x: Tensor, gradients: dict[str, Tensor], window: int) -> None:
-        x = x.float()
-        squares = {name: g.square() for name, g in gradients.items()}
-        if self.weighted:
-            token_weight = torch.stack([s.sum(1) for s in squares.values()]).sum(0)
-            scaled = x * token_weight.sqrt()[:, None]
-            self.weight_sum += float(token_weight.sum())
+    def _add(self, x: Tensor, gradients: Mapping[str, Tensor], window: int) -> None:
+        """Add the tokens x [T, K] with the gradients [T, N] of all members (none: weight 1)."""
+        scaled, weight_sum = x, float(len(x))
+        if gradients:
+            squares = {name: g.square() for name, g in gradients.items()}
+            token_weight = torch.stack([square.sum(1) for square in squares.values()]).sum(0)
+            scaled, weight_sum = x * token_weight.sqrt()[:, None], float(token_weight.sum())
             self.token_weight.append(token_weight)
-        else:
-            scaled = x
-            self.weight_sum += len(x)
+            for name, square in squares.items():
+                self.fisher.setdefault(name, torch.zeros(square.shape[1])).add_(square.sum(0))
         if self.hessian is None:
             self.hessian = torch.zeros(x.shape[1], x.shape[1])
         self.hessian.addmm_(scaled.T, scaled)
+        self.weight_sum += weight_sum
         self.tokens += len(x)
-        for name, square in squares.items():
-            self.fisher[name] = self.fisher.get(name, torch.zeros(square.shape[1])) + square.sum(0)
         chosen = torch.randperm(len(x), generator=self.generator)[:SAMPLES_PER_WINDOW]
         self.sample_x.append(x[chosen])
         self.sample_window.append(torch.full((len(chosen),), window))
@@ -82,11 +95,11 @@ class Accumulator:
             self.sample_g.setdefault(name, []).append(g[chosen])
 
     def finish(self) -> MatrixStatistics:
-        """Sums to means."""
+        """Sums to means. A Hessian whose token weights are all zero stays zero."""
         if self.hessian is None:
             return MatrixStatistics(torch.empty(0, 0), 0, 0.0)
         return MatrixStatistics(
-            self.hessian / max(self.weight_sum, 1e-300),
+            self.hessian / self.weight_sum if self.weight_sum > 0 else self.hessian,
             self.tokens,
             self.weight_sum,
             {name: value / self.tokens for name, value in self.fisher.items()},
@@ -98,16 +111,22 @@ class Accumulator:
 
 
 class BlockObserver:
-    """Accumulators of every linear group of one block; `window` is the index of the window being run."""
+    """Accumulators of every linear group of one block; `window` is the index of the one being run.
+
+    weighted: wait for the gradients of outputs. seed: of the draws of sample tokens.
+    """
 
     def __init__(self, model_map: ModelMap, block: str, weighted: bool, seed: int) -> None:
         self.window = 0
         self.accumulators: dict[str, list[Accumulator]] = {}
         for position, group in enumerate(model_map.groups_in(block)):
-            experts = model_map.weight(group.members[0]).experts
             self.accumulators[group.name] = [
-                Accumulator(group.members, weighted, torch.Generator().manual_seed(seed + 7919 * position + e))
-                for e in range(experts)
+                Accumulator(
+                    group.members,
+                    weighted,
+                    torch.Generator().manual_seed(seed + 7919 * position + expert),
+                )
+                for expert in range(model_map.weight(group.members[0]).experts)
             ]
 
     def seen(self, group: str, member: str, x: Tensor, y: Tensor, expert: int = 0) -> None:
@@ -117,30 +136,34 @@ class BlockObserver:
     def statistics(self) -> list[GroupStatistics]:
         """One entry per linear group of the block."""
         return [
-            GroupStatistics(name, [a.finish() for a in accumulators])
+            GroupStatistics(name, [accumulator.finish() for accumulator in accumulators])
             for name, accumulators in self.accumulators.items()
         ]
 
 
 @contextmanager
-def observed(model: nn.Module, model_map: ModelMap, block: str, observer: BlockObserver) -> Iterator[None]:
-    """Hook the block's linears (and replace the forward of its experts) for the length of the context."""
+def observed(
+    model: nn.Module, model_map: ModelMap, block: str, observer: BlockObserver
+) -> Iterator[None]:
+    """Hook the block's linears (and replace the forward of its experts) while the context lasts."""
     handles = []
     experts: dict[str, dict[str, tuple[str, str]]] = {}
     for group in model_map.groups_in(block):
         for name in group.members:
             weight = model_map.weight(name)
             if weight.kind == "experts":
-                experts.setdefault(weight.module, {})[name.rpartition(".")[2]] = (group.name, name)
+                leaf = name.rpartition(".")[2]
+                experts.setdefault(weight.module, {})[leaf] = (group.name, name)
                 continue
             hook = _linear_hook(observer, group.name, name)
             handles.append(model.get_submodule(weight.module).register_forward_hook(hook))
-    replaced = []
-    for path, members in experts.items():
-        module = model.get_submodule(path)
-        module.forward = partial(_experts_forward, module, members, observer)  # type: ignore[method-assign]
-        replaced.append(module)
+    replaced: list[nn.Module] = []
     try:
+        for path, members in experts.items():
+            module = model.get_submodule(path)
+            _check_experts(path, module, members)
+            module.forward = partial(_experts_forward, module, members, observer)
+            replaced.append(module)
         yield
     finally:
         for handle in handles:
@@ -150,10 +173,25 @@ def observed(model: nn.Module, model_map: ModelMap, block: str, observer: BlockO
 
 
 def _linear_hook(observer: BlockObserver, group: str, name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         observer.seen(group, name, inputs[0], output)
 
     return hook
+
+
+def _check_experts(path: str, module: nn.Module, members: Mapping[str, object]) -> None:
+    """Raise ModelError unless `_experts_forward` computes what the module would."""
+    if set(members) != {"gate_up_proj", "down_proj"}:
+        raise ModelError(
+            f"{path} has expert weights {sorted(members)}: only gate_up_proj and down_proj are "
+            "known, so this model cannot be calibrated"
+        )
+    for setting, expected in _EXPERT_LAYOUT.items():
+        if getattr(module, setting, expected) != expected:
+            raise ModelError(
+                f"{path} has experts with {setting} = {not expected}, which calibration does not "
+                "know how to run one by one"
+            )
 
 
 def _experts_forward(
@@ -164,33 +202,23 @@ def _experts_forward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
 ) -> Tensor:
-    """The experts' forward, expert by expert, showing each matrix's input and output to the observer.
+    """The experts' forward, one by one, showing each matrix's input and output to the observer.
 
-    hidden_states [T, D]; top_k_index, top_k_weights [T, top_k]. The contract of transformers 5's expert modules:
-    `gate_up_proj` [E, 2I, D], `down_proj` [E, D, I], `act_fn`.
+    hidden_states [T, D]; top_k_index, top_k_weights [T, top_k]. The contract of transformers 5's
+    expert modules: `gate_up_proj` [E, 2I, D], `down_proj` [E, D, I], `act_fn`.
     """
-    if set(members) != {"gate_up_proj", "down_proj"}:
-        raise ModelError(f"experts with parameters {sorted(members)} are not known: expected gate_up_proj, down_proj")
+
+    def matrix(leaf: str, expert: int, x: Tensor) -> Tensor:
+        group, name = members[leaf]
+        y = nn.functional.linear(x, getattr(module, leaf)[expert])
+        observer.seen(group, name, x, y, expert)
+        return y
+
     out = torch.zeros_like(hidden_states)
     for expert in torch.unique(top_k_index).tolist():
         token, position = torch.where(top_k_index == expert)
-        x = hidden_states[token]
-        both = _matrix(module, "gate_up_proj", members, observer, expert, x)
-        gate, up = both.chunk(2, dim=-1)
-        y = _matrix(module, "down_proj", members, observer, expert, module.act_fn(gate) * up)
-        out = out.index_add(0, token, (y * top_k_weights[token, position, None]).to(out.dtype))
+        gate, up = matrix("gate_up_proj", expert, hidden_states[token]).chunk(2, dim=-1)
+        y = matrix("down_proj", expert, module.act_fn(gate) * up)
+        y = y * top_k_weights[token, position, None]
+        out = out.index_add(0, token, y.to(out.dtype))
     return out
-
-
-def _matrix(
-    module: Any, leaf: str, members: dict[str, tuple[str, str]], observer: BlockObserver, expert: int, x: Tensor
-) -> Tensor:
-    group, name = members[leaf]
-    y = nn.functional.linear(x, getattr(module, leaf)[expert])
-    observer.seen(group, name, x, y, expert)
-    return y
-
-
-def group_names(model_map: ModelMap, block: str) -> Sequence[str]:
-    """Names of a block's linear groups, in order."""
-    return [group.name for group in model_map.groups_in(block)]

@@ -1,17 +1,21 @@
-"""Calibration passes over a streamed model: forward, then (for gradients) backward, one block in memory at a time.
+"""Calibration passes over a streamed model: forward, then (for gradients) backward, one block in
+memory at a time.
 
-Gradients of the whole model do not need the whole model: the forward pass leaves the hidden states that enter every
-block in a store on disk, the head turns the last ones into the gradient of a loss on labels *sampled from the model
-itself* (so the second moment of gradients is the Fisher information, not an error of the data), and the backward pass
-loads blocks from last to first, runs each again from its stored input, and sends the gradient through. Memory stays
-at one block plus one window; the price is a second forward.
+Gradients of the whole model do not need the whole model. The forward pass leaves the hidden states
+that enter every block in a store on disk; the head turns the last ones into the gradient of a loss
+on labels *sampled from the model itself* (so the second moment of gradients is the Fisher
+information, not an error of the data); and the backward pass loads blocks from last to first, runs
+each again from its stored input, and sends the gradient through. Memory holds one block, the
+activations of one window inside it, and the hidden states of all windows at one or two depths,
+however many blocks there are; the price is a second forward.
 
-Every step's result is in the store before the next begins, so a pass that was killed goes on at its block.
+Every step's result is in the store before the next begins, so a pass that was killed goes on at its
+block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -20,6 +24,7 @@ from torch import Tensor
 from quantlib.calibration.observe import BlockObserver, observed
 from quantlib.calibration.statistics import EmbeddingStatistics, GroupStatistics
 from quantlib.calibration.stream import BlockStream
+from quantlib.errors import DataError, ModelError
 from quantlib.models.modelmap import ModelMap
 
 SAMPLED_HEAD_TOKENS = 32
@@ -39,25 +44,31 @@ class HiddenStore(Protocol):
 
 
 Tick = Callable[[str], None]
-"""Called after every block (or the head) with a line for the progress bar."""
+"""Called after every block with a line for the progress bar."""
 
 
+@torch.no_grad()
 def forward(stream: BlockStream, windows: Tensor, store: HiddenStore, tick: Tick) -> None:
     """Store the hidden states that enter each block and the head: `hidden.0` .. `hidden.{blocks}`.
 
-    windows: int64 [W, T].
+    windows: int64 [W, T]. Needed before every other pass, also when all is stored: it shows the
+    stream how blocks are called.
     """
-    with torch.no_grad():
-        entered = torch.cat([stream.embed(ids) for ids in windows])
-        if not store.has("hidden.0"):
-            store.save("hidden.0", entered)
-        for index in range(len(stream.block_names)):
-            if not store.has(f"hidden.{index + 1}"):
-                states = store.load(f"hidden.{index}")
-                with stream.block(index) as block:
-                    out = torch.cat([stream.run(index, block, hidden[None]) for hidden in states])
-                store.save(f"hidden.{index + 1}", out)
-            tick(f"forward {stream.block_names[index]}")
+    first = stream.embed(windows[0])
+    if not store.has("hidden.0"):
+        entered = first.new_empty(len(windows), *first.shape[1:])
+        for window, ids in enumerate(windows):
+            entered[window] = stream.embed(ids)[0]
+        store.save("hidden.0", entered)
+    for index, name in enumerate(stream.block_names):
+        if not store.has(f"hidden.{index + 1}"):
+            states = store.load(f"hidden.{index}")
+            out = torch.empty_like(states)
+            with stream.block(index) as block:
+                for window, hidden in enumerate(states):
+                    out[window] = stream.run(index, block, hidden[None])[0]
+            store.save(f"hidden.{index + 1}", out)
+        tick(f"forward {name}")
 
 
 def head(
@@ -65,42 +76,48 @@ def head(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sample labels at the head.
 
-    Returns the loss gradient with respect to the last hidden states, float32 [W, T, D], and the head's own statistics:
-    `head_input` [D, D], `variance` [V], `sample_h` [S, D], `sample_window` [S].
+    Returns the gradient of the summed loss with respect to the last hidden states, float32
+    [W, T, D] (the caller stores it as `gradient.{blocks}`), and the head's own statistics:
+    `head_input` [D, D], `variance` [V], `sample_h` [S, D], `sample_window` [S] (see
+    `EmbeddingStatistics`). Raises ModelError when the model has no head or its logits overflow.
     """
+    module = stream.model.get_output_embeddings()
+    if module is None:
+        raise ModelError("this model has no output head: there are no labels to sample")
     generator = torch.Generator().manual_seed(seed)
     states = store.load(f"hidden.{len(stream.block_names)}")
     seen: list[Tensor] = []
-    module = stream.model.get_output_embeddings()
-    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()[0].float()))
-    gradients, samples, sample_window = [], [], []
+    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    gradients = torch.empty(states.shape)
     head_input, variance = torch.zeros(()), torch.zeros(())
+    samples, sample_window = [], []
     try:
-        for index, (hidden, ids) in enumerate(zip(states, windows, strict=True)):
+        for window, (hidden, ids) in enumerate(zip(states, windows, strict=True)):
             leaf = hidden[None].detach().requires_grad_(True)
             logits = stream.logits(leaf, ids)[0].float()
-            with torch.no_grad():
-                probability = logits.softmax(-1)
-                labels = torch.multinomial(probability, 1, generator=generator)[:, 0]
-                variance = variance + (probability * (1 - probability)).sum(0)
-            torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-            assert leaf.grad is not None
-            gradients.append(leaf.grad[0].float())
-            h = seen.pop()
+            probability = logits.detach().softmax(-1)
+            if not bool(torch.isfinite(probability).all()):
+                raise ModelError(
+                    f"the model's logits are inf or nan on calibration window {window}"
+                )
+            variance = variance + (probability * (1 - probability)).sum(0)
+            labels = torch.multinomial(probability, 1, generator=generator)[:, 0]
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+            gradients[window] = torch.autograd.grad(loss, leaf)[0][0]
+            h = seen.pop().reshape(len(ids), -1).float()
             head_input = head_input + h.T @ h
             chosen = torch.randperm(len(h), generator=generator)[:SAMPLED_HEAD_TOKENS]
             samples.append(h[chosen])
-            sample_window.append(torch.full((len(chosen),), index))
+            sample_window.append(torch.full((len(chosen),), window))
     finally:
         handle.remove()
-    tokens = windows.numel()
     statistics = {
-        "head_input": head_input / tokens,
-        "variance": variance / tokens,
+        "head_input": head_input / windows.numel(),
+        "variance": variance / windows.numel(),
         "sample_h": torch.cat(samples),
         "sample_window": torch.cat(sample_window),
     }
-    return torch.stack(gradients), statistics
+    return gradients, statistics
 
 
 def backward(
@@ -113,38 +130,45 @@ def backward(
 ) -> Iterator[tuple[str, list[GroupStatistics]]]:
     """Walk from the last block to the first, yielding each block's gradient-weighted statistics.
 
-    Needs a `gradient.{i}` in the store, the one of the last block at first; leaves `gradient.0`. The gradient of a block
-    is stored only after the consumer has taken (and kept) its statistics, and replaces the one above it, so a pass that
-    was killed repeats at most one block.
+    Needs a `gradient.{i}` of these windows in the store, the one of the last block at first; leaves
+    `gradient.0`. The gradient of a block is stored only after the consumer has taken (and kept) its
+    statistics, and replaces the one above it, so a pass that was killed repeats at most one block.
     """
-    entered = _lowest_gradient(stream, store)
-    for index in reversed(range(len(stream.block_names))):
+    blocks = len(stream.block_names)
+    reached = next((i for i in range(blocks + 1) if store.has(f"gradient.{i}")), None)
+    if reached is None:
+        raise DataError("there is no gradient at the head to send back: run the head first")
+    if store.load(f"gradient.{reached}").shape[:2] != windows.shape:
+        raise DataError("the stored gradients are of other windows: begin again without them")
+    for index in reversed(range(blocks)):
         name = stream.block_names[index]
-        if index >= entered:
-            tick(f"backward {name}")
-            continue
-        states, upstream = store.load(f"hidden.{index}"), store.load(f"gradient.{index + 1}")
-        observer = BlockObserver(model_map, name, True, seed + 104729 * index)
-        gradients = []
-        with stream.block(index) as block, observed(stream.model, model_map, name, observer):
-            for window, (hidden, gradient) in enumerate(zip(states, upstream, strict=True)):
-                observer.window = window
-                leaf = hidden[None].detach().requires_grad_(True)
-                stream.run(index, block, leaf).backward(gradient[None].to(leaf.dtype))
-                assert leaf.grad is not None
-                gradients.append(leaf.grad[0].float())
-        yield name, observer.statistics()
-        store.save(f"gradient.{index}", torch.stack(gradients))
+        if index < reached:
+            observer = BlockObserver(model_map, name, True, seed + 104729 * index)
+            gradients = _backward_block(stream, model_map, store, index, observer)
+            yield name, observer.statistics()
+            store.save(f"gradient.{index}", gradients)
         store.drop(f"gradient.{index + 1}")
         tick(f"backward {name}")
 
 
-def _lowest_gradient(stream: BlockStream, store: HiddenStore) -> int:
-    """Index of the block that the backward pass has come down to (the number of blocks at first)."""
-    stored = [i for i in range(len(stream.block_names) + 1) if store.has(f"gradient.{i}")]
-    for index in stored[1:]:  # killed between storing one gradient and dropping the one above
-        store.drop(f"gradient.{index}")
-    return stored[0]
+def _backward_block(
+    stream: BlockStream,
+    model_map: ModelMap,
+    store: HiddenStore,
+    index: int,
+    observer: BlockObserver,
+) -> Tensor:
+    """Run one block forward and backward under `observer`; the gradient at its input [W, T, D]."""
+    states, upstream = store.load(f"hidden.{index}"), store.load(f"gradient.{index + 1}")
+    gradients = torch.empty(upstream.shape)
+    name = stream.block_names[index]
+    with stream.block(index) as block, observed(stream.model, model_map, name, observer):
+        for window, (hidden, gradient) in enumerate(zip(states, upstream, strict=True)):
+            observer.window = window
+            leaf = hidden[None].detach().requires_grad_(True)
+            out = stream.run(index, block, leaf)
+            gradients[window] = torch.autograd.grad(out, leaf, gradient[None].to(out.dtype))[0][0]
+    return gradients
 
 
 def local(
@@ -155,7 +179,8 @@ def local(
     tick: Tick,
     done: Container[str] = (),
 ) -> Iterator[tuple[str, list[GroupStatistics]]]:
-    """Block-local statistics: second moments of inputs only, no gradients (every token counts the same).
+    """Block-local statistics: second moments of inputs only, no gradients (every token counts the
+    same).
 
     done: names of blocks whose statistics are kept already; they are skipped.
     """
@@ -177,12 +202,14 @@ def local(
 
 
 def embedding(
-    windows: Tensor, gradient: Tensor, vocabulary: int, head_statistics: dict[str, Tensor]
+    windows: Tensor, gradient: Tensor, vocabulary: int, head_statistics: Mapping[str, Tensor]
 ) -> EmbeddingStatistics:
-    """Statistics of the embedding: how often each token occurs, and the mean squared gradient at its output.
+    """Statistics of the embedding: how often each token occurs, and the mean squared gradient at
+    its output.
 
-    gradient: float32 [W, T, D] at the hidden states that enter the first block (for an embedding with a scale factor,
-    of the scaled embedding: a constant factor that the sensitivity's calibration absorbs).
+    gradient: float32 [W, T, D] at the hidden states that enter the first block (for an embedding
+    with a scale factor, of the scaled embedding: a constant factor that the sensitivity's
+    calibration absorbs).
     """
     frequency = torch.bincount(windows.reshape(-1), minlength=vocabulary).float()
     return EmbeddingStatistics(

@@ -6,14 +6,16 @@ For every matrix that reads an input `x` and writes an output `y` we keep
     fisher   float32 [N]      mean over tokens of (dL/dy)^2, L the summed loss of sampled labels
     samples  x_t and dL/dy_t of a few tokens of every window, for standard errors
 
-The token weight is w_t = sum_n (dL/dy_tn)^2 over the outputs of all members of the group (GuidedQuant,
-arXiv:2505.07004, with one output group), so a rounding error is charged where the loss feels it: the huge activations
-of a sequence's first token carry almost no gradient and no longer dominate the Hessian. Without gradients
-(block-local statistics) w_t = 1 and `fisher` is empty; `Statistics.has_gradients` says which.
+The token weight is w_t = sum_n (dL/dy_tn)^2 over the outputs of all members of the group
+(GuidedQuant, arXiv:2505.07004, with one output group), so a rounding error is charged where the
+loss feels it: the huge activations of a sequence's first token carry almost no gradient and do not
+dominate the Hessian. Without gradients (block-local statistics) w_t = 1 and `fisher` is empty;
+`MatrixStatistics.has_gradients` says which.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -21,15 +23,22 @@ from torch import Tensor
 
 from quantlib.errors import DataError
 
+_REPAIR = "delete the work directory's statistics and calibrate again"
+
 
 @dataclass
 class MatrixStatistics:
     """Statistics of one input: a linear group, or one expert of a stack.
 
-    hessian: float32 [K, K]; fisher: weight name -> float32 [N] (empty without gradients); tokens: rows of x seen;
-    weight_sum: sum of token weights (equals `tokens` without gradients); sample_x float32 [S, K];
-    sample_g: weight name -> float32 [S, N]; sample_window int64 [S]; token_weight: float32 [tokens], the w_t of every
-    token in the order they were seen (empty without gradients), for re-rounding with other inputs.
+    hessian:       float32 [K, K]; [0, 0] when no token was seen.
+    tokens:        rows of x seen.
+    weight_sum:    sum of token weights (equals `tokens` without gradients).
+    fisher:        weight name -> float32 [N] (empty without gradients).
+    sample_x:      float32 [S, K].
+    sample_g:      weight name -> float32 [S, N] (empty without gradients).
+    sample_window: int64 [S], the window each sample is from.
+    token_weight:  float32 [tokens], the w_t of every token in the order they were seen (empty
+                   without gradients), for re-rounding with other inputs.
     """
 
     hessian: Tensor
@@ -48,7 +57,7 @@ class MatrixStatistics:
 
 @dataclass
 class GroupStatistics:
-    """All matrices of one linear group: one for dense layers, one per expert for a stack of experts."""
+    """All matrices of one linear group: one for dense layers, one per expert for a stack."""
 
     name: str
     matrices: list[MatrixStatistics]
@@ -63,12 +72,13 @@ class GroupStatistics:
 class EmbeddingStatistics:
     """Statistics of the token embedding and of the head that may share its weight.
 
-    frequency:   float32 [V], how often a token was looked up.
-    gradient:    float32 [D], mean over tokens of (dL/d embedding)^2.
-    head_input:  float32 [D, D], mean over tokens of h h^T at the head's input.
-    variance:    float32 [V], mean over tokens of p(1-p): the head's exact diagonal Fisher.
-    sample_h:    float32 [S, D] head inputs, sample_window int64 [S].
-    tokens:      number of positions seen.
+    frequency:     float32 [V], how often a token was looked up.
+    gradient:      float32 [D], mean over tokens of (dL/d embedding)^2.
+    head_input:    float32 [D, D], mean over tokens of h h^T at the head's input.
+    variance:      float32 [V], mean over tokens of p(1-p): the head's exact diagonal Fisher.
+    sample_h:      float32 [S, D], head inputs.
+    sample_window: int64 [S], the window each sample is from.
+    tokens:        number of positions seen.
     """
 
     frequency: Tensor
@@ -89,18 +99,16 @@ def group_to_tensors(stats: GroupStatistics) -> dict[str, Tensor]:
         out[f"{index}|sample_x"] = m.sample_x
         out[f"{index}|sample_window"] = m.sample_window
         out[f"{index}|token_weight"] = m.token_weight
-        for name, value in m.fisher.items():
-            out[f"{index}|fisher|{name}"] = value
-        for name, value in m.sample_g.items():
-            out[f"{index}|sample_g|{name}"] = value
+        out |= {f"{index}|fisher|{name}": value for name, value in m.fisher.items()}
+        out |= {f"{index}|sample_g|{name}": value for name, value in m.sample_g.items()}
     return out
 
 
-def group_from_tensors(name: str, tensors: dict[str, Tensor]) -> GroupStatistics:
-    """Inverse of `group_to_tensors`. Raises DataError when a part is missing."""
-    count = 1 + max((int(key.split("|")[0]) for key in tensors), default=-1)
+def group_from_tensors(name: str, tensors: Mapping[str, Tensor]) -> GroupStatistics:
+    """Inverse of `group_to_tensors`. Raises DataError when a part is missing or not a part."""
     matrices = []
     try:
+        count = 1 + max((int(key.partition("|")[0]) for key in tensors), default=0)
         for index in range(count):
             tokens, weight_sum = tensors[f"{index}|counts"].tolist()
             matrices.append(
@@ -116,9 +124,9 @@ def group_from_tensors(name: str, tensors: dict[str, Tensor]) -> GroupStatistics
                 )
             )
     except KeyError as missing:
-        raise DataError(
-            f"the statistics of {name} lack {missing}: delete the work directory's statistics and calibrate again"
-        ) from None
+        raise DataError(f"the statistics of {name} lack {missing}: {_REPAIR}") from None
+    except ValueError as error:
+        raise DataError(f"the statistics of {name} are damaged ({error}): {_REPAIR}") from None
     return GroupStatistics(name, matrices)
 
 
@@ -128,11 +136,14 @@ def embedding_to_tensors(stats: EmbeddingStatistics) -> dict[str, Tensor]:
     return out | {"tokens": torch.tensor(stats.tokens)}
 
 
-def embedding_from_tensors(tensors: dict[str, Tensor]) -> EmbeddingStatistics:
-    """Inverse of `embedding_to_tensors`."""
-    rest = {key: value for key, value in tensors.items() if key != "tokens"}
-    return EmbeddingStatistics(tokens=int(tensors["tokens"]), **rest)
+def embedding_from_tensors(tensors: Mapping[str, Tensor]) -> EmbeddingStatistics:
+    """Inverse of `embedding_to_tensors`. Raises DataError when a part is missing."""
+    rest = dict(tensors)
+    try:
+        return EmbeddingStatistics(tokens=int(rest.pop("tokens")), **rest)
+    except (KeyError, TypeError) as error:
+        raise DataError(f"the embedding's statistics are damaged ({error}): {_REPAIR}") from None
 
 
-def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}

@@ -85,9 +85,8 @@ def search(
     from quantlib.search.pareto import pareto_front
 
     budget = budget_of(size, bits, engine, floor, ceiling, pin)
-    if pareto and not budget.given:
-        if output is not None:
-            raise UsageError("a plan needs a budget: add --size or --bits, or leave out --output")
+    if pareto and not budget.given and output is not None:
+        raise UsageError("a plan needs a budget: add --size or --bits, or leave out --output")
     known = workfiles.load_model(work)
     sensitivity = workfiles.load_table(work, known.model_map)
     answer: dict[str, Any] = {}

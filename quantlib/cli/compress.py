@@ -100,8 +100,8 @@ def compress(
     Examples:
         quantlib compress path/to/model --size 82.8MB --data text.txt -o OUT
         quantlib compress path/to/model --bits 4.25 --data text.txt -o OUT --fast
-        quantlib compress path/to/model --size 30% --data text.txt -o OUT \\
-            --floor embeddings=4 --pin lm_head=w8g64 --seed 1
+        quantlib compress MODEL -o OUT --size 30% --data text.txt --floor q_proj=4
+        quantlib compress MODEL -o OUT --bits 5 --data text.txt --pin lm_head=w8g64
         quantlib compress path/to/model --bits 4 --data text.txt -o OUT --dry-run
     """
     fields = recipe_fields(

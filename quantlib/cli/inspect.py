@@ -46,7 +46,7 @@ def inspect(
 
     source = Source.open(model, allow_download=download)
     model_map = ModelMap.from_source(source)
-    recipe = Recipe.create(data="", preset=preset)
+    recipe = Recipe.create(data="any text", preset=preset)
     estimate = for_recipe(model_map, recipe)
     problem = sizes_only(model_map, recipe.schemes, Budget())
     smallest = problem.bytes(problem.smallest())

@@ -11,7 +11,9 @@ traceback is for us, and is printed with --debug.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -44,7 +46,7 @@ def guarded(command: Callable[..., None], resumes: bool = False) -> Callable[...
             _end(f"interrupted{again}", INTERRUPTED, options)
         except BrokenPipeError:
             # Whoever read our output has seen enough (`... | head`); that is no failure of ours.
-            sys.stdout = None  # type: ignore[assignment]
+            _discard_stdout()
             raise typer.Exit(0) from None
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
@@ -59,6 +61,12 @@ def guarded(command: Callable[..., None], resumes: bool = False) -> Callable[...
             _end(_bug(error), FAILED, options)
 
     return run
+
+
+def _discard_stdout() -> None:
+    """Send what is still buffered nowhere: Python would complain of the closed pipe at its exit."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _end(sentence: str, code: int, options: dict[str, Any]) -> None:

@@ -68,13 +68,17 @@ class WorkDirStore:
             self.run.work.forget(key)
             path.unlink(missing_ok=True)
 
-    def clear(self) -> None:
-        """Remove everything, and files that a kill has left without a unit."""
-        folder = f"{HIDDEN}/{self._prefix}"
+    def clear(self, others: bool = False) -> None:
+        """Remove everything, and files that a kill has left without a unit.
+
+        others: also what killed passes with other inputs have left.
+        """
+        prefix = "" if others else self._prefix
+        folder = f"{HIDDEN}/{prefix}"
         units = self.run.work.units(HIDDEN)
         mine = [u.key for u in units if any(name.startswith(folder) for name in u.files)]
         self.run.work.forget(*mine)
-        for path in (self.run.work.path / HIDDEN).glob(self._prefix + "*"):
+        for path in (self.run.work.path / HIDDEN).glob(prefix + "*"):
             path.unlink()
 
     def _key(self, name: str) -> str:
@@ -83,11 +87,13 @@ class WorkDirStore:
 
 def calibrate(run: Run) -> None:
     """Make sure statistics of every group (and of the embedding) are in the work directory."""
+    if not run.recipe.gradients:
+        run.progress.say("scores are block-local: without gradients every token counts the same")
     store = WorkDirStore(run, run.statistics_hash)
     found, wanted = calibrated_groups(run)
     if found < wanted:
         _calibrate(run, store)
-    store.clear()
+    store.clear(others=found < wanted)
 
 
 def _calibrate(run: Run, store: WorkDirStore) -> None:
@@ -136,7 +142,8 @@ def _file(run: Run, name: str) -> str:
 
 
 def _has_block(run: Run, block: str) -> bool:
-    return all(run.work.has(statistics_key(run, group.name)) for group in run.model_map.groups_in(block))
+    groups = run.model_map.groups_in(block)
+    return all(run.work.has(statistics_key(run, group.name)) for group in groups)
 
 
 def _commit(run: Run, groups: list[GroupStatistics]) -> None:

@@ -1,4 +1,4 @@
-"""The search stage: from the sensitivity table and a budget to a plan, without touching the model."""
+"""The search stage: from the sensitivity table and a budget to a plan, without the model."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def reround(run: Run, schemes: Mapping[str, str]) -> dict[str, str]:
     store = WorkDirStore(run, inputs)
     if not all(_has(run, block_keys) for block_keys in keys):
         _reround_blocks(run, store, schemes, inputs, keys)
-    store.clear()
+    store.clear(others=True)
     return {name: key for block_keys in keys for name, key in block_keys.items()}
 
 

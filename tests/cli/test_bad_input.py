@@ -1,4 +1,4 @@
-"""Every bad input is a sentence that says what is wrong and what to do, and leaves nothing behind."""
+"""Every bad input gets a sentence (what is wrong, what to do) and leaves nothing behind."""
 
 import errno
 import json
@@ -79,7 +79,7 @@ def test_weights_of_wrong_shape(compress_fails: Fails, copied: Path) -> None:
 def test_weights_that_are_not_finite(
     fails: Fails, copied: Path, text: Path, tmp_path: Path, name: str, value: float
 ) -> None:
-    """Found only when the weight is read: the work directory exists by then, the output must not."""
+    """Found only when the weight is read: the work directory is there by then, the output never."""
     tensors = load_file(copied / "model.safetensors")
     tensors[name].view(-1)[3] = value
     save_file(tensors, copied / "model.safetensors", {"format": "pt"})

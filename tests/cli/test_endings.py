@@ -88,13 +88,15 @@ class Interruption:
 def test_an_interrupted_run_continues_to_the_same_bytes(
     run: Run, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted after every few steps of all stages, again and again, until it gets through."""
+    """Interrupted again and again, each time three steps further, until it gets through."""
     command = ("compress", model, "--bits", 4, "--data", text, *QUICK, "--refine", "-o")
     assert run(*command, tmp_path / "straight").code == 0
     out, notes = tmp_path / "out", ""
-    for _ in range(20):
+    for attempt in range(20):
         with monkeypatch.context() as patch:
-            patch.setattr("quantlib.cli.compress.Bars", lambda _: Interruption(4))
+            patch.setattr(
+                "quantlib.cli.compress.Bars", lambda _, moment=1 + 3 * attempt: Interruption(moment)
+            )
             answer = run(*command, out)
         if answer.code == 0:
             break

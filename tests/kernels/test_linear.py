@@ -39,7 +39,7 @@ def run(library: cpu.Library, packed: PackedWeight, x: Tensor, mode: str, **how)
 
 
 def integer_tokens(tokens: int, length: int, generator: torch.Generator) -> Tensor:
-    """Activations that int8 rounding leaves alone: integers, the largest of each token being 127."""
+    """Activations that int8 rounding leaves alone: integers, and in each token 127 the largest."""
     x = torch.randint(-127, 128, (tokens, length), generator=generator).float()
     x[:, 0] = 127.0
     return x

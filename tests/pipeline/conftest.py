@@ -18,10 +18,16 @@ SMALL: dict[str, Any] = {
     "probe_windows": 2,
     "probes": 3,
     "passes": 1,
-    "schemes": ["w2g32z4s4", "w3g32z4s4", "w4g32zs4", "w6g64zs6"],
+    "refine": True,
+    "schemes": ["w2g32z4s4", "w4g32zs4", "w6g64zs6"],
     "report": False,
 }
-"""The smallest request in which every stage has something to do."""
+
+
+@pytest.fixture(scope="session")
+def small() -> dict[str, Any]:
+    """The smallest request in which every stage has something to do, without model and budget."""
+    return dict(SMALL)
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +83,8 @@ class Worker:
         return dict(json.loads(stdout.readline()))
 
     def close(self) -> None:
-        self._process.communicate(timeout=30)
+        self._process.kill()
+        self._process.communicate()
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +95,12 @@ def worker() -> Iterator[Worker]:
     process.close()
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by relative path."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+@pytest.fixture(scope="session")
+def contents() -> Callable[[Path], dict[str, bytes]]:
+    """`contents(folder)`: every file below it, by relative path."""
+
+    def read(folder: Path) -> dict[str, bytes]:
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+    return read

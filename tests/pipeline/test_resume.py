@@ -10,31 +10,23 @@ from typing import Any
 
 import pytest
 
-from quantlib.pipeline import Result
-
 KILLS = 20
-REQUEST: dict[str, Any] = {
-    "size": "20%",
-    "seqlen": 64,
-    "windows": 4,
-    "probe_windows": 2,
-    "probes": 3,
-    "passes": 1,
-    "schemes": ["w2g32z4s4", "w4g32zs4", "w6g64zs6"],
-    "report": False,
-}
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+Contents = Callable[[Path], dict[str, bytes]]
 
 
 class Runs:
     """One request, run undisturbed once, and then again and again under fire."""
 
-    def __init__(self, worker: Callable[..., dict[str, Any]], folder: Path, **call: Any) -> None:
-        self.worker, self.call = worker, call
+    def __init__(
+        self,
+        worker: Callable[..., dict[str, Any]],
+        contents: Contents,
+        folder: Path,
+        call: dict[str, Any],
+    ) -> None:
+        self.worker, self.contents, self.call = worker, contents, call
         self.out, self.work = folder / "out", folder / "out.work"
         undisturbed = folder / "undisturbed"
         answer = worker({**call, "out": undisturbed})
@@ -52,7 +44,7 @@ class Runs:
         return bool(answer["killed"])
 
     def check(self) -> None:
-        found = contents(self.out)
+        found = self.contents(self.out)
         assert found.keys() == self.expected.keys()
         assert [name for name in found if found[name] != self.expected[name]] == []
         assert (self.work / "sensitivity.json").read_bytes() == self.table
@@ -68,12 +60,17 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(
     worker: Callable[..., dict[str, Any]],
+    contents: Contents,
     tmp_path_factory: pytest.TempPathFactory,
-    llama: Path,
+    tiny_llama: Callable[..., Path],
     text: str,
+    small: dict[str, Any],
 ) -> Runs:
+    """Of a model with three blocks, so that one has blocks on both sides."""
     folder = tmp_path_factory.mktemp("resume")
-    return Runs(worker, folder, model=llama, data=text, **REQUEST)
+    model = tiny_llama(folder / "model", hidden_size=32, num_hidden_layers=3)
+    call = {**small, "model": model, "data": text, "size": "20%", "swaps": 2}
+    return Runs(worker, contents, folder, call)
 
 
 @pytest.fixture(autouse=True)
@@ -106,16 +103,21 @@ def test_twenty_kills_in_place_of_changes_of_the_disk(runs: Runs) -> None:
 
 
 STEPS = [
-    ("calibrate", 0),
-    ("calibrate", 1),
-    ("calibrate", 3),
+    ("calibrate", 0),  # forward through three blocks, the head, and back
+    ("calibrate", 2),
     ("calibrate", 4),
+    ("calibrate", 5),
+    ("calibrate", 6),
+    ("calibrate", 7),
     ("measure", 1),
     ("measure", 4),
     ("probe", 0),
     ("probe", 1),
+    ("swap", 2),
     ("re-round", 1),
     ("re-round", 2),
+    ("re-round", 3),
+    ("compare", 0),
     ("compare", 1),
     ("write", 0),
     ("write", 1),

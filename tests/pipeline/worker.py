@@ -8,10 +8,11 @@ fork of this one pays nothing. Reads one JSON request a line and answers with on
     {"call": {...}, "operation": 17}           SIGKILL in place of the 17th change of the disk
     {"call": {...}, "stage": ["measure", 2]}   SIGKILL after the second step of a stage
 
-    {"killed": true, "error": "", "seconds": 0.31, "operations": 0}
+    {"killed": true, "error": "", "seconds": 0.31}
 
 `error` is the text of the QuantlibError the child ended with (with "!" before it, if it was another
-exception); `operations` the number of changes of the disk it made, when it was not killed.
+exception). A child that was not killed also says how many changes of the disk it made
+(`operations`), how many bytes it wrote (`written`), and by how many its memory grew (`memory`).
 
 It is started by tests, not collected: nothing here has run on threads before a fork.
 """
@@ -19,6 +20,7 @@ It is started by tests, not collected: nothing here has run on threads before a 
 import contextlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -29,6 +31,7 @@ import transformers  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 
+from quantlib.checkpoint.disk import Sink
 from quantlib.errors import QuantlibError
 from quantlib.pipeline import compress
 
@@ -84,20 +87,37 @@ class Steps:
 
 def child(request: dict[str, Any], answers: int) -> None:
     torch.set_num_threads(1)
-    answer = {"error": ""}
+    error, written, before = "", 0, resident()
+    write = Sink.write
+
+    def counted(sink: Sink, data: Any) -> int:
+        nonlocal written
+        written += memoryview(data).nbytes
+        return write(sink, data)
+
+    Sink.write = counted  # type: ignore[method-assign]
     disk = Disk(request.get("operation"))
     call = dict(request["call"])
     if "stage" in request:
         call["progress"] = Steps(*request["stage"])
     try:
         compress(**call)
-    except QuantlibError as error:
-        answer["error"] = str(error)
-    except BaseException as error:
-        answer["error"] = f"!{type(error).__name__}: {error}"
+    except QuantlibError as sentence:
+        error = str(sentence)
+    except BaseException as other:
+        error = f"!{type(other).__name__}: {other}"
+    # the peak is of this process alone: it was reset when it was forked
+    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    answer = {"error": error, "operations": disk.count, "written": written, "memory": memory}
     with os.fdopen(answers, "w") as pipe:
-        json.dump({**answer, "operations": disk.count}, pipe)
+        json.dump(answer, pipe)
     os._exit(0)
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +135,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     with os.fdopen(reading) as pipe:
         text = pipe.read()
     _, status = os.waitpid(pid, 0)
-    answer = {"killed": os.WIFSIGNALED(status), "error": "", "operations": 0}
+    answer: dict[str, Any] = {"killed": os.WIFSIGNALED(status), "error": ""}
     if not answer["killed"]:
         answer |= json.loads(text)
     return {**answer, "seconds": time.monotonic() - started}

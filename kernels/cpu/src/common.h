@@ -33,8 +33,8 @@ inline int64_t pieces(const QlSegment& s) {
   return (padded(s) + piece_span(s) - 1) / piece_span(s);
 }
 
-// Groups are never longer than a piece unless there is one; past a ragged last group there is only
-// padding.
+// A piece is shorter than its group only when that is the only one. Past the last group, which may
+// be ragged, there is padding.
 inline int64_t group_of_piece(const QlSegment& s, int64_t piece) {
   return smaller(piece, s.groups - 1);
 }
@@ -53,8 +53,9 @@ inline int64_t total_pieces(const QlWeight& w) {
 
 inline int64_t most_groups(const QlWeight& w) {
   int64_t most = 0;
-  for (int64_t i = 0; i < w.segment_count; ++i)
+  for (int64_t i = 0; i < w.segment_count; ++i) {
     most = most > w.segments[i].groups ? most : w.segments[i].groups;
+  }
   return most;
 }
 

@@ -33,10 +33,17 @@ const IsaKernels* kernels_of(int32_t isa) {
   return isa == QL_ISA_PORTABLE ? &ql::portable_kernels : nullptr;
 }
 
-// Memory of one thread that grows and stays: a decoding step calls hundreds of kernels.
+// Memory of one thread that stays for the next call, as a decoding step makes hundreds.
 class Buffer {
  public:
   ~Buffer() { free(data_); }
+  // Give back what only a long prompt needs.
+  void trim() {
+    if (size_ <= kKeptBytes) return;
+    free(data_);
+    data_ = nullptr;
+    size_ = 0;
+  }
   uint8_t* reserve(int64_t bytes) {
     if (bytes <= size_) return data_;
     free(data_);
@@ -48,6 +55,7 @@ class Buffer {
   }
 
  private:
+  static constexpr int64_t kKeptBytes = 4 << 20;
   uint8_t* data_ = nullptr;
   int64_t size_ = 0;
 };
@@ -113,6 +121,7 @@ int32_t run_linear(const LinearKernel& kernel, const QlWeight* weight, const flo
                 kernel.scratch_bytes(*weight, tokens), false};
   ql::parallel_for((weight->rows + job.rows_per_task - 1) / job.rows_per_task, threads, linear_task,
                    &job);
+  token_buffer.trim();
   return job.out_of_memory ? QL_NO_MEMORY : QL_OK;
 }
 

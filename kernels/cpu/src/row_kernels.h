@@ -8,8 +8,8 @@
 // An `Isa` supplies
 //   Spread                       eight packed codes to eight bytes (see common.h)
 //   Vector                       a GCC vector of floats
-//   dot4(w, stride, a, n, sums)  sums[r] = sum over n of w[r * stride + i] * a[i]; n is a multiple
-//   of 16
+//   dot4(w, stride, a, n, sums)  sums[r] = sum over i < n of w[r * stride + i] * a[i], for four r;
+//                                n is a multiple of 16
 #pragma once
 
 #include "common.h"

@@ -1,0 +1,84 @@
+"""Recipes: what was asked for, complete, checked, and readable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from quantlib.errors import UsageError
+from quantlib.recipe import FUSED_SCHEMES, NATIVE_SCHEMES, PRESETS, Recipe
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_yaml_reads_back(preset: str, tmp_path: Path) -> None:
+    recipe = Recipe.create(data="text.txt", preset=preset, seed=7, damping=0.05, schemes=("w4",))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    assert Recipe.load(file) == recipe
+
+
+def test_a_preset_fills_what_was_not_given() -> None:
+    fast = Recipe.create(data="text.txt", preset="fast", passes=None, windows=12)
+    assert (fast.passes, fast.windows) == (PRESETS["fast"]["passes"], 12)
+    assert Recipe.create(data="text.txt").schemes == NATIVE_SCHEMES
+
+
+def test_schemes_are_kept_once_and_under_their_canonical_names() -> None:
+    recipe = Recipe.create(data="text.txt", schemes=["w4g64z4", "w4g64z", "w8a16", "w8"])
+    assert recipe.schemes == ("w4g64z", "w8")
+
+
+@pytest.mark.parametrize("schemes", [NATIVE_SCHEMES, FUSED_SCHEMES])
+def test_our_own_candidates_are_valid_and_different(schemes: tuple[str, ...]) -> None:
+    assert Recipe.create(data="text.txt", schemes=schemes).schemes == schemes
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"windows": 0}, r"not valid: windows: .*greater than or equal to 1"),
+        ({"seqlen": "many"}, r"seqlen: .*integer"),
+        ({"damping": 0.0}, r"damping: .*greater than 0"),
+        ({"preset": "quick"}, r"unknown preset 'quick': use one of best, fast"),
+        ({"preset": ["fast"]}, r"unknown preset"),
+        ({"window": 4}, r"no field 'window'; the fields are data, preset, seqlen, windows"),
+        ({"schemes": []}, r"schemes: name at least one candidate"),
+        ({"schemes": ["w9"]}, r"schemes: 'w9' is not a scheme: write for example w4g64"),
+        ({"schemes": ["w4g64", "bf16"]}, r"bf16 leaves a weight as it is and cannot be a candi"),
+        ({"schemes": ["w4g64a8"]}, r"w4g64a8 rounds activations.*write w4g64"),
+        ({"probes": 2}, r"probes must be 0, or at least 3"),
+        ({"swaps": 5, "probe_windows": 1}, r"swaps need at least 2 probe_windows"),
+        ({"windows": 0, "seqlen": 1}, r"seqlen: .*; windows: "),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_said_in_a_sentence(fields: dict[str, object], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence) as caught:
+        Recipe.create(**{"data": "text.txt", **fields})
+    assert "pydantic" not in str(caught.value)
+    assert "Value error" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"data: [unclosed", "is not YAML"),
+        (b"- data", "must be a YAML mapping"),
+        (b"1: 2", "must be a YAML mapping"),
+        (b"\xff\xfe\x00", "is not YAML|cannot be read"),
+        (b"seed: 3", "data: Field required"),
+        (b"data: ''", "data: .*at least 1 character"),
+        (b"data: !!python/object/apply:os.system ['true']", "is not YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes, sentence: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match=sentence):
+        Recipe.load(file)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"recipe\.yaml cannot be read: No such file"):
+        Recipe.load(tmp_path / "recipe.yaml")
