@@ -82,7 +82,7 @@ class Bench:
         """The shared work directory's run, its sensitivity table and allocation problem."""
         with open_run(self.model, self.work, self.recipe) as run:
             budget = Budget(size=f"{BUDGETS_MB[0]}MB")
-            table = measured_table(run, budget)
+            table = measured_table(run)
             yield run, table, allocation_problem(run.model_map, table, budget)
 
     def trial(self, run: Run, windows: Tensor) -> DenseTrial:

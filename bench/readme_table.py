@@ -23,16 +23,19 @@ def results_table() -> str:
     budgets = _read("quality_budgets")["rows"]
     baselines = {row["budget_mb"]: row for row in _read("quality_baselines")["rows"]}
     lines = [
-        "| checkpoint | KL, as shipped | perplexity | exact allocation | uniform | first/last + down_proj | random |",
+        "| checkpoint | KL, measured | KL, predicted (95 %) | perplexity "
+        "| uniform bits | first/last + down_proj | random |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in budgets:
         base = baselines[row["budget_mb"]]
+        kl = row["predicted"]
         cells = [
             f"{row['bytes'] / 1e6:.1f} MB",
-            f"**{row['kl']:.3f}** ± {row['kl_error']:.3f}",
+            f"**{row['kl']:.4f}** ± {row['kl_error']:.4f}",
+            f"{kl['kl']:.3f} ({kl['kl_low']:.3f} to {kl['kl_high']:.3f})",
             f"x {row['perplexity_ratio']:.3f}",
-            *(f"{base[name]['kl']:.3f}" for name in ("exact", "uniform", "first_last", "random")),
+            *(f"{base[name]['kl']:.4f}" for name in ("uniform", "first_last", "random")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

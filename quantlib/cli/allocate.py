@@ -154,10 +154,8 @@ def apply(
         quantlib apply WORK/plan.json -o OUT
         quantlib apply plan.json --work WORK -o OUT --refine
     """
-    from quantlib.checkpoint.writer import check_output
     from quantlib.pipeline.compress import apply_plan
 
-    check_output(output, overwrite=True)
     quiet_transformers()
     result = apply_plan(
         plan,

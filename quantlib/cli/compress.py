@@ -42,7 +42,6 @@ from quantlib.cli.words import next_commands
 
 if TYPE_CHECKING:
     from quantlib.pipeline.plan import Budget
-    from quantlib.recipe import Recipe
 
 
 def compress(
@@ -155,6 +154,7 @@ def measure(
     seqlen: Seqlen = None,
     windows: Windows = None,
     seed: Seed = None,
+    engine: Engine = "quantlib",
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -182,7 +182,7 @@ def measure(
         windows=windows,
         seed=seed,
     )
-    settings = recipe_for(Budget(), **fields)
+    settings = recipe_for(Budget(engine=engine), **fields)
     quiet_transformers()
     with open_run(model, work, settings, download=download, progress=Bars(notes())) as run:
         prepare(run)
@@ -211,20 +211,14 @@ def _dry_run(
     """Everything that can be checked and estimated from headers, and nothing written."""
     from dataclasses import asdict
 
-    from quantlib.models.modelmap import ModelMap
-    from quantlib.models.source import Source
-    from quantlib.pipeline.compress import load_tokenizer, recipe_for
+    from quantlib.pipeline.compress import recipe_for
     from quantlib.pipeline.estimate import for_recipe
-    from quantlib.pipeline.plan import check_request
-    from quantlib.pipeline.run import read_windows
+    from quantlib.pipeline.opening import load_inputs
     from quantlib.search.budget import format_size
 
     quiet_transformers()
-    settings: Recipe = recipe_for(budget, **fields)
-    source = Source.open(model, allow_download=download)
-    model_map = ModelMap.from_source(source)
-    check_request(model_map, settings.schemes, budget)
-    read_windows(settings, load_tokenizer(source.path))
+    settings = recipe_for(budget, **fields)
+    model_map = load_inputs(model, settings, budget=budget, download=download).model_map
     estimate, allowed = for_recipe(model_map, settings), budget.in_bytes(model_map)
     if json:
         print_json({**asdict(estimate), "disk_bytes": estimate.disk_bytes, "budget": allowed})

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quantlib.checkpoint.disk import read_json
-from quantlib.checkpoint.workdir import WorkDir
 from quantlib.checkpoint.writer import PLAN_FILE, PROVENANCE_FILE, check_output
-from quantlib.errors import CheckpointError, DataError, QuantlibError
+from quantlib.errors import CheckpointError, QuantlibError, UsageError
 from quantlib.formats.scheme import Scheme
-from quantlib.models.modelmap import ModelMap
-from quantlib.models.source import Source
 from quantlib.pipeline import estimate as estimates
 from quantlib.pipeline import workfiles
 from quantlib.pipeline.apply import Refinement, apply
 from quantlib.pipeline.calibrate import calibrate
 from quantlib.pipeline.measure import measure
-from quantlib.pipeline.plan import Budget, allocation_problem, check_request, search
+from quantlib.pipeline.opening import load_tokenizer, open_run, reopen_run
+from quantlib.pipeline.plan import Budget, allocation_problem, search
 from quantlib.pipeline.probe import probe
-from quantlib.pipeline.run import Progress, Run, Silent, read_windows
+from quantlib.pipeline.run import Progress, Run
 from quantlib.pipeline.status import already_there
 from quantlib.pipeline.swap import swap
 from quantlib.recipe import FUSED_SCHEMES, Recipe
 from quantlib.search.plan import Plan
 from quantlib.search.problem import Problem
 from quantlib.search.sensitivity import Sensitivity
+
+__all__ = [
+    "Result",
+    "apply_plan",
+    "compress",
+    "load_tokenizer",
+    "measured_table",
+    "open_run",
+    "prepare",
+    "recipe_for",
+    "reopen_run",
+]
 
 
 @dataclass(frozen=True)
@@ -53,83 +63,6 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-@contextmanager
-def open_run(
-    model: str | Path,
-    work: str | Path,
-    recipe: Recipe,
-    *,
-    budget: Budget | None = None,
-    download: bool = False,
-    progress: Progress | None = None,
-) -> Iterator[Run]:
-    """A run on a locked work directory.
-
-    budget: checked to be possible. Raises a QuantlibError for anything wrong with the model, its
-    tokenizer, the data or the budget before the folder is made, and then for the folder.
-    """
-    source = Source.open(model, allow_download=download)
-    model_map = ModelMap.from_source(source)
-    if budget is not None:
-        check_request(model_map, recipe.schemes, budget)
-    tokenizer = load_tokenizer(source.path)
-    windows = read_windows(recipe, tokenizer)
-    with WorkDir.open(work) as workdir:
-        workfiles.claim_folder(workdir.path, source, model_map)
-        run = Run(source, model_map, workdir, recipe, tokenizer, progress or Silent())
-        run.all_windows = windows
-        yield run
-
-
-@contextmanager
-def reopen_run(
-    work: str | Path,
-    *,
-    model: str | Path | None = None,
-    with_data: bool = False,
-    progress: Progress | None = None,
-) -> Iterator[Run]:
-    """The run that measured a work directory, from the files it left there.
-
-    model:     where the model lies now; where it was measured, by default.
-    with_data: read the calibration text too, and check that it is still the same.
-    """
-    known, recipe = workfiles.load_model(work), workfiles.load_recipe(work)
-    table = workfiles.load_table(work, known.model_map)
-    source = Source.open(model or known.path)
-    tokenizer = load_tokenizer(source.path)
-    with WorkDir.open(work) as workdir:
-        run = Run(source, known.model_map, workdir, recipe, tokenizer, progress or Silent())
-        made_from = table.provenance
-        if run.source_hash != made_from.get("source"):
-            raise CheckpointError(
-                f"{source.path} is not the model that was measured in {work}: its files differ. "
-                "Give that model with --model, or measure this one in another work directory"
-            )
-        if not with_data:
-            run.rounding_hash = made_from.get("bank", "")
-        elif run.rounding_hash != made_from.get("bank"):
-            raise CheckpointError(
-                f"the calibration text {recipe.data} is not the one that was measured in {work}: "
-                "restore it, or apply the plan without --refine"
-            )
-        yield run
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer beside a model. Raises DataError when there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # transformers raises many types here, for one reason
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"{path} has no usable tokenizer ({reason}): put the model's tokenizer.json and "
-            "tokenizer_config.json beside its weights"
-        ) from error
-
-
 def prepare(run: Run, out: Path | None = None, budget: int = 0) -> estimates.Estimate:
     """The pre-flight estimate and what is already done, said through the run's progress.
 
@@ -145,7 +78,7 @@ def prepare(run: Run, out: Path | None = None, budget: int = 0) -> estimates.Est
     return found
 
 
-def measured_table(run: Run, budget: Budget | None = None) -> Sensitivity:
+def measured_table(run: Run) -> Sensitivity:
     """Calibrate, measure and probe; the table is written to the work directory.
 
     Probes are plans without rules, so the table serves every later budget.
@@ -187,6 +120,7 @@ def compress(
     out = Path(out)
     place = default_work(out) if work is None else Path(work)
     check_output(out, overwrite=True)
+    _check_apart(out, place)
     with open_run(
         model, place, settings, budget=budget, download=download, progress=progress
     ) as run:
@@ -287,6 +221,16 @@ def finish(
         page,
         dict(run.seconds),
     )
+
+
+def _check_apart(out: Path, work: Path) -> None:
+    """Raise UsageError for a work directory inside the folder of the checkpoint."""
+    checkpoint, place = Path(os.path.abspath(out)), Path(os.path.abspath(work))
+    if checkpoint == place or checkpoint in place.parents:
+        raise UsageError(
+            f"the work directory {work} lies in {out}, which holds the checkpoint and nothing "
+            "else: choose a --work beside it"
+        )
 
 
 def _check_replaced(out: Path, run: Run, overwrite: bool, is_ours: Callable[[Plan], bool]) -> None:

@@ -137,6 +137,19 @@ def test_more_windows_than_the_text_has(compress_fails: Fails) -> None:
     assert "fewer windows" in sentence
 
 
+def test_windows_longer_than_the_model_s_positions(compress_fails: Fails) -> None:
+    assert "use --seqlen 512 or less" in compress_fails(2, "--bits", 5, "--seqlen", 600)
+
+
+def test_a_tokenizer_of_another_model(
+    compress_fails: Fails, tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    small = tiny_llama(tmp_path / "small", vocab_size=100)
+    sentence = compress_fails(1, "--bits", 5, model=small)
+    assert "does not belong to its weights" in sentence
+    assert "100 rows" in sentence
+
+
 def test_an_unknown_preset(fails: Fails, model: Path, text: Path, tmp_path: Path) -> None:
     command = ("compress", model, "-o", tmp_path / "out", "--data", text, "--bits", 5)
     assert "unknown preset 'medium'" in fails(2, *command, "--preset", "medium")
@@ -239,6 +252,15 @@ def test_an_output_that_is_taken(fails: Fails, model: Path, text: Path, tmp_path
         assert "is not empty and is not a checkpoint of quantlib" in sentence
     assert (out / "thesis.doc").read_text() == "important"
     assert not (tmp_path / "out.work").exists(), "work began although it could not end"
+
+
+@pytest.mark.parametrize("place", ["out", "out/work"])
+def test_a_work_directory_in_the_output(
+    fails: Fails, model: Path, text: Path, tmp_path: Path, place: str
+) -> None:
+    command = compress(model, text, tmp_path / "out", "--work", tmp_path / place)
+    assert "choose a --work beside it" in fails(2, *command)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_output_that_is_a_file(fails: Fails, model: Path, text: Path, tmp_path: Path) -> None:

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from quantlib.errors import DataError
-from quantlib.formats import dequantize
+from quantlib.formats import (
+    QuantizedSegment,
+    QuantizedWeight,
+    Scheme,
+    Segment,
+    dequantize,
+    pack,
+)
 from quantlib.kernels import ops, reference
 from quantlib.kernels.cpu import library as cpu
 
@@ -22,6 +29,17 @@ def test_dequantized_rows_equal_the_reference(library, draw, isa, scheme):
         assert torch.equal(library.dequantize(described, isa=isa), matrix)
         assert torch.equal(library.dequantize(described, ids, isa=isa), matrix[ids])
         assert torch.equal(library.dequantize(described, range(30, 37), isa=isa), matrix[30:])
+
+
+def test_scales_at_the_ends_of_float16_are_exact(library, isa):
+    scales = torch.tensor([[0.0], [2**-24], [2**-14 - 2**-24], [2**-14], [65504.0]])
+    codes = torch.arange(256).to(torch.uint8).expand(5, -1).contiguous()
+    segment = Segment(0, 256, Scheme.parse("w8").weight)
+    weight = QuantizedWeight((5, 256), (QuantizedSegment(segment, codes, scales.half()),))
+    packed = ops.PackedWeight.from_tensors(pack(weight), (5, 256), [segment])
+    described = cpu.describe(list(packed.tensors.values()), packed.layout)
+    expected = (torch.arange(256) - 128) * scales
+    assert torch.equal(library.dequantize(described, isa=isa), expected)
 
 
 def test_the_number_of_threads_changes_no_bit(library, draw, isa):

@@ -188,7 +188,8 @@ def test_activations_that_are_not_numbers_stay_visible_and_alone(library, draw, 
 
 def test_tiny_and_zero_activations_are_rounded_like_the_reference(library, draw, isa):
     weight, packed = draw(ROWS, [("w5g32", 64)])
-    x = torch.zeros(6, 64)
+    x = torch.zeros(7, 64)
+    x[0] = torch.linspace(-190, 190, 64).round() * 2**-149  # its scale is not 1.5 but 1 subnormal
     x[1] = 1e-45  # its scale underflows to zero
     x[2] = torch.linspace(-1e-38, 1e-38, 64)
     x[3] = torch.linspace(-1e30, 1e30, 64)
@@ -196,7 +197,7 @@ def test_tiny_and_zero_activations_are_rounded_like_the_reference(library, draw,
     x[5] = torch.arange(64) - 31.5  # quotients around one half
     expected = reference.linear(x, weight, activation_bits=8)
     found = run(library, packed, x, "int8", isa=isa)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-45)
 
 
 any_scheme = st.sampled_from(

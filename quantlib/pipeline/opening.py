@@ -1,0 +1,145 @@
+"""Opening a run: everything that can be wrong with a request is found before a folder is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from quantlib.checkpoint.workdir import WorkDir
+from quantlib.errors import CheckpointError, DataError, UsageError
+from quantlib.models.modelmap import ModelMap
+from quantlib.models.source import Source
+from quantlib.pipeline import workfiles
+from quantlib.pipeline.plan import Budget, check_request
+from quantlib.pipeline.run import Progress, Run, Silent, read_windows
+from quantlib.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made from: the model, its map and tokenizer, and the windows of text."""
+
+    source: Source
+    model_map: ModelMap
+    tokenizer: Any
+    windows: Tensor
+
+
+def load_inputs(
+    model: str | Path, recipe: Recipe, *, budget: Budget | None = None, download: bool = False
+) -> Inputs:
+    """Read what a run needs, without writing anything.
+
+    budget: checked to be possible. Raises a QuantlibError for anything wrong with the model, its
+    tokenizer, the data, or the budget.
+    """
+    source = Source.open(model, allow_download=download)
+    model_map = ModelMap.from_source(source)
+    if budget is not None:
+        check_request(model_map, recipe.schemes, budget)
+    tokenizer = load_tokenizer(source.path)
+    _check_length(source, recipe)
+    windows = read_windows(recipe, tokenizer)
+    _check_vocabulary(source, model_map, windows)
+    return Inputs(source, model_map, tokenizer, windows)
+
+
+def _check_length(source: Source, recipe: Recipe) -> None:
+    """Raise UsageError for windows that are longer than any text the model was made for."""
+    config = source.config.get("text_config") or source.config
+    longest = config.get("max_position_embeddings")
+    if isinstance(longest, int) and recipe.seqlen > longest:
+        raise UsageError(
+            f"windows of {recipe.seqlen} tokens do not fit {source.path}, whose longest text has "
+            f"{longest}: use --seqlen {longest} or less"
+        )
+
+
+def _check_vocabulary(source: Source, model_map: ModelMap, windows: Tensor) -> None:
+    """Raise DataError when the tokenizer makes tokens that the embedding does not have."""
+    sizes = [w.out_features for w in model_map.weights if w.kind == "embedding"]
+    largest = int(windows.max())
+    if sizes and largest >= min(sizes):
+        raise DataError(
+            f"the tokenizer in {source.path} does not belong to its weights: it gives token "
+            f"{largest}, and the embedding has {min(sizes)} rows; fetch both again"
+        )
+
+
+@contextmanager
+def open_run(
+    model: str | Path,
+    work: str | Path,
+    recipe: Recipe,
+    *,
+    budget: Budget | None = None,
+    download: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[Run]:
+    """A run on a locked work directory.
+
+    budget: checked to be possible. Raises a QuantlibError for anything wrong with the model, its
+    tokenizer, the data or the budget before the folder is made, and then for the folder.
+    """
+    inputs = load_inputs(model, recipe, budget=budget, download=download)
+    with WorkDir.open(work) as workdir:
+        workfiles.claim_folder(workdir.path, inputs.source, inputs.model_map)
+        run = Run(
+            inputs.source, inputs.model_map, workdir, recipe, inputs.tokenizer, progress or Silent()
+        )
+        run.all_windows = inputs.windows
+        yield run
+
+
+@contextmanager
+def reopen_run(
+    work: str | Path,
+    *,
+    model: str | Path | None = None,
+    with_data: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[Run]:
+    """The run that measured a work directory, from the files it left there.
+
+    model:     where the model lies now; where it was measured, by default.
+    with_data: read the calibration text too, and check that it is still the same.
+    """
+    known, recipe = workfiles.load_model(work), workfiles.load_recipe(work)
+    table = workfiles.load_table(work, known.model_map)
+    source = Source.open(model or known.path)
+    tokenizer = load_tokenizer(source.path)
+    with WorkDir.open(work) as workdir:
+        run = Run(source, known.model_map, workdir, recipe, tokenizer, progress or Silent())
+        made_from = table.provenance
+        if run.source_hash != made_from.get("source"):
+            raise CheckpointError(
+                f"{source.path} is not the model that was measured in {work}: its files differ. "
+                "Give that model with --model, or measure this one in another work directory"
+            )
+        if not with_data:
+            run.rounding_hash = made_from.get("bank", "")
+        elif run.rounding_hash != made_from.get("bank"):
+            raise CheckpointError(
+                f"the calibration text {recipe.data} is not the one that was measured in {work}: "
+                "restore it, or apply the plan without --refine"
+            )
+        yield run
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer beside a model. Raises DataError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # transformers raises many types here, for one reason
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{path} has no usable tokenizer ({reason}): put the model's tokenizer.json and "
+            "tokenizer_config.json beside its weights"
+        ) from error
