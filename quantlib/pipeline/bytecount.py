@@ -1,8 +1,10 @@
-"""Bytes of a checkpoint before it exists: exact payloads, and headers counted with their longest possible offsets.
+"""Bytes of a checkpoint before it exists: exact payloads, and headers counted with their longest
+possible offsets.
 
-The solver needs the size as a sum over weights, but a safetensors header holds offsets as text, whose length depends on
-everything before them. Counting every offset with as many digits as the largest file's makes the sum an upper bound, a few
-bytes per tensor above the truth: a budget is never exceeded.
+The solver needs the size as a sum over weights, but a safetensors header holds offsets as text,
+whose length depends on everything before them. Counting every offset with as many digits as the
+largest file's makes the sum an upper bound, a few bytes per tensor above the truth: a budget is
+never exceeded.
 """
 
 from __future__ import annotations
@@ -10,15 +12,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-
+from quantlib.checkpoint.tensorfile import LAYOUT
 from quantlib.formats.scheme import Scheme
 from quantlib.formats.size import kept_bytes, payload_bytes
 from quantlib.formats.weight import packed_layout
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.rows import Weight
 
-_DIGITS = 13
-"""Digits of an offset below ten terabytes."""
+_DIGITS = 12
+"""Digits of an offset below a terabyte: files have 5 GB, or hold a single larger tensor."""
+_DTYPE = max(LAYOUT, key=len)
 _FILE_OVERHEAD = 8 + 8 + len(json.dumps({"__metadata__": {"format": "pt"}}, separators=(",", ":")))
 """Length field, padding to 8 bytes, and the fixed part of one file's header."""
 
@@ -28,7 +31,9 @@ def weight_bytes(weight: Weight, scheme: Scheme) -> int:
     if scheme.weight is None:
         return payload(weight, scheme) + _header_entry(weight.name, weight.shape)
     layout = packed_layout(_matrix_shape(weight), scheme.segments(weight.in_features))
-    entries = sum(_header_entry(weight.name + suffix, shape) for suffix, (_, shape) in layout.items())
+    entries = sum(
+        _header_entry(weight.name + suffix, shape) for suffix, (_, shape) in layout.items()
+    )
     return payload(weight, scheme) + entries
 
 
@@ -45,14 +50,16 @@ def _matrix_shape(weight: Weight) -> tuple[int, int]:
 
 
 def fixed_bytes(model_map: ModelMap, shard_bytes: int) -> int:
-    """Bytes that no choice changes: kept parameters, and the fixed parts of as many files as there may be."""
+    """Bytes that no choice changes: kept parameters, and the fixed parts of as many files as there
+    may be."""
     kept = sum(row.nbytes + _header_entry(row.name, row.shape) for row in model_map.kept)
-    files = 1 + model_map.nbytes // shard_bytes
+    files = 1 + 2 * model_map.nbytes // shard_bytes  # two neighbours are more than one shard
     return kept + files * _FILE_OVERHEAD
 
 
 def _header_entry(name: str, shape: Sequence[int]) -> int:
-    """Longest possible header entry of a tensor: `"name":{"dtype":"...","shape":[...],"data_offsets":[a,b]},`."""
+    """Longest possible header entry of a tensor:
+    `"name":{"dtype":"...","shape":[...],"data_offsets":[a,b]},`."""
     offset = 10**_DIGITS - 1
-    entry = {name: {"dtype": "F16", "shape": list(shape), "data_offsets": [offset, offset]}}
+    entry = {name: {"dtype": _DTYPE, "shape": list(shape), "data_offsets": [offset, offset]}}
     return len(json.dumps(entry, ensure_ascii=False, separators=(",", ":")).encode())

@@ -1,7 +1,9 @@
-"""The measure stage: every weight in every candidate scheme, rounded once, scored, and kept in the layer bank.
+"""The measure stage: every weight in every candidate scheme, rounded once, scored, and kept in the
+layer bank.
 
-One linear group at a time: its weights and statistics are read, all candidates are rounded together, each rounding error
-is scored, and the packed tensors go to the bank with their score. The sensitivity table is then read off the bank.
+One linear group at a time: its weights and statistics are read, all candidates are rounded
+together, each rounding error is scored, and the packed tensors go to the bank with their score. The
+sensitivity table is then read off the bank.
 """
 
 from __future__ import annotations
@@ -186,7 +188,8 @@ def _round_embedding(run: Run, weights: list[Weight], schemes: list[Scheme]) -> 
 def embedding_hessian(stats: EmbeddingStatistics, head: bool, lookup: bool) -> Tensor:
     """One Hessian [D, D] for all rows of an embedding: the average row's.
 
-    As a head, row v costs variance_v h h^T; as an embedding, frequency_v times the gradient's second moment.
+    As a head, row v costs variance_v h h^T; as an embedding, frequency_v times the gradient's
+    second moment.
     """
     rows = len(stats.variance)
     hessian = torch.zeros_like(stats.head_input)
@@ -198,8 +201,8 @@ def embedding_hessian(stats: EmbeddingStatistics, head: bool, lookup: bool) -> T
 
 
 def _embedding_scorer(run: Run, stats: EmbeddingStatistics, head: bool, lookup: bool) -> Scorer:
-    """Its Fisher score; without gradients relative to the whole weight's, in each of its uses, to be
-    comparable with the scores of blocks."""
+    """Its Fisher score; without gradients relative to the whole weight's, in each of its uses, to
+    be comparable with the scores of blocks."""
     uses = [use for use in ((True, False), (False, True)) if use[0] <= head and use[1] <= lookup]
 
     def score(weight: Tensor, error: Tensor) -> tuple[float, float]:

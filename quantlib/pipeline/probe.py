@@ -1,9 +1,10 @@
 """Probes: a few plans whose KL is really measured, so that a predicted loss becomes a prediction of
 KL with an interval.
 
-The sum of predicted losses leaves out cross terms between weights; how much that matters is a property of the model, and
-a handful of measured plans shows it (`search.calibrate`). Probes are the solver's own plans at budgets spread
-evenly, in bits, from near the smallest possible size to where losses vanish: the plans people ask for lie between them.
+The sum of predicted losses leaves out cross terms between weights; how much that matters is a
+property of the model, and a handful of measured plans shows it (`search.calibrate`). Probes are the
+solver's own plans at budgets spread evenly, in bits, from near the smallest possible size to where
+losses vanish: the plans people ask for lie between them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def probe(run: Run, table: Sensitivity, problem: Problem) -> Sensitivity:
     points = []
     for plan in plans:
         kl = measured_kl(trials.measure(plan))
-        predicted = sum(table.entry(name, scheme).loss[problem.task] for name, scheme in plan.items())
+        predicted = sum(
+            table.entry(name, scheme).loss[problem.task] for name, scheme in plan.items()
+        )
         points.append((predicted, kl.value, kl.standard_error or 0.0))
     # A plan that loses nothing that could be measured says nothing about the ones that do.
     try:

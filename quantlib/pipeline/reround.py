@@ -192,9 +192,7 @@ class _InputWatch:
             if weight is not None:
                 weighted = q * weight[window * tokens : (window + 1) * tokens, None]
             if group.name not in moments:
-                moments[group.name] = _Moments(
-                    torch.zeros(width, width), torch.zeros(width, width)
-                )
+                moments[group.name] = _Moments(torch.zeros(width, width), torch.zeros(width, width))
             moments[group.name].hessian.addmm_(weighted.T, q)
             moments[group.name].cross.addmm_((x - q).T, weighted)
 
@@ -202,7 +200,8 @@ class _InputWatch:
 def _round(
     run: Run, block: str, moments: Mapping[str, _Moments], schemes: Mapping[str, str], inputs: str
 ) -> dict[str, Tensor]:
-    """Round every dense weight of a block to its scheme, keep it in the bank, return it dequantized."""
+    """Round every dense weight of a block to its scheme, keep it in the bank, return it
+    dequantized."""
     options = RoundingOptions(run.recipe.damping, run.recipe.passes)
     out = {}
     with run.bank.batch() as batch:
@@ -226,7 +225,8 @@ def _groups(run: Run, block: str) -> list[LinearGroup]:
 
 
 def _token_weights(run: Run, group: LinearGroup) -> Tensor | None:
-    """Weights of all calibration tokens for a group, scaled to a mean of one; None without gradients."""
+    """Weights of all calibration tokens for a group, scaled to a mean of one; None without
+    gradients."""
     (matrix,) = group_statistics(run, group.name).matrices
     if not matrix.has_gradients:
         return None

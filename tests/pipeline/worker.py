@@ -27,9 +27,8 @@ import time
 from typing import Any
 
 import torch
-import transformers  # noqa: F401
+import transformers
 import transformers.models.llama.modeling_llama  # noqa: F401
-
 
 from quantlib.checkpoint.disk import Sink
 from quantlib.errors import QuantlibError
