@@ -43,6 +43,32 @@ from quantlib.cli.words import next_commands
 if TYPE_CHECKING:
     from quantlib.pipeline.plan import Budget
 
+WorkBeside = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Work directory, OUT.work by default; another budget on it costs seconds.",
+        rich_help_panel=FILES,
+    ),
+]
+Refine = Annotated[
+    bool | None,
+    typer.Option(
+        "--refine/--no-refine",
+        help="Round the plan again with quantized inputs, and ship the better of the two.",
+        rich_help_panel=RECIPE,
+        show_default=False,
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check the request, print the estimate, and stop.",
+        rich_help_panel=OTHER,
+    ),
+]
+
 
 def compress(
     model: Model,
@@ -50,14 +76,7 @@ def compress(
     size: Size = None,
     bits: Bits = None,
     data: Data = None,
-    work: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Work directory, OUT.work by default; another budget on it costs seconds.",
-            rich_help_panel=FILES,
-        ),
-    ] = None,
+    work: WorkBeside = None,
     overwrite: Overwrite = False,
     download: Download = False,
     preset: Preset = None,
@@ -67,27 +86,12 @@ def compress(
     seqlen: Seqlen = None,
     windows: Windows = None,
     seed: Seed = None,
-    refine: Annotated[
-        bool | None,
-        typer.Option(
-            "--refine/--no-refine",
-            help="Round the plan again with quantized inputs, and ship the better of the two.",
-            rich_help_panel=RECIPE,
-            show_default=False,
-        ),
-    ] = None,
+    refine: Refine = None,
     engine: Engine = "quantlib",
     floor: Floor = None,
     ceiling: Ceiling = None,
     pin: Pin = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Check the request, print the estimate, and stop.",
-            rich_help_panel=OTHER,
-        ),
-    ] = False,
+    dry_run: DryRun = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:

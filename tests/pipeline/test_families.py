@@ -90,7 +90,7 @@ def test_the_checkpoint_is_what_was_measured(squeezed: Result, tiny_tokenizer: A
         covered = {row.name for row in run.model_map.coverage()}
     prompt = tiny_tokenizer("The lighthouse", return_tensors="pt")
     for model in (
-        quantlib.load(squeezed.path),
+        quantlib.load(squeezed.path).model,
         AutoModelForCausalLM.from_pretrained(squeezed.path),
     ):
         with torch.no_grad():
@@ -146,7 +146,7 @@ def test_every_kind_of_scheme_can_be_a_candidate(squeeze: Callable[..., Result])
     for name, scheme in result.plan.schemes.items():
         module = name.split(".")[-2]
         assert module not in kinds or scheme == kinds[module]
-    logits = quantlib.load(result.path)(torch.arange(2, 30)[None]).logits
+    logits = quantlib.load(result.path).model(torch.arange(2, 30)[None]).logits
     assert bool(torch.isfinite(logits).all())
 
 
