@@ -81,7 +81,8 @@ def main() -> None:
     console.print(f"[bold]{PROMPT}[/bold]\n{quantized.generate(PROMPT, max_new_tokens=40)}")
     console.rule()
     console.print(
-        f"report      {result.report}\ncheckpoint  {out}\ntime        {time.monotonic() - started:.0f} s"
+        f"report      {result.report}\ncheckpoint  {out}\n"
+        f"time        {time.monotonic() - started:.0f} s"
     )
 
 

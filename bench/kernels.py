@@ -15,6 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,15 +59,12 @@ def measure_shape(
         packed = _copies(fresh, nbytes)
         for tokens in TOKENS:
             x = torch.randn(tokens, columns, generator=generator)
-            xb = x.bfloat16()
             times = interleaved(
                 {
-                    "quantlib int8": lambda i, x=x, p=packed: linear(x, p[i % len(p)], mode="int8"),
-                    "quantlib exact": lambda i, x=x, p=packed: linear(
-                        x, p[i % len(p)], mode="exact"
-                    ),
-                    "torch float32": lambda i, x=x: dense_linear(x, dense[i % len(dense)]),
-                    "torch bfloat16": lambda i, x=xb: dense_linear(x, half[i % len(half)]),
+                    "quantlib int8": partial(_packed, x, packed, "int8"),
+                    "quantlib exact": partial(_packed, x, packed, "exact"),
+                    "torch float32": partial(_dense, x, dense),
+                    "torch bfloat16": partial(_dense, x.bfloat16(), half),
                 },
                 repeats,
             )
@@ -88,6 +86,14 @@ def measure_shape(
     return found
 
 
+def _packed(x: Tensor, copies: list[PackedWeight], mode: str, i: int) -> None:
+    linear(x, copies[i % len(copies)], mode=mode)
+
+
+def _dense(x: Tensor, copies: list[Tensor], i: int) -> None:
+    dense_linear(x, copies[i % len(copies)])
+
+
 def interleaved(
     candidates: dict[str, Callable[[int], Any]], repeats: int
 ) -> dict[str, tuple[float, float, float]]:
@@ -100,10 +106,12 @@ def interleaved(
             run(index)
             if index >= 2:
                 times[name].append(1e3 * (time.perf_counter() - started))
-    return {
-        name: tuple(np.quantile(values, (0.25, 0.5, 0.75)).tolist())
-        for name, values in times.items()
-    }  # type: ignore[misc]
+    return {name: _quartiles(values) for name, values in times.items()}
+
+
+def _quartiles(values: list[float]) -> tuple[float, float, float]:
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    return low, middle, high
 
 
 def read_bandwidth(megabytes: int = 512) -> float:
@@ -148,13 +156,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(found))
     else:
         print(
-            f"{found['threads']} threads, plain reads {found['read_gb_per_s']:.1f} GB/s; milliseconds, medians"
+            f"{found['threads']} threads, plain reads {found['read_gb_per_s']:.1f} GB/s; "
+            "milliseconds, medians"
         )
         for row in found["rows"]:
             peers = "  ".join(f"{name} {value:8.3f}" for name, value in row["peers"].items())
             shape = f"N={row['N']} K={row['K']} M={row['M']}"
             print(
-                f"{row['scheme']:10} {shape:24} int8 {row['ms']:8.3f}  {peers}  roof {row['roof_ms']:.3f}"
+                f"{row['scheme']:10} {shape:24} int8 {row['ms']:8.3f}  {peers}  "
+                f"roof {row['roof_ms']:.3f}"
             )
     if not options.quick:
         path = record.write("kernels", found)

@@ -1,7 +1,7 @@
 """What quality costs: KL against bytes on a real language model, held-out text, and everything
 counted.
 
-    python -P -m quantlib.bench.quality                 the five budgets, baselines, prediction, and both presets
+    python -P -m quantlib.bench.quality                 everything below, one after the other
     python -P -m quantlib.bench.quality --part budgets  one part: budgets, baselines, prediction or
     presets
 
@@ -95,14 +95,14 @@ class Bench:
 
 def budgets(bench: Bench, scratch: Path) -> dict[str, Any]:
     """Compress to each budget and measure the packed checkpoint as a user would load it."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     source = load_reference(bench)
     for size, target in zip(BUDGETS_MB, TARGET_KL, strict=True):
         started = time.monotonic()
         result = bench.compress(size, scratch / f"out-{size}", bench.work)
         seconds = time.monotonic() - started
         measured = evaluate_language(load(result.path).model, bench.windows, source)
-        row = {
+        row: dict[str, Any] = {
             "budget_mb": size,
             "bytes": result.file_bytes,
             "target_kl": target,
@@ -117,7 +117,8 @@ def budgets(bench: Bench, scratch: Path) -> dict[str, Any]:
             }
         rows.append(row)
         print(
-            f"{size} MB: {result.file_bytes:,} bytes, KL {row['kl']:.4f} +- {row['kl_error']:.4f} (target {target})"
+            f"{size} MB: {result.file_bytes:,} bytes, "
+            f"KL {row['kl']:.4f} +- {row['kl_error']:.4f} (target {target})"
         )
     return {"rows": rows}
 
@@ -136,7 +137,7 @@ def load_reference(bench: Bench) -> Any:
 def baselines(bench: Bench) -> dict[str, Any]:
     """The exact allocation against simpler ones at equal bytes, all assembled from one bank without
     re-rounding."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     with bench.run() as (run, table, problem):
         trial = bench.trial(run, bench.windows)
         for size in BUDGETS_MB:
@@ -184,7 +185,7 @@ def prediction(bench: Bench) -> dict[str, Any]:
 
 def refinement(bench: Bench, scratch: Path) -> dict[str, Any]:
     """What `--refine` and `--swaps` add at one budget, on the held-out windows."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     source = load_reference(bench)
     for name, recipe in (("plain", {}), ("refine", {"refine": True}), ("swaps", {"swaps": SWAPS})):
         started = time.monotonic()
@@ -204,7 +205,7 @@ def refinement(bench: Bench, scratch: Path) -> dict[str, Any]:
 
 def presets(bench: Bench, scratch: Path) -> dict[str, Any]:
     """Both presets from an empty work directory, timed."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     source = load_reference(bench)
     for preset in ("fast", "best"):
         started = time.monotonic()

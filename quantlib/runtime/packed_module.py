@@ -148,7 +148,7 @@ def row_block(
 ) -> dict[str, Tensor]:
     """The packed tensors of rows `first .. first + count - 1` of a packed matrix, by suffix.
 
-    Views, but for zero points that do not begin at a word (count * bits is no multiple of 32):
+    Views, but for zero points that do not begin at a word (count * zero_bits is no multiple of 32):
     those are packed anew.
     """
     block = {}
@@ -165,7 +165,7 @@ def row_block(
         if not format.symmetric:
             words = tensors[ZERO_POINT + tail]
             block[ZERO_POINT + tail] = (
-                words if whole else _zero_block(words, format.bits, first, count)
+                words if whole else _zero_block(words, format.zero_bits, first, count)
             )
     return block
 
