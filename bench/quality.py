@@ -2,8 +2,7 @@
 counted.
 
     python -P -m quantlib.bench.quality                 everything below, one after the other
-    python -P -m quantlib.bench.quality --part budgets  one part: budgets, baselines, prediction or
-    presets
+    python -P -m quantlib.bench.quality --part budgets  one part (see --help for their names)
 
 SmolLM2-135M-Instruct (the permuted copy of `bench.assets`), calibrated on nine tenths of the
 articles of a Wikipedia extract and evaluated on the tenth that was held out: KL(full precision ||

@@ -14,7 +14,6 @@ import argparse
 import math
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from quantlib.bench import assets, record

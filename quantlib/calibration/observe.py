@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from quantlib.calibration.statistics import GroupStatistics, MatrixStatistics
 from quantlib.errors import ModelError
+from quantlib.models.memory import empty
 from quantlib.models.modelmap import ModelMap
 
 SAMPLES_PER_WINDOW = 8
@@ -84,7 +85,7 @@ class Accumulator:
             for name, square in squares.items():
                 self.fisher.setdefault(name, torch.zeros(square.shape[1])).add_(square.sum(0))
         if self.hessian is None:
-            self.hessian = torch.zeros(x.shape[1], x.shape[1])
+            self.hessian = empty((x.shape[1], x.shape[1]), torch.float32).zero_()
         self.hessian.addmm_(scaled.T, scaled)
         self.weight_sum += weight_sum
         self.tokens += len(x)
@@ -95,11 +96,12 @@ class Accumulator:
             self.sample_g.setdefault(name, []).append(g[chosen])
 
     def finish(self) -> MatrixStatistics:
-        """Sums to means. A Hessian whose token weights are all zero stays zero."""
+        """Sums to means, once: the Hessian is handed over. It stays zero if all token weights are."""
         if self.hessian is None:
             return MatrixStatistics(torch.empty(0, 0), 0, 0.0)
+        hessian, self.hessian = self.hessian, None
         return MatrixStatistics(
-            self.hessian / self.weight_sum if self.weight_sum > 0 else self.hessian,
+            hessian.div_(self.weight_sum) if self.weight_sum > 0 else hessian,
             self.tokens,
             self.weight_sum,
             {name: value / self.tokens for name, value in self.fisher.items()},

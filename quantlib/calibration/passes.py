@@ -25,6 +25,7 @@ from quantlib.calibration.observe import BlockObserver, observed
 from quantlib.calibration.statistics import EmbeddingStatistics, GroupStatistics
 from quantlib.calibration.stream import BlockStream
 from quantlib.errors import DataError, ModelError
+from quantlib.models.memory import empty
 from quantlib.models.modelmap import ModelMap
 
 SAMPLED_HEAD_TOKENS = 32
@@ -56,14 +57,14 @@ def forward(stream: BlockStream, windows: Tensor, store: HiddenStore, tick: Tick
     """
     first = stream.embed(windows[0])
     if not store.has("hidden.0"):
-        entered = first.new_empty(len(windows), *first.shape[1:])
+        entered = empty((len(windows), *first.shape[1:]), first.dtype)
         for window, ids in enumerate(windows):
             entered[window] = stream.embed(ids)[0]
         store.save("hidden.0", entered)
     for index, name in enumerate(stream.block_names):
         if not store.has(f"hidden.{index + 1}"):
             states = store.load(f"hidden.{index}")
-            out = torch.empty_like(states)
+            out = empty(states.shape, states.dtype)
             with stream.block(index) as block:
                 for window, hidden in enumerate(states):
                     out[window] = stream.run(index, block, hidden[None])[0]
@@ -88,7 +89,7 @@ def head(
     states = store.load(f"hidden.{len(stream.block_names)}")
     seen: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-    gradients = torch.empty(states.shape)
+    gradients = empty(states.shape, torch.float32)
     head_input, variance = torch.zeros(()), torch.zeros(())
     samples, sample_window = [], []
     try:
@@ -160,7 +161,7 @@ def _backward_block(
 ) -> Tensor:
     """Run one block forward and backward under `observer`; the gradient at its input [W, T, D]."""
     states, upstream = store.load(f"hidden.{index}"), store.load(f"gradient.{index + 1}")
-    gradients = torch.empty(upstream.shape)
+    gradients = empty(upstream.shape, torch.float32)
     name = stream.block_names[index]
     with stream.block(index) as block, observed(stream.model, model_map, name, observer):
         for window, (hidden, gradient) in enumerate(zip(states, upstream, strict=True)):

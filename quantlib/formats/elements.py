@@ -89,7 +89,9 @@ def code_book(name: str) -> Tensor:
     element = float_element(name)
     half = 1 << (element.bits - 1)
     positive = [_value_of(code, element) for code in range(half)]
-    return torch.tensor(positive + [-value for value in positive], dtype=torch.float32)
+    values = positive + [-value for value in positive]
+    # The device is named: a first call under a default device such as meta would cache it there.
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def _value_of(code: int, element: FloatElement) -> float:
