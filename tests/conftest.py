@@ -9,6 +9,9 @@ from typing import Any
 # Before torch and transformers are imported. Tests use the network only through bench/assets.py.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny models: a second thread costs more in barriers than it computes, and a test's subprocesses
+# inherit this. Floating-point sums must not depend on how many cores the machine has.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # `python -m pytest` puts the root on sys.path, where kernels/ hides a package of that name.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
@@ -17,9 +20,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-# Two threads unless the caller says otherwise: the suite is sized for two cores, and floating-point
-# sums must not depend on how many more the machine has.
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # The same examples on every run (a failure in CI is a failure at home), and no time limit per
 # example: the first one pays for compiling or loading.
