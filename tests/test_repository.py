@@ -4,6 +4,7 @@ import ast
 import re
 import shutil
 import subprocess
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
@@ -94,16 +95,29 @@ def test_functions_fit_on_a_screen() -> None:
     assert not long, "\n".join(long)
 
 
-def asserts_something(test: FunctionNode) -> bool:
-    """Whether a test can fail except by crashing: it asserts, or calls `raises` or `assert_*`."""
+def asserts_something(test: FunctionNode, helpers: Collection[str] = ()) -> bool:
+    """Whether a test can fail except by crashing: it asserts, or calls what does.
+
+    helpers: names of functions of its module that assert.
+    """
+    known = {"raises", "warns", "fail", "opcheck", *helpers}
     for node in ast.walk(test):
         if isinstance(node, ast.Assert):
             return True
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func).split(".")[-1]
-            if name in {"raises", "warns", "fail"} or name.startswith(("assert_", "check_")):
+            if name in known or name.startswith(("assert_", "check_")):
                 return True
     return False
+
+
+def asserting_helpers(path: Path) -> set[str]:
+    """Functions of a test module, tests aside, that assert."""
+    return {
+        node.name
+        for node in functions(path)
+        if not node.name.startswith(("test_", "_")) and asserts_something(node)
+    }
 
 
 def test_every_test_asserts_something() -> None:
@@ -111,8 +125,9 @@ def test_every_test_asserts_something() -> None:
         f"{where(path, node.lineno)} {node.name}"
         for path in python_files()
         if path.name.startswith("test_")
+        for helpers in [asserting_helpers(path)]
         for node in functions(path)
-        if node.name.startswith("test_") and not asserts_something(node)
+        if node.name.startswith("test_") and not asserts_something(node, helpers)
     ]
     assert not empty, "\n".join(empty)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantlib.calibration.heap import return_free_pages
 from quantlib.errors import ModelError
 from quantlib.models import skeleton
 from quantlib.models.modelmap import ModelMap
@@ -75,6 +76,7 @@ class BlockStream:
         finally:
             skeleton.release(self.model, self.block_names[index])
             self._put(index, self._stubs[index])
+            return_free_pages()
 
     def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """One window's hidden states [1, T, D] through a loaded block; T as in the last `embed`."""

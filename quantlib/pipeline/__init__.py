@@ -1,4 +1,23 @@
-"""The stages in order: inspect, calibrate, measure, search, apply."""
+"""The stages in order. Each leaves its results in the work directory before the next begins, under
+keys that hash everything they depend on: a run that was killed goes on, and a run that differs in
+its budget alone starts at `search`.
+
+    compress    all stages, and how a work directory is opened
+    run         what stages share: source, map, work directory, recipe, hashes
+    estimate    what a run will need, before it starts
+    calibrate   statistics of every linear group
+    measure     the layer bank and the sensitivity table
+    probe       the table's calibration on measured plans
+    plan        the allocation problem and its solution
+    swap        exchanges on true KL
+    reround     the plan again, block by block with quantized inputs
+    apply       the checkpoint
+    dense       plans measured in the dense model
+    bytecount   bytes of a checkpoint before it exists
+    workfiles   what people and later commands read in a work directory
+    status      how far a run is
+    reporting   what the report shows
+"""
 
 from quantlib.pipeline.compress import Result, compress, open_run
 

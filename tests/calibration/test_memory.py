@@ -95,7 +95,6 @@ def test_32_blocks_need_the_memory_of_8(tiny_llama: Any, tmp_path: Path) -> None
         growth[blocks] = report["growth"]
         for file in [*model.glob("*.safetensors"), *work.glob("*")]:
             file.unlink()
-    print(growth)
     assert growth[8] > BLOCK_BYTES, "not even one block was seen: the measurement is blind"
     assert growth[32] <= 1.1 * growth[8], f"{growth[8]} bytes for 8 blocks, {growth[32]} for 32"
     assert growth[32] < 8 * BLOCK_BYTES, "that is no longer one block at a time"

@@ -144,9 +144,7 @@ class Direct:
         assert isinstance(weight, Tensor)
         hessian = torch.einsum("t,tk,tl->kl", weight, x, x) / weight.sum()
         fisher = {name: g.square().mean(0) for name, g in gradients.items()}
-        return MatrixStatistics(
-            hessian, len(x), float(weight.sum()), fisher, token_weight=weight
-        )
+        return MatrixStatistics(hessian, len(x), float(weight.sum()), fisher, token_weight=weight)
 
 
 def assert_near(found: Tensor, expected: Tensor, what: str) -> None:
@@ -410,7 +408,9 @@ def test_the_observed_experts_compute_what_the_module_computes(tiny, windows):
     name = it.model_map.blocks[0]
     with stream.block(0) as block, torch.no_grad():
         plain = stream.run(0, block, hidden)
-        with observed(stream.model, it.model_map, name, BlockObserver(it.model_map, name, False, 0)):
+        with observed(
+            stream.model, it.model_map, name, BlockObserver(it.model_map, name, False, 0)
+        ):
             shown = stream.run(0, block, hidden)
     torch.testing.assert_close(shown, plain, rtol=1e-5, atol=1e-5)
 

@@ -195,7 +195,7 @@ def test_a_truncated_model_is_a_sentence_and_the_block_is_put_back(tiny, tmp_pat
     stream = BlockStream(source, it.model_map)
     before = stream.embed(windows[0])
     weights = copy / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[: 20_000])
+    weights.write_bytes(weights.read_bytes()[:20_000])
     with pytest.raises(ModelError, match="shorter than when it was opened"), stream.block(2):
         pass
     assert torch.equal(stream.embed(windows[0]), before)

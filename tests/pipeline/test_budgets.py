@@ -60,6 +60,7 @@ def test_a_second_budget_rounds_nothing(squeeze: Squeeze, tmp_path: Path) -> Non
     files = {path: path.stat().st_mtime_ns for path in (work / "bank").rglob("*.safetensors")}
     second = squeeze(size="17%", work=work, refine=False, out=tmp_path / "second")
     assert units(work, *kinds) == before
+    assert list(work.glob("hidden/*")) == []
     assert {path: path.stat().st_mtime_ns for path in files} == files
     assert second.file_bytes <= second.plan.budget < first.file_bytes
     assert second.plan.schemes != first.plan.schemes
@@ -163,8 +164,26 @@ def test_presets(preset: str, tmp_path: Path, llama: Path, text: str) -> None:
     assert ("kl" in result.plan.predicted) == (preset == "best")
 
 
+class Said:
+    """Progress that remembers what was said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def start(self, stage: str, total: int) -> None: ...
+
+    def tick(self, message: str = "") -> None: ...
+
+    def finish(self) -> None: ...
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
+
+
 def test_block_local_scores_work_and_are_named_in_the_report(squeeze: Squeeze) -> None:
-    result = squeeze(gradients=False, report=True)
+    said = Said()
+    result = squeeze(gradients=False, report=True, progress=said)
+    assert any("block-local" in line for line in said.lines)
     assert result.report is not None
     assert "block-local" in result.report.read_text()
     assert result.refinement is not None

@@ -151,7 +151,7 @@ def test_the_estimate_of_memory_is_within_a_factor_of_two(
     text: str,
     small: dict[str, Any],
 ) -> None:
-    """Of what a run adds to a process that has imported torch."""
+    """Of what a run adds to a process that has imported torch, mapped files not counted."""
     shape = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 3}
     model = tiny_llama(tmp_path / "model", **shape)
     call = {**small, "passes": 0, "windows": 8, "schemes": ["w2g32z4s4", "w4g32zs4"]}
@@ -162,4 +162,5 @@ def test_the_estimate_of_memory_is_within_a_factor_of_two(
     answer = worker({**call, "model": model, "data": text, "size": "12%", "out": tmp_path / "out"})
     assert answer["error"] == ""
     expected = found.memory_bytes - PROCESS_BYTES
-    assert 0.5 <= answer["memory"] / expected <= 2
+    print("RATIO", answer["memory"], expected)
+    assert 0.5 <= answer["memory"] / expected <= 2, (answer["memory"], expected)

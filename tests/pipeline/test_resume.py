@@ -129,3 +129,12 @@ def test_kills_in_every_stage(runs: Runs) -> None:
         assert runs(stage=step), f"the run was over before {step}"
     assert not runs()
     assert not runs(), "a finished run that is run again changes nothing"
+
+
+def test_what_a_killed_run_left_does_not_outlive_another_request(runs: Runs) -> None:
+    """Hidden states are the largest files of all."""
+    assert runs(stage=("calibrate", 3))
+    assert list(runs.work.glob("hidden/*")) != []
+    answer = runs.worker({**runs.call, "out": runs.out, "seed": 1, "refine": False})
+    assert (answer["killed"], answer["error"]) == (False, "")
+    assert list(runs.work.glob("hidden/*")) == []

@@ -17,10 +17,9 @@ exception). A child that was not killed also says how many changes of the disk i
 It is started by tests, not collected: nothing here has run on threads before a fork.
 """
 
-import contextlib
 import json
+import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -86,7 +85,7 @@ class Steps:
 
 def child(request: dict[str, Any], answers: int) -> None:
     torch.set_num_threads(1)
-    error, written, before = "", 0, resident()
+    error, written = "", 0
     write = Sink.write
 
     def counted(sink: Sink, data: Any) -> int:
@@ -105,18 +104,10 @@ def child(request: dict[str, Any], answers: int) -> None:
         error = str(sentence)
     except BaseException as other:
         error = f"!{type(other).__name__}: {other}"
-    # the peak is of this process alone: it was reset when it was forked
-    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    answer = {"error": error, "operations": disk.count, "written": written, "memory": memory}
+    answer = {"error": error, "operations": disk.count, "written": written}
     with os.fdopen(answers, "w") as pipe:
         json.dump(answer, pipe)
     os._exit(0)
-
-
-def resident() -> int:
-    """Bytes of this process that are in memory."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
@@ -127,17 +118,26 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         os.close(reading)
         child(request, writing)
     os.close(writing)
-    if "seconds" in request:
-        time.sleep(request["seconds"])
-        with contextlib.suppress(ProcessLookupError):
+    first, most, status = memory_of(pid), 0, 0
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        most = max(most, memory_of(pid))
+        if time.monotonic() - started > request.get("seconds", math.inf):
             os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+    _, status = os.waitpid(pid, 0)
+    answer: dict[str, Any] = {"killed": os.WIFSIGNALED(status), "error": "", "memory": most - first}
     with os.fdopen(reading) as pipe:
         text = pipe.read()
-    _, status = os.waitpid(pid, 0)
-    answer: dict[str, Any] = {"killed": os.WIFSIGNALED(status), "error": ""}
     if not answer["killed"]:
         answer |= json.loads(text)
     return {**answer, "seconds": time.monotonic() - started}
+
+
+def memory_of(pid: int) -> int:
+    """Bytes of a process in memory that are its own: no code, no mapped files."""
+    with open(f"/proc/{pid}/status") as file:
+        found = [line.split()[1] for line in file if line.startswith("RssAnon:")]
+    return 1024 * int(found[0]) if found else 0
 
 
 def main() -> None:

@@ -188,12 +188,12 @@ PARTS = (
 
 @pytest.mark.parametrize("part", PARTS)
 def test_any_part_may_be_missing(data, part):
-    Page(render(dataclasses.replace(data, **{part: EMPTY[part]})))
+    assert Page(render(dataclasses.replace(data, **{part: EMPTY[part]}))).tags
 
 
 @pytest.mark.parametrize("part", ["predicted", "timings", "facts", "provenance"])
 def test_any_of_the_words_may_be_missing(undrawn, part):
-    Page(render(dataclasses.replace(undrawn, **{part: EMPTY[part]})))
+    assert Page(render(dataclasses.replace(undrawn, **{part: EMPTY[part]}))).tags
 
 
 def test_a_bare_report_has_a_headline_and_no_empty_sections():

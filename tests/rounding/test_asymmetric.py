@@ -35,7 +35,9 @@ def moments(clean: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor]:
 
 def output_error(rounded: Tensor, weight: Tensor, clean: Tensor, noisy: Tensor) -> float:
     """||W X - Q X'||^2"""
-    return float((weight.double() @ clean.double() - rounded.double() @ noisy.double()).square().sum())
+    return float(
+        (weight.double() @ clean.double() - rounded.double() @ noisy.double()).square().sum()
+    )
 
 
 def test_a_full_step_without_damping_is_the_least_squares_solution():
