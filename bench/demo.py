@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from quantlib.bench import assets
 from quantlib.evaluation.compare import compare
@@ -40,6 +41,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     console = Console()
+    transformers_logging.disable_progress_bar()
     started = time.monotonic()
 
     console.rule("1. A real model and real text")

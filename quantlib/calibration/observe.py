@@ -96,7 +96,7 @@ class Accumulator:
             self.sample_g.setdefault(name, []).append(g[chosen])
 
     def finish(self) -> MatrixStatistics:
-        """Sums to means, once: the Hessian is handed over. It stays zero if all token weights are."""
+        """Sums to means, once: the Hessian is handed over. Without any token weight it is zero."""
         if self.hessian is None:
             return MatrixStatistics(torch.empty(0, 0), 0, 0.0)
         hessian, self.hessian = self.hessian, None

@@ -50,7 +50,6 @@ class BlockStream:
         first = self._stubs[0]
         if first.entered is None:
             self._learn_outputs(ids)
-        first.entered = None
         self.model.base_model(input_ids=ids[None], use_cache=False)
         if first.entered is None:
             raise ModelError("the model ran without calling its blocks: it cannot be streamed")

@@ -2,7 +2,8 @@
 keys that hash everything they depend on: a run that was killed goes on, and a run that differs in
 its budget alone starts at `search`.
 
-    compress    all stages, and how a work directory is opened
+    compress    all stages
+    opening     how a work directory is opened, and opened again
     run         what stages share: source, map, work directory, recipe, hashes
     estimate    what a run will need, before it starts
     calibrate   statistics of every linear group

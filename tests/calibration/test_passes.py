@@ -82,8 +82,7 @@ class Direct:
 
         modules = {w.module for w in weights}
         first = self.it.model_map.blocks[0]
-        for name in modules:
-            handles.append(model.get_submodule(name).register_forward_hook(keep(name)))
+        handles += [model.get_submodule(n).register_forward_hook(keep(n)) for n in modules]
         entry: list[Tensor] = []
         handles.append(
             model.get_submodule(first).register_forward_pre_hook(

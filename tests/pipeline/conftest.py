@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from quantlib.pipeline import Result, compress
 
@@ -28,15 +27,6 @@ SMALL: dict[str, Any] = {
 def small() -> dict[str, Any]:
     """The smallest request in which every stage has something to do, without model and budget."""
     return dict(SMALL)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Sums in one order, and no time lost to waking threads for tiny matrices."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -162,5 +162,4 @@ def test_the_estimate_of_memory_is_within_a_factor_of_two(
     answer = worker({**call, "model": model, "data": text, "size": "12%", "out": tmp_path / "out"})
     assert answer["error"] == ""
     expected = found.memory_bytes - PROCESS_BYTES
-    print("RATIO", answer["memory"], expected)
     assert 0.5 <= answer["memory"] / expected <= 2, (answer["memory"], expected)

@@ -15,8 +15,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 import quantlib
 from quantlib.errors import DataError
 from quantlib.pipeline import Result, compress
-from quantlib.pipeline.compress import reopen_run
 from quantlib.pipeline.dense import DenseTrial
+from quantlib.pipeline.opening import reopen_run
 from quantlib.pipeline.reround import reround
 from quantlib.recipe import NATIVE_SCHEMES
 

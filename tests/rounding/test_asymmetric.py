@@ -73,7 +73,7 @@ def test_the_scale_of_the_moments_does_not_matter():
 
 
 def test_an_input_that_died_keeps_its_weights():
-    """Channel 5 is zero after rounding: nothing can be said through it, nothing is changed in it."""
+    """Channel 5 is zero after rounding: nothing can be said through it, its weights stay."""
     weight, clean, noisy = noisy_inputs(4)
     noisy[5] = 0
     target = asymmetric_target(weight, *moments(clean, noisy), strength=1.0)

@@ -1,4 +1,4 @@
-"""GPTQ for the formats that `round_integers` leaves out: floats, MX, NVFP4, one scale per tensor."""
+"""GPTQ for the formats `round_integers` leaves out: floats, MX, NVFP4, one scale per tensor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantlib.errors import FormatError, RoundingError
-from quantlib.formats import decode_float, dequantize, encode, quantize_rtn
+from quantlib.formats import choose_scales, decode_float, dequantize, encode, quantize_rtn
 from quantlib.formats.weight import QuantizedSegment, QuantizedWeight
 from quantlib.rounding import round_fixed
 from quantlib.rounding.fixed import CLIPS, search_scales
@@ -73,8 +73,6 @@ def test_scales_are_those_of_the_best_clip(problem, layout, scheme):
         residual = dequantize(QuantizedWeight((12, 80), (part,))) - weight
         return float((residual.square() * importance).sum())
 
-    from quantlib.formats import choose_scales
-
     chosen = error(search_scales(weight, segment.format, importance))
     # nvfp4: the chosen clips move the tensor's own scale, which rounds all others again
     slack = 1.02 if scheme == "nvfp4" else 1 + 1e-5
@@ -109,7 +107,7 @@ def test_zeros_stay_zeros(problem, layout, scheme):
 
 def test_what_does_not_fit_is_a_sentence(problem, layout):
     weight, hessian = problem(4, 48)
-    with pytest.raises(RoundingError, match="the weight is .* and its Hessian"):
+    with pytest.raises(RoundingError, match=r"the weight is .* and its Hessian"):
         round_fixed(weight, hessian[:16, :16], layout("fp8", 48))
     with pytest.raises(FormatError, match="cover 32"):
         round_fixed(weight, hessian, layout("fp8", 32))

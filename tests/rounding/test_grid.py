@@ -1,4 +1,4 @@
-"""A row grid is the checkpoint's own arithmetic, bit for bit, and its search finds what it claims."""
+"""A row grid is the checkpoint's own arithmetic, bit for bit, and its search keeps its word."""
 
 from __future__ import annotations
 

@@ -81,11 +81,11 @@ def test_an_indefinite_matrix_is_refused():
 def test_a_damaged_weight_is_refused_by_name(bad):
     weight = torch.ones(2, 3)
     weight[1, 2] = bad
-    with pytest.raises(RoundingError, match="layer.weight holds inf or nan"):
+    with pytest.raises(RoundingError, match=r"layer\.weight holds inf or nan"):
         check_weight("layer.weight", weight, torch.eye(3))
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (3,), (2, 3, 3)])
 def test_a_weight_of_another_width_is_refused_by_name(shape):
-    with pytest.raises(RoundingError, match="layer.weight is .* and its Hessian"):
+    with pytest.raises(RoundingError, match=r"layer\.weight is .* and its Hessian"):
         check_weight("layer.weight", torch.ones(shape), torch.eye(3))

@@ -12,10 +12,10 @@ from torch import Tensor
 from quantlib.errors import FormatError, RoundingError
 from quantlib.formats import QuantizedWeight, Scheme, dequantize, pack, unpack
 from quantlib.rounding import RoundingOptions, round_group, round_integers
+from quantlib.rounding.grid import RowGrid
 from quantlib.rounding.hessian import damped, inverse_factor
 from quantlib.rounding.integer import ROW_TILE
 from quantlib.rounding.sweep import Span, descend, gptq_sweep
-from quantlib.rounding.grid import RowGrid
 
 SCHEMES = ("w2g32z4s4", "w3g32", "w4g32zs6", "w8g32", "w4g64z", "w3g16s4", "w5", "w3z4", "w2")
 
@@ -211,7 +211,7 @@ def test_a_damaged_weight_is_a_sentence(problem, layout, bad, scheme):
 
 def test_what_does_not_fit_is_a_sentence(problem, layout):
     weight, hessian = problem(4, 48)
-    with pytest.raises(RoundingError, match="q_proj is .*4, 48.* and its Hessian .*32, 32"):
+    with pytest.raises(RoundingError, match=r"q_proj is .*4, 48.* and its Hessian .*32, 32"):
         round_group({"q_proj": weight}, hessian[:32, :32], [layout("w4", 48)])
     with pytest.raises(FormatError, match="cover 32 of the weight's 48"):
         round_group({"w": weight}, hessian, [layout("w4", 32)])

@@ -123,7 +123,7 @@ def brute_force(weight: Tensor, hessian: Tensor, span: Span, state: SpanState) -
 @pytest.mark.parametrize("columns", [2, 3, 4])
 @pytest.mark.parametrize("scheme", ["w2", "w2g16z", "w2g16z4s4"])
 def test_tiny_problems_are_near_the_brute_force_optimum(problem, layout, columns, scheme):
-    """All 4^K codes of 200 rows: descent lies between the optimum and GPTQ, and finds most optima."""
+    """All 4^K codes of 200 rows: descent lies between optimum and GPTQ, and finds most optima."""
     weight, hessian = problem(200, columns, seed=columns)
     target, spans = weight.T.contiguous(), spans_of(layout(scheme, columns), 200)
     hessian = damped(hessian, 0.01)
