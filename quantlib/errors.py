@@ -1,11 +1,12 @@
 """Errors whose text is a sentence for the user: what is wrong, where, and what to do about it.
 
-The command line prints the text alone and exits with `exit_code`; a traceback that reaches a user is a bug.
+The command line prints the text alone and exits with `exit_code`; a traceback that reaches a user
+is a bug.
 """
 
 
 class QuantlibError(Exception):
-    """Something the user can act on. Exit code 1: the command understood the request and could not do it."""
+    """Something the user can act on. Exit code 1: the request was understood and could not be done."""
 
     exit_code = 1
 

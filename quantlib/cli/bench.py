@@ -25,7 +25,7 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opt
 
 @bench.command(context_settings=PASSED_ON)
 def kernels(context: typer.Context) -> None:
-    """Packed linears beside torch's dense ones, with the memory bandwidth as roof (--quick, --json)."""
+    """Packed linears beside torch's dense ones, memory bandwidth as roof (--quick, --json)."""
     _run("kernels", context.args)
 
 

@@ -1,4 +1,4 @@
-"""The README's figures are those of `bench/results/`, and the results are what the project promised."""
+"""The README's figures are those of `bench/results/`, and these are what was promised."""
 
 from __future__ import annotations
 

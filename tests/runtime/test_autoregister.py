@@ -68,7 +68,7 @@ def test_the_public_names_are_found_at_first_use() -> None:
 
 
 def test_the_plug_in_may_be_the_first_to_import_transformers() -> None:
-    # quantlib.load imports the plug-in, which imports transformers' tables, which trigger registration.
+    # quantlib.load imports the plug-in, which imports transformers' tables: they would register it.
     code = (
         "import quantlib; from quantlib.runtime.transformers_plugin import register; register();"
         "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known;"
