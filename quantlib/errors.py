@@ -6,7 +6,7 @@ is a bug.
 
 
 class QuantlibError(Exception):
-    """Something the user can act on. Exit code 1: the request was understood and could not be done."""
+    """Something the user can act on. Exit code 1: understood, and could not be done."""
 
     exit_code = 1
 
