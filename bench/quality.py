@@ -18,7 +18,7 @@ import argparse
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from quantlib.pipeline.compress import Result, compress, load_tokenizer, measure
 from quantlib.pipeline.dense import DenseTrial
 from quantlib.pipeline.plan import Budget, allocation_problem
 from quantlib.pipeline.run import Run
-from quantlib.recipe import Recipe
+from quantlib.recipe import PRESETS, Recipe
 from quantlib.runtime.load import load
 from quantlib.search.baselines import heuristic_first_last, random_allocation, uniform
 from quantlib.search.problem import Picks, Problem
@@ -202,11 +202,11 @@ def refinement(bench: Bench, scratch: Path) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def presets(bench: Bench, scratch: Path) -> dict[str, Any]:
-    """Both presets from an empty work directory, timed."""
+def presets(bench: Bench, scratch: Path, names: Sequence[str]) -> dict[str, Any]:
+    """The presets from an empty work directory, timed."""
     rows: list[dict[str, Any]] = []
     source = load_reference(bench)
-    for preset in ("fast", "best"):
+    for preset in names:
         started = time.monotonic()
         result = bench.compress(
             82.8, scratch / f"out-{preset}", scratch / f"work-{preset}", preset=preset
@@ -241,6 +241,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--part", choices=PARTS, action="append")
+    parser.add_argument("--preset", choices=PRESETS, action="append", help="for --part presets")
     parser.add_argument(
         "--work", type=Path, help="work directory to use and keep (a temporary one by default)"
     )
@@ -248,8 +249,9 @@ def main() -> None:
     scratch = Path(tempfile.mkdtemp(prefix="quantlib-bench-"))
     try:
         bench = Bench(options.work or scratch / "work")
+        names = options.preset or tuple(PRESETS)
         parts: dict[str, Callable[[], dict[str, Any]]] = {
-            "presets": lambda: presets(bench, scratch),
+            "presets": lambda: presets(bench, scratch, names),
             "budgets": lambda: budgets(bench, scratch),
             "baselines": lambda: baselines(bench),
             "prediction": lambda: prediction(bench),

@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "probes": 0,
         "probe_windows": 4,
         "refine": False,
-        "schemes": ("w2g32z4s4", "w3g32z4s4", "w4g32zs4", "w5g64zs5", "w6g64zs6"),
+        "schemes": ("w2g32z4s4", "w3g32z4s4", "w4g32zs4", "w5g32zs5", "w6g32zs6"),
     },
 }
 
