@@ -78,6 +78,7 @@ print(json.dumps({"growth": memory("VmHWM") - before, "groups": count}))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_32_blocks_need_the_memory_of_8(tiny_llama: Any, tmp_path: Path) -> None:
     """Within a tenth, over the forward, head, backward and local passes, each model in a process of
@@ -95,7 +96,6 @@ def test_32_blocks_need_the_memory_of_8(tiny_llama: Any, tmp_path: Path) -> None
         growth[blocks] = report["growth"]
         for file in [*model.glob("*.safetensors"), *work.glob("*")]:
             file.unlink()
-    print(growth)
     assert growth[8] > BLOCK_BYTES, "not even one block was seen: the measurement is blind"
     assert growth[32] <= 1.1 * growth[8], f"{growth[8]} bytes for 8 blocks, {growth[32]} for 32"
-    assert growth[32] < 8 * BLOCK_BYTES, "that is no longer one block at a time"
+    assert growth[32] < 16 * BLOCK_BYTES, "half the model: that is no longer one block at a time"
