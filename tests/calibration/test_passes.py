@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +16,9 @@ from quantlib.calibration.statistics import GroupStatistics, MatrixStatistics
 from quantlib.calibration.stream import BlockStream
 from quantlib.errors import DataError, ModelError
 from quantlib.models.source import Source
+
+MakeTiny = Callable[[str], Any]
+MakeStore = Callable[[], Any]
 
 DENSE = ["llama", "llama_tied", "qwen2", "phi3", "gemma2", "gemma3_text", "bloom", "gpt_bigcode"]
 EXPERTS = ["mixtral", "qwen3_moe", "qwen3_moe_some_dense"]
@@ -155,7 +162,9 @@ def assert_near(found: Tensor, expected: Tensor, what: str) -> None:
 
 
 @pytest.mark.parametrize("case", DENSE + EXPERTS)
-def test_statistics_equal_those_of_the_whole_model(tiny, store, windows, labels, case):
+def test_statistics_equal_those_of_the_whole_model(
+    tiny: MakeTiny, store: Any, windows: Tensor, labels: list[Tensor], case: str
+) -> None:
     it = tiny(case)
     found = calibrate(it, windows, store)
     direct = Direct(it, windows, labels)
@@ -180,7 +189,9 @@ def test_statistics_equal_those_of_the_whole_model(tiny, store, windows, labels,
 
 
 @pytest.mark.parametrize("case", EXPERTS)
-def test_every_routed_token_is_counted_once_per_expert(tiny, store, windows, case):
+def test_every_routed_token_is_counted_once_per_expert(
+    tiny: MakeTiny, store: Any, windows: Tensor, case: str
+) -> None:
     """Two experts per token: the tokens of all experts add up to twice those of the windows."""
     it = tiny(case)
     found = calibrate(it, windows, store)
@@ -193,7 +204,9 @@ def test_every_routed_token_is_counted_once_per_expert(tiny, store, windows, cas
 
 
 @pytest.mark.parametrize("case", ["llama", "mixtral"])
-def test_samples_are_tokens_of_their_windows(tiny, store, windows, labels, case):
+def test_samples_are_tokens_of_their_windows(
+    tiny: MakeTiny, store: Any, windows: Tensor, labels: list[Tensor], case: str
+) -> None:
     """Input and gradients of a sample belong to one token, that token to the window it names."""
     it = tiny(case)
     found = calibrate(it, windows, store)
@@ -220,7 +233,9 @@ def test_samples_are_tokens_of_their_windows(tiny, store, windows, labels, case)
                 assert float(distance.min()) <= 1e-3
 
 
-def test_seeds_choose_labels_and_samples(tiny, new_store, windows):
+def test_seeds_choose_labels_and_samples(
+    tiny: MakeTiny, new_store: MakeStore, windows: Tensor
+) -> None:
     it = tiny("llama")
     first, again, other = (calibrate(it, windows, new_store(), seed) for seed in (0, 0, 1))
     for name, group in first.items():
@@ -233,8 +248,8 @@ def test_seeds_choose_labels_and_samples(tiny, new_store, windows):
 
 @pytest.mark.parametrize("case", ["llama", "llama_tied", "gemma2", "mixtral"])
 def test_head_and_embedding_statistics_equal_those_of_the_whole_model(
-    tiny, store, windows, labels, case
-):
+    tiny: MakeTiny, store: Any, windows: Tensor, labels: list[Tensor], case: str
+) -> None:
     it = tiny(case)
     calibrate(it, windows, store)
     direct = Direct(it, windows, labels)
@@ -256,7 +271,9 @@ def test_head_and_embedding_statistics_equal_those_of_the_whole_model(
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen3_moe", "bloom"])
-def test_block_local_statistics_are_plain_second_moments(tiny, store, windows, labels, case):
+def test_block_local_statistics_are_plain_second_moments(
+    tiny: MakeTiny, store: Any, windows: Tensor, labels: list[Tensor], case: str
+) -> None:
     """No gradients: every token counts the same, and `has_gradients` says so."""
     it = tiny(case)
     stream = it.stream()
@@ -280,7 +297,9 @@ def test_block_local_statistics_are_plain_second_moments(tiny, store, windows, l
     assert len(ticks) == len(order)
 
 
-def test_block_local_statistics_skip_what_is_done(tiny, store, windows):
+def test_block_local_statistics_skip_what_is_done(
+    tiny: MakeTiny, store: Any, windows: Tensor
+) -> None:
     it = tiny("llama")
     stream = it.stream()
     passes.forward(stream, windows, store, quiet)
@@ -296,8 +315,13 @@ class Killed(Exception):
 @pytest.mark.parametrize("case", ["llama", "qwen3_moe"])
 @pytest.mark.parametrize("where", ["tick", "consumer", "save", "drop"])
 def test_an_interrupted_pass_goes_on_and_gives_identical_statistics(
-    tiny, new_store, windows, monkeypatch, case, where
-):
+    tiny: MakeTiny,
+    new_store: MakeStore,
+    windows: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    case: str,
+    where: str,
+) -> None:
     """Interrupted at every step of its kind in turn, each time with a fresh stream, as a new
     process would: what is kept in the end equals an undisturbed run to the bit."""
     it = tiny(case)
@@ -354,7 +378,9 @@ def test_an_interrupted_pass_goes_on_and_gives_identical_statistics(
     assert sorted(n for n in store.values if n.startswith("gradient")) == ["gradient.0"]
 
 
-def test_a_finished_pass_repeats_nothing(tiny, store, windows, monkeypatch):
+def test_a_finished_pass_repeats_nothing(
+    tiny: MakeTiny, store: Any, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     it = tiny("llama")
     calibrate(it, windows, store)
     stream = it.stream()
@@ -367,7 +393,9 @@ def test_a_finished_pass_repeats_nothing(tiny, store, windows, monkeypatch):
     assert list(passes.backward(stream, it.model_map, windows, store, 0, quiet)) == []
 
 
-def test_a_member_that_gets_no_gradient_leaves_its_group_unseen(tiny, store, windows):
+def test_a_member_that_gets_no_gradient_leaves_its_group_unseen(
+    tiny: MakeTiny, store: Any, windows: Tensor
+) -> None:
     """It must not be taken for a group of zeros: `tokens` says that nothing was seen."""
     it = tiny("llama")
     stream = it.stream()
@@ -382,7 +410,7 @@ def test_a_member_that_gets_no_gradient_leaves_its_group_unseen(tiny, store, win
                 assert all(not bool(value.any()) for value in matrix.fisher.values())
 
 
-def test_hooks_are_gone_and_experts_restored_afterwards(tiny, windows):
+def test_hooks_are_gone_and_experts_restored_afterwards(tiny: MakeTiny, windows: Tensor) -> None:
     it = tiny("mixtral")
     stream = it.stream()
     stream.embed(windows[0])
@@ -399,7 +427,9 @@ def test_hooks_are_gone_and_experts_restored_afterwards(tiny, windows):
         assert not any("forward" in vars(module) for module in modules)
 
 
-def test_the_observed_experts_compute_what_the_module_computes(tiny, windows):
+def test_the_observed_experts_compute_what_the_module_computes(
+    tiny: MakeTiny, windows: Tensor
+) -> None:
     """To float32 rounding: the loop adds experts in another order."""
     it = tiny("qwen3_moe")
     stream = it.stream()
@@ -415,7 +445,9 @@ def test_the_observed_experts_compute_what_the_module_computes(tiny, windows):
 
 
 @pytest.mark.parametrize("setting", ["is_transposed", "has_bias", "has_post_expert_norm"])
-def test_experts_of_another_layout_are_refused(tiny, windows, setting):
+def test_experts_of_another_layout_are_refused(
+    tiny: MakeTiny, windows: Tensor, setting: str
+) -> None:
     it = tiny("mixtral")
     stream = it.stream()
     stream.embed(windows[0])
@@ -431,7 +463,9 @@ def test_experts_of_another_layout_are_refused(tiny, windows, setting):
             pass
 
 
-def test_the_wrong_order_of_passes_is_a_sentence(tiny, store, windows):
+def test_the_wrong_order_of_passes_is_a_sentence(
+    tiny: MakeTiny, store: Any, windows: Tensor
+) -> None:
     it = tiny("llama")
     stream = it.stream()
     passes.forward(stream, windows, store, quiet)
@@ -443,7 +477,9 @@ def test_the_wrong_order_of_passes_is_a_sentence(tiny, store, windows):
         next(passes.backward(stream, it.model_map, windows[:2], store, 0, quiet))
 
 
-def test_a_model_whose_logits_overflow_is_a_sentence(tiny, store, windows):
+def test_a_model_whose_logits_overflow_is_a_sentence(
+    tiny: MakeTiny, store: Any, windows: Tensor
+) -> None:
     stream = tiny("llama").stream()
     passes.forward(stream, windows, store, quiet)
     store.save("hidden.3", store.load("hidden.3") * torch.nan)
@@ -451,7 +487,9 @@ def test_a_model_whose_logits_overflow_is_a_sentence(tiny, store, windows):
         passes.head(stream, windows, store, 0)
 
 
-def test_a_model_without_a_head_is_a_sentence(tiny, store, windows, monkeypatch):
+def test_a_model_without_a_head_is_a_sentence(
+    tiny: MakeTiny, store: Any, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stream = tiny("llama").stream()
     passes.forward(stream, windows, store, quiet)
     monkeypatch.setattr(stream.model, "get_output_embeddings", lambda: None)
@@ -459,7 +497,9 @@ def test_a_model_without_a_head_is_a_sentence(tiny, store, windows, monkeypatch)
         passes.head(stream, windows, store, 0)
 
 
-def test_bfloat16_sources_are_calibrated_in_float32(tiny, store, windows, tmp_path):
+def test_bfloat16_sources_are_calibrated_in_float32(
+    tiny: MakeTiny, store: Any, windows: Tensor, tmp_path: Path
+) -> None:
     """Weights are widened when they are read; statistics lose nothing to the stored dtype."""
     it = tiny("llama")
     model = type(it.model)(it.model.config).to(torch.bfloat16)

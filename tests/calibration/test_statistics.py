@@ -62,7 +62,7 @@ def assert_same(left: object, right: object) -> None:
 
 
 @pytest.mark.parametrize("gradients", [True, False])
-def test_a_group_comes_back_from_a_file_as_it_was(gradients):
+def test_a_group_comes_back_from_a_file_as_it_was(gradients: bool) -> None:
     """A stack of experts of which one saw nothing."""
     unseen = MatrixStatistics(torch.empty(0, 0), 0, 0.0)
     stats = GroupStatistics(NAME, [matrix(11, gradients), unseen, matrix(2**24 + 1, False)])
@@ -74,27 +74,27 @@ def test_a_group_comes_back_from_a_file_as_it_was(gradients):
         assert left.has_gradients == right.has_gradients
 
 
-def test_the_embedding_comes_back_from_a_file_as_it_was():
+def test_the_embedding_comes_back_from_a_file_as_it_was() -> None:
     stats = embedding()
     assert_same(embedding_from_tensors(load(save(embedding_to_tensors(stats)))), stats)
 
 
 @pytest.mark.parametrize("part", ["counts", "hessian", "sample_x", "sample_window", "token_weight"])
-def test_a_missing_part_of_a_group_is_a_sentence(part):
+def test_a_missing_part_of_a_group_is_a_sentence(part: str) -> None:
     tensors = group_to_tensors(GroupStatistics(NAME, [matrix(3, True), matrix(4, True)]))
     del tensors[f"1|{part}"]
     with pytest.raises(DataError, match=rf"{NAME} lack .*{part}.*calibrate again"):
         group_from_tensors(NAME, tensors)
 
 
-def test_tensors_of_something_else_are_a_sentence():
+def test_tensors_of_something_else_are_a_sentence() -> None:
     for tensors in ({}, {"value": torch.ones(1)}, {"0|counts": torch.ones(3)}):
         with pytest.raises(DataError, match="calibrate again"):
             group_from_tensors(NAME, tensors)
 
 
 @pytest.mark.parametrize("part", [f.name for f in dataclasses.fields(EmbeddingStatistics)])
-def test_a_missing_part_of_the_embedding_is_a_sentence(part):
+def test_a_missing_part_of_the_embedding_is_a_sentence(part: str) -> None:
     tensors = embedding_to_tensors(embedding())
     del tensors[part]
     with pytest.raises(DataError, match=f"damaged .*{part}.*calibrate again"):

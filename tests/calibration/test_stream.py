@@ -4,16 +4,21 @@ a family calls its blocks."""
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantlib.calibration import passes
 from quantlib.calibration.stream import BlockStream
 from quantlib.errors import ModelError
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
+
+MakeTiny = Callable[[str], Any]
 
 FAMILIES = [
     "llama", "llama_tied", "llama_one_block", "mistral_sliding", "qwen2", "qwen3", "phi3", "gemma2",
@@ -46,7 +51,9 @@ def hidden_states(model, blocks, ids) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", FAMILIES)
-def test_hidden_states_and_logits_are_the_models_own(tiny, store, windows, case):
+def test_hidden_states_and_logits_are_the_models_own(
+    tiny: MakeTiny, store: Any, windows: Tensor, case: str
+) -> None:
     """The same operations on the same numbers: any difference is a wrong mask, position, norm or
     soft-cap. 1e-5 allows for products in another order on other processors."""
     it = tiny(case)
@@ -65,7 +72,9 @@ def test_hidden_states_and_logits_are_the_models_own(tiny, store, windows, case)
 
 
 @pytest.mark.parametrize("case", ["mistral_sliding", "gemma2", "gemma3_text"])
-def test_the_sliding_window_is_shorter_than_the_test(tiny, windows, case):
+def test_the_sliding_window_is_shorter_than_the_test(
+    tiny: MakeTiny, windows: Tensor, case: str
+) -> None:
     """Otherwise the test above could not see a wrong mask."""
     it = tiny(case)
     with torch.no_grad():
@@ -76,7 +85,7 @@ def test_the_sliding_window_is_shorter_than_the_test(tiny, windows, case):
     assert float((before - after).abs().max()) > 1e-3
 
 
-def test_only_one_block_is_ever_in_memory(tiny, windows):
+def test_only_one_block_is_ever_in_memory(tiny: MakeTiny, windows: Tensor) -> None:
     it = tiny("llama")
     stream = it.stream()
 
@@ -97,7 +106,7 @@ def test_only_one_block_is_ever_in_memory(tiny, windows):
     assert stream.model.get_input_embeddings().weight.device.type == "cpu"
 
 
-def test_a_block_is_put_back_when_running_it_fails(tiny, windows):
+def test_a_block_is_put_back_when_running_it_fails(tiny: MakeTiny, windows: Tensor) -> None:
     stream = tiny("llama").stream()
     before = stream.embed(windows[0])
     with pytest.raises(ZeroDivisionError), stream.block(1):
@@ -105,13 +114,13 @@ def test_a_block_is_put_back_when_running_it_fails(tiny, windows):
     assert torch.equal(stream.embed(windows[0]), before)
 
 
-def test_running_a_block_before_any_window_is_a_sentence(tiny):
+def test_running_a_block_before_any_window_is_a_sentence(tiny: MakeTiny) -> None:
     stream = tiny("llama").stream()
     with stream.block(0) as block, pytest.raises(ModelError, match="embed a window first"):
         stream.run(0, block, torch.zeros(1, 4, 32))
 
 
-def test_windows_of_another_length_need_only_another_embed(tiny, windows):
+def test_windows_of_another_length_need_only_another_embed(tiny: MakeTiny, windows: Tensor) -> None:
     it = tiny("gemma2")
     stream = it.stream()
     for length in (20, 9):
@@ -158,7 +167,9 @@ class Nested(nn.Module):
         return hidden
 
 
-def test_blocks_may_lie_deep_and_take_hidden_states_by_name(tiny, monkeypatch, windows):
+def test_blocks_may_lie_deep_and_take_hidden_states_by_name(
+    tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch, windows: Tensor
+) -> None:
     """The machinery needs names of blocks, nothing else of a family."""
     model = Nested(0.5)
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -185,7 +196,9 @@ def test_blocks_may_lie_deep_and_take_hidden_states_by_name(tiny, monkeypatch, w
     torch.testing.assert_close(hidden, expected)
 
 
-def test_a_truncated_model_is_a_sentence_and_the_block_is_put_back(tiny, tmp_path, windows):
+def test_a_truncated_model_is_a_sentence_and_the_block_is_put_back(
+    tiny: MakeTiny, tmp_path: Path, windows: Tensor
+) -> None:
     it = tiny("llama")
     copy = tmp_path / "model"
     copy.mkdir()

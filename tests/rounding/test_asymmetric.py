@@ -40,7 +40,7 @@ def output_error(rounded: Tensor, weight: Tensor, clean: Tensor, noisy: Tensor) 
     )
 
 
-def test_a_full_step_without_damping_is_the_least_squares_solution():
+def test_a_full_step_without_damping_is_the_least_squares_solution() -> None:
     weight, clean, noisy = noisy_inputs(0)
     target = asymmetric_target(weight, *moments(clean, noisy), strength=1.0, damping=1e-9)
     expected = torch.linalg.lstsq(noisy.T.double(), (weight @ clean).T.double()).solution.T
@@ -50,7 +50,7 @@ def test_a_full_step_without_damping_is_the_least_squares_solution():
     assert output_error(target, weight, clean, noisy) <= best * (1 + 1e-5)
 
 
-def test_strength_moves_along_a_line():
+def test_strength_moves_along_a_line() -> None:
     weight, clean, noisy = noisy_inputs(1)
     hessian, cross = moments(clean, noisy)
     none, half, full = (asymmetric_target(weight, hessian, cross, s) for s in (0.0, 0.5, 1.0))
@@ -58,12 +58,12 @@ def test_strength_moves_along_a_line():
     torch.testing.assert_close(half, (weight + full) / 2)
 
 
-def test_inputs_that_did_not_change_leave_the_weight():
+def test_inputs_that_did_not_change_leave_the_weight() -> None:
     weight, clean, _ = noisy_inputs(2)
     assert torch.equal(asymmetric_target(weight, *moments(clean, clean), strength=1.0), weight)
 
 
-def test_the_scale_of_the_moments_does_not_matter():
+def test_the_scale_of_the_moments_does_not_matter() -> None:
     weight, clean, noisy = noisy_inputs(3)
     hessian, cross = moments(clean, noisy)
     expected = asymmetric_target(weight, hessian, cross)
@@ -72,7 +72,7 @@ def test_the_scale_of_the_moments_does_not_matter():
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_input_that_died_keeps_its_weights():
+def test_an_input_that_died_keeps_its_weights() -> None:
     """Channel 5 is zero after rounding: nothing can be said through it, its weights stay."""
     weight, clean, noisy = noisy_inputs(4)
     noisy[5] = 0
@@ -83,7 +83,7 @@ def test_an_input_that_died_keeps_its_weights():
 
 @pytest.mark.parametrize("scheme", ["w3g32z", "w4g32z"])
 @pytest.mark.parametrize("strength", [0.5, 1.0])
-def test_rounding_the_target_beats_plain_gptq(scheme, strength):
+def test_rounding_the_target_beats_plain_gptq(scheme: str, strength: float) -> None:
     """On 12 problems; plain GPTQ sees the same rounded inputs, but keeps W as its target."""
     layout = Scheme.parse(scheme).segments(COLUMNS)
     logs = 0.0
@@ -112,7 +112,7 @@ def column_sweep(weight: Tensor, factor: Tensor, correction: Tensor, scale: Tens
 
 
 @pytest.mark.parametrize("alpha", [0.25, 1.0])
-def test_it_is_at_least_as_good_as_gptaqs_column_updates(alpha):
+def test_it_is_at_least_as_good_as_gptaqs_column_updates(alpha: float) -> None:
     """Same scales, same factor, same sweep, 40 problems: only the correction differs.
 
     P = alpha * triu_strict(dXX^T U^T) U with dXX^T = (X - X') X'^T, as GPTAQ's code has it, where
@@ -136,10 +136,10 @@ def test_it_is_at_least_as_good_as_gptaqs_column_updates(alpha):
         ratios[seed, 1] = math.log(errors[1] / errors[2])
     ours, theirs = ratios.mean(0).exp().tolist()
     assert theirs < 1, f"GPTAQ as written here does not even beat GPTQ: {theirs:.2f}"
-    assert ours <= 1, f"{ours:.2f} of GPTAQ's error"
+    assert ours < 0.8, f"{ours:.2f} of GPTAQ's error"
 
 
-def test_it_generalises_with_half_a_step():
+def test_it_generalises_with_half_a_step() -> None:
     """On tokens the target has not seen: half a step still beats none, on average."""
     logs = 0.0
     options = RoundingOptions(passes=0)
@@ -157,7 +157,7 @@ def test_it_generalises_with_half_a_step():
     assert math.exp(logs) < 0.95
 
 
-def test_what_does_not_fit_is_a_sentence():
+def test_what_does_not_fit_is_a_sentence() -> None:
     weight, clean, noisy = noisy_inputs(0)
     hessian, cross = moments(clean, noisy)
     with pytest.raises(RoundingError, match="the weight is"):

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from quantlib.errors import FormatError, RoundingError
-from quantlib.formats import choose_scales, decode_float, dequantize, encode, quantize_rtn
+from quantlib.formats import Segment, choose_scales, decode_float, dequantize, encode, quantize_rtn
 from quantlib.formats.weight import QuantizedSegment, QuantizedWeight
 from quantlib.rounding import round_fixed
-from quantlib.rounding.fixed import CLIPS, search_scales
+from quantlib.rounding.fixed import CLIPS, Scales, search_scales
+
+MakeProblem = Callable[..., tuple[Tensor, Tensor]]
+MakeLayout = Callable[..., tuple[Segment, ...]]
+ErrorOf = Callable[..., float]
 
 FORMATS = (
     "fp8", "fp8e5m2", "fp6", "fp6e2m3", "fp4", "fp4g32", "fp8t", "mxfp8", "mxfp6", "mxfp4", "nvfp4",
@@ -20,7 +26,12 @@ FORMATS = (
 
 
 @pytest.mark.parametrize("scheme", FORMATS)
-def test_it_beats_plain_rounding_in_hessian_error(problem, layout, error_of, scheme):
+def test_it_beats_plain_rounding_in_hessian_error(
+    problem: MakeProblem,
+    layout: MakeLayout,
+    error_of: ErrorOf,
+    scheme: str,
+) -> None:
     """Geometric mean over 6 problems; 72 columns leave a ragged group."""
     segments = layout(scheme, 72)
     ratio = 0.0
@@ -32,7 +43,9 @@ def test_it_beats_plain_rounding_in_hessian_error(problem, layout, error_of, sch
     assert math.exp(ratio) < 0.85
 
 
-def reference(weight, hessian, segment, scales, damping=0.01):
+def reference(
+    weight: Tensor, hessian: Tensor, segment: Segment, scales: Scales, damping: float = 0.01
+) -> Tensor:
     """GPTQ in float64 with numpy-plain loops over columns; the grid is the format's own."""
     h = hessian.double()
     mean = h.diagonal().mean()
@@ -49,7 +62,11 @@ def reference(weight, hessian, segment, scales, damping=0.01):
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "fp4g32", "mxfp4", "nvfp4", "w3tz", "w4g32zs6"])
-def test_it_equals_a_plain_float64_gptq_with_the_same_scales(problem, layout, scheme):
+def test_it_equals_a_plain_float64_gptq_with_the_same_scales(
+    problem: MakeProblem,
+    layout: MakeLayout,
+    scheme: str,
+) -> None:
     """140 columns cross the block of 128. Rows with a near-tie diverge from there on: few."""
     weight, hessian = problem(24, 140, seed=3)
     rounded = round_fixed(weight, hessian, layout(scheme, 140))
@@ -62,7 +79,11 @@ def test_it_equals_a_plain_float64_gptq_with_the_same_scales(problem, layout, sc
 
 
 @pytest.mark.parametrize("scheme", ["fp4g32", "nvfp4", "w3t", "w3g32z", "w2"])
-def test_scales_are_those_of_the_best_clip(problem, layout, scheme):
+def test_scales_are_those_of_the_best_clip(
+    problem: MakeProblem,
+    layout: MakeLayout,
+    scheme: str,
+) -> None:
     """No clip for all groups has a smaller weighted error than the one chosen for each."""
     weight, _ = problem(12, 80)
     importance = torch.linspace(1, 0.1, 80)
@@ -80,7 +101,9 @@ def test_scales_are_those_of_the_best_clip(problem, layout, scheme):
         assert chosen <= slack * error(choose_scales(weight, segment.format, clip))
 
 
-def test_mx_groups_may_leave_the_scale_of_the_specification(layout):
+def test_mx_groups_may_leave_the_scale_of_the_specification(
+    layout: MakeLayout,
+) -> None:
     """It saturates 7 in a group of e2m1 (scale 1, at most 6): one power of two more holds it."""
     weight = torch.zeros(1, 32)
     weight[0, 0], weight[0, 1] = 7.9, 4.0
@@ -89,7 +112,7 @@ def test_mx_groups_may_leave_the_scale_of_the_specification(layout):
     assert scale.item() == quantize_rtn(weight, (segment,)).segments[0].scale.item() + 1
 
 
-def test_codes_are_finite_floats(problem, layout):
+def test_codes_are_finite_floats(problem: MakeProblem, layout: MakeLayout) -> None:
     """No inf or nan code, even for outliers that compensation pushes beyond the range."""
     weight, hessian = problem(8, 64)
     weight[:, ::7] *= 40
@@ -99,13 +122,17 @@ def test_codes_are_finite_floats(problem, layout):
 
 
 @pytest.mark.parametrize("scheme", FORMATS)
-def test_zeros_stay_zeros(problem, layout, scheme):
+def test_zeros_stay_zeros(
+    problem: MakeProblem,
+    layout: MakeLayout,
+    scheme: str,
+) -> None:
     _, hessian = problem(1, 40)
     rounded = round_fixed(torch.zeros(3, 40), hessian, layout(scheme, 40))
     assert not bool(dequantize(rounded).any())
 
 
-def test_what_does_not_fit_is_a_sentence(problem, layout):
+def test_what_does_not_fit_is_a_sentence(problem: MakeProblem, layout: MakeLayout) -> None:
     weight, hessian = problem(4, 48)
     with pytest.raises(RoundingError, match=r"the weight is .* and its Hessian"):
         round_fixed(weight, hessian[:16, :16], layout("fp8", 48))

@@ -22,14 +22,16 @@ def weight_format(name: str) -> WeightFormat:
     return found
 
 
-def stored_scales(grid: RowGrid, format: WeightFormat, effective: torch.Tensor, row: torch.Tensor):
+def stored_scales(
+    grid: RowGrid, format: WeightFormat, effective: torch.Tensor, row: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(scale, row_scale) as `formats.weight` keeps them, for one group [R]."""
     if not format.two_level:
         return effective[:, None].half(), None
     return grid.scale_codes(effective, row)[:, None].to(torch.uint8), row.half()
 
 
-def test_effective_scales_and_zeros_are_those_of_the_checkpoint_to_the_bit():
+def test_effective_scales_and_zeros_are_those_of_the_checkpoint_to_the_bit() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = 512
     row = torch.exp2(-24 * torch.rand(rows, generator=generator)).half().float()
@@ -50,7 +52,7 @@ def test_effective_scales_and_zeros_are_those_of_the_checkpoint_to_the_bit():
 
 
 @pytest.mark.parametrize("name", ["w2g32", "w3g32z", "w4g32z2", "w5g32zs6", "w8g32z4s4"])
-def test_storing_a_stored_value_changes_nothing(name):
+def test_storing_a_stored_value_changes_nothing(name: str) -> None:
     """The line search relies on it: the old scale and zero point are always among the choices."""
     generator = torch.Generator().manual_seed(1)
     grid = RowGrid.build([weight_format(name)], 4096)
@@ -61,7 +63,7 @@ def test_storing_a_stored_value_changes_nothing(name):
     assert torch.equal(grid.stored_zero(zero), zero)
 
 
-def test_rows_of_different_formats_do_not_disturb_each_other():
+def test_rows_of_different_formats_do_not_disturb_each_other() -> None:
     names = ["w2g32", "w4g32zs4", "w3g32z5", "w8g32s8"]
     generator = torch.Generator().manual_seed(2)
     weights = torch.randn(32, 4 * 16, generator=generator)
@@ -79,7 +81,7 @@ def test_rows_of_different_formats_do_not_disturb_each_other():
 
 
 @pytest.mark.parametrize("name", ["w2g32", "w2g32z", "w3g32z4s4", "w4g32s6", "w8g32z"])
-def test_search_takes_the_clip_with_the_least_weighted_error(name):
+def test_search_takes_the_clip_with_the_least_weighted_error(name: str) -> None:
     format = weight_format(name)
     generator = torch.Generator().manual_seed(3)
     weights = torch.randn(20, 64, generator=generator) ** 3
@@ -101,7 +103,7 @@ def test_search_takes_the_clip_with_the_least_weighted_error(name):
     torch.testing.assert_close(found, torch.stack(candidates).amin(0), rtol=1e-5, atol=0)
 
 
-def test_rounding_agrees_with_the_format():
+def test_rounding_agrees_with_the_format() -> None:
     """Codes of `RowGrid.round`, dequantized by the format, are the nearest grid points."""
     format = weight_format("w3g32z5s5")
     generator = torch.Generator().manual_seed(4)
@@ -120,7 +122,7 @@ def test_rounding_agrees_with_the_format():
     torch.testing.assert_close((values - column).abs(), nearest, rtol=1e-5, atol=1e-6)
 
 
-def test_a_row_beyond_float16_is_marked():
+def test_a_row_beyond_float16_is_marked() -> None:
     grid = RowGrid.build([weight_format("w2g32"), weight_format("w2g32s4")], 1)
     weights = torch.full((4, 2), 1e9)
     scale, _ = grid.search(weights, torch.ones(4), grid.row_scale(weights, 32))

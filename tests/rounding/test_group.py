@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from quantlib.errors import RoundingError
-from quantlib.formats import dequantize, quantize_rtn
+from quantlib.formats import Segment, dequantize, quantize_rtn
 from quantlib.rounding import concatenate, round_fixed, round_group, round_integers
 from quantlib.rounding.stack import rows_of
+
+MakeProblem = Callable[..., tuple[Tensor, Tensor]]
+MakeLayout = Callable[..., tuple[Segment, ...]]
 
 LAYOUTS = ("w4g32", "mxfp4", "w3t", "w2g32z4s4", "nvfp4", "fp8")
 
@@ -17,7 +23,9 @@ def equal(left, right) -> bool:
     return torch.equal(dequantize(left), dequantize(right))
 
 
-def test_every_member_gets_every_layout_under_its_own_index(problem, layout):
+def test_every_member_gets_every_layout_under_its_own_index(
+    problem: MakeProblem, layout: MakeLayout
+) -> None:
     weight, hessian = problem(20, 64)
     weights = {"q": weight[:12], "k": weight[12:]}
     layouts = [layout(scheme, 64) for scheme in LAYOUTS]
@@ -32,7 +40,9 @@ def test_every_member_gets_every_layout_under_its_own_index(problem, layout):
         assert equal(value, alone)
 
 
-def test_a_layout_with_one_float_segment_is_rounded_with_fixed_scales(problem, layout):
+def test_a_layout_with_one_float_segment_is_rounded_with_fixed_scales(
+    problem: MakeProblem, layout: MakeLayout
+) -> None:
     weight, hessian = problem(8, 64)
     mixed = layout(("w8g32", 32), ("mxfp4", 32))
     assert equal(
@@ -40,14 +50,16 @@ def test_a_layout_with_one_float_segment_is_rounded_with_fixed_scales(problem, l
     )
 
 
-def test_without_a_hessian_everything_is_rounded_to_nearest(problem, layout):
+def test_without_a_hessian_everything_is_rounded_to_nearest(
+    problem: MakeProblem, layout: MakeLayout
+) -> None:
     weight, _ = problem(8, 64)
     layouts = [layout(scheme, 64) for scheme in LAYOUTS]
     for (_, index), value in round_group({"w": weight}, None, layouts).items():
         assert equal(value, quantize_rtn(weight, layouts[index]))
 
 
-def test_concatenate_and_rows_of_are_inverse(problem, layout):
+def test_concatenate_and_rows_of_are_inverse(problem: MakeProblem, layout: MakeLayout) -> None:
     weight, hessian = problem(30, 48)
     segments = layout(("w4g32zs6", 32), ("w2", 16))
     whole = round_group({"w": weight}, hessian, [segments])["w", 0]
@@ -58,14 +70,18 @@ def test_concatenate_and_rows_of_are_inverse(problem, layout):
 
 
 @pytest.mark.parametrize("scheme", ["w4t", "fp8t", "nvfp4"])
-def test_a_stack_does_not_share_a_scale_it_was_not_rounded_with(problem, layout, scheme):
+def test_a_stack_does_not_share_a_scale_it_was_not_rounded_with(
+    problem: MakeProblem,
+    layout: MakeLayout,
+    scheme: str,
+) -> None:
     weight, hessian = problem(4, 32)
     one = round_fixed(weight, hessian, layout(scheme, 32))
     with pytest.raises(RoundingError, match="one scale for a whole tensor"):
         concatenate([one, one])
 
 
-def test_what_cannot_be_stacked_is_a_sentence(problem, layout):
+def test_what_cannot_be_stacked_is_a_sentence(problem: MakeProblem, layout: MakeLayout) -> None:
     weight, _ = problem(4, 32)
     a, b = (quantize_rtn(weight, layout(scheme, 32)) for scheme in ("w4g32", "w3g32"))
     with pytest.raises(RoundingError, match="different formats"):

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from quantlib.errors import RoundingError
 from quantlib.rounding.hessian import check_weight, damped, inverse_factor
 
+MakeProblem = Callable[..., tuple[Tensor, Tensor]]
 
-def test_damping_adds_a_fraction_of_the_mean_diagonal(problem):
+
+def test_damping_adds_a_fraction_of_the_mean_diagonal(
+    problem: MakeProblem,
+) -> None:
     _, hessian = problem(1, 24)
     mean = hessian.diagonal().mean()
     expected = hessian / mean + 0.05 * torch.eye(24)
@@ -17,7 +24,7 @@ def test_damping_adds_a_fraction_of_the_mean_diagonal(problem):
 
 
 @pytest.mark.parametrize("factor", [2.0**-130, 2.0**-60, 2.0**60])
-def test_the_size_of_a_moment_changes_nothing(problem, factor):
+def test_the_size_of_a_moment_changes_nothing(problem: MakeProblem, factor: float) -> None:
     _, hessian = problem(1, 8)
     # 2^-130 leaves few bits of a float32 subnormal: only there is anything lost at all.
     tolerance = 1e-4 if factor < 2.0**-126 else 0.0
@@ -25,7 +32,9 @@ def test_the_size_of_a_moment_changes_nothing(problem, factor):
     torch.testing.assert_close(scaled, damped(hessian, 0.01), rtol=0, atol=tolerance)
 
 
-def test_an_input_that_never_fired_gets_the_mean_diagonal(problem):
+def test_an_input_that_never_fired_gets_the_mean_diagonal(
+    problem: MakeProblem,
+) -> None:
     _, hessian = problem(1, 8)
     hessian[3, :] = hessian[:, 3] = 0
     result = damped(hessian, 0.01)
@@ -34,7 +43,9 @@ def test_an_input_that_never_fired_gets_the_mean_diagonal(problem):
     assert bool(torch.isfinite(inverse_factor(result)).all())
 
 
-def test_the_factor_is_upper_and_its_square_is_the_inverse(problem):
+def test_the_factor_is_upper_and_its_square_is_the_inverse(
+    problem: MakeProblem,
+) -> None:
     _, hessian = problem(1, 40)
     hessian = damped(hessian, 0.01)
     factor = inverse_factor(hessian).double()
@@ -44,7 +55,9 @@ def test_the_factor_is_upper_and_its_square_is_the_inverse(problem):
     torch.testing.assert_close(identity, torch.eye(40).double(), rtol=0, atol=1e-4)
 
 
-def test_the_diagonal_is_what_an_error_costs_after_compensation(problem):
+def test_the_diagonal_is_what_an_error_costs_after_compensation(
+    problem: MakeProblem,
+) -> None:
     """U_ii^-2 is the Schur complement: the least of e H e^T with e_i = 1 and only later columns
     free."""
     _, hessian = problem(1, 12)
@@ -67,18 +80,18 @@ def test_the_diagonal_is_what_an_error_costs_after_compensation(problem):
         (torch.zeros(2, 2), "no calibration token"),
     ],
 )
-def test_a_hessian_that_is_none_is_refused(hessian, sentence):
+def test_a_hessian_that_is_none_is_refused(hessian: Tensor, sentence: str) -> None:
     with pytest.raises(RoundingError, match=sentence):
         damped(hessian, 0.01)
 
 
-def test_an_indefinite_matrix_is_refused():
+def test_an_indefinite_matrix_is_refused() -> None:
     with pytest.raises(RoundingError, match="more damping"):
         inverse_factor(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_damaged_weight_is_refused_by_name(bad):
+def test_a_damaged_weight_is_refused_by_name(bad: float) -> None:
     weight = torch.ones(2, 3)
     weight[1, 2] = bad
     with pytest.raises(RoundingError, match=r"layer\.weight holds inf or nan"):
@@ -86,6 +99,6 @@ def test_a_damaged_weight_is_refused_by_name(bad):
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (3,), (2, 3, 3)])
-def test_a_weight_of_another_width_is_refused_by_name(shape):
+def test_a_weight_of_another_width_is_refused_by_name(shape: tuple[int, ...]) -> None:
     with pytest.raises(RoundingError, match=r"layer\.weight is .* and its Hessian"):
         check_weight("layer.weight", torch.ones(shape), torch.eye(3))

@@ -4,18 +4,23 @@ numbers that cannot be stored."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from quantlib.errors import FormatError, RoundingError
-from quantlib.formats import QuantizedWeight, Scheme, dequantize, pack, unpack
+from quantlib.formats import QuantizedWeight, Scheme, Segment, dequantize, pack, unpack
 from quantlib.rounding import RoundingOptions, round_group, round_integers
 from quantlib.rounding.grid import RowGrid
 from quantlib.rounding.hessian import damped, inverse_factor
 from quantlib.rounding.integer import ROW_TILE
 from quantlib.rounding.sweep import Span, descend, gptq_sweep
+
+MakeProblem = Callable[..., tuple[Tensor, Tensor]]
+MakeLayout = Callable[..., tuple[Segment, ...]]
+ErrorOf = Callable[..., float]
 
 SCHEMES = ("w2g32z4s4", "w3g32", "w4g32zs6", "w8g32", "w4g64z", "w3g16s4", "w5", "w3z4", "w2")
 
@@ -40,7 +45,9 @@ def members(problem, columns: int) -> tuple[dict[str, Tensor], Tensor]:
     return dict(zip("abc", weight.split([5, 70, 130]), strict=True)), hessian
 
 
-def test_many_members_and_layouts_at_once_equal_each_alone_to_the_bit(problem, layout):
+def test_many_members_and_layouts_at_once_equal_each_alone_to_the_bit(
+    problem: MakeProblem, layout: MakeLayout
+) -> None:
     weights, hessian = members(problem, 100)
     layouts = [layout(scheme, 100) for scheme in SCHEMES]
     together = round_integers(weights, hessian, layouts)
@@ -50,7 +57,11 @@ def test_many_members_and_layouts_at_once_equal_each_alone_to_the_bit(problem, l
 
 
 @pytest.mark.parametrize("rows", [1, ROW_TILE, 200, 1000])
-def test_the_row_limit_changes_no_bit(problem, layout, rows):
+def test_the_row_limit_changes_no_bit(
+    problem: MakeProblem,
+    layout: MakeLayout,
+    rows: int,
+) -> None:
     weights, hessian = members(problem, 72)
     layouts = [layout(scheme, 72) for scheme in ("w2g32z4s4", "w3g32", "w3")]
     whole = round_integers(weights, hessian, layouts)
@@ -60,7 +71,9 @@ def test_the_row_limit_changes_no_bit(problem, layout, rows):
         assert_same(value, chunked[key])
 
 
-def test_the_result_dequantizes_to_what_the_sweeps_computed(problem, layout):
+def test_the_result_dequantizes_to_what_the_sweeps_computed(
+    problem: MakeProblem, layout: MakeLayout
+) -> None:
     """To the bit: effective scales and zero points are the checkpoint's, and codes are read back
     without a slip."""
     for scheme in SCHEMES:
@@ -77,7 +90,11 @@ def test_the_result_dequantizes_to_what_the_sweeps_computed(problem, layout):
         assert torch.equal(dequantize(rounded), result.T), scheme
 
 
-def test_segments_of_different_widths_share_one_sweep(problem, layout, error_of):
+def test_segments_of_different_widths_share_one_sweep(
+    problem: MakeProblem,
+    layout: MakeLayout,
+    error_of: ErrorOf,
+) -> None:
     """8 bits for the first 40 inputs, then 3 and 2: better than 3 and 2 throughout, and each
     segment's error is compensated by those behind it."""
     weight, hessian = problem(48, 120)
@@ -107,7 +124,11 @@ def _alone(weight, hessian, start, length, scheme, options) -> QuantizedWeight:
 
 
 @pytest.mark.parametrize("scheme", ["w4g64", "w3g32z4s4", "w2g128z", "w8"])
-def test_a_ragged_last_group_is_rounded_like_any_other(problem, layout, scheme):
+def test_a_ragged_last_group_is_rounded_like_any_other(
+    problem: MakeProblem,
+    layout: MakeLayout,
+    scheme: str,
+) -> None:
     """80 columns: groups of 64 + 16, 32 + 32 + 16, one of 80. It survives packing, too."""
     weight, _ = problem(9, 80)
     segments = layout(scheme, 80)
@@ -118,7 +139,11 @@ def test_a_ragged_last_group_is_rounded_like_any_other(problem, layout, scheme):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_zeros_stay_zeros(problem, layout, scheme):
+def test_zeros_stay_zeros(
+    problem: MakeProblem,
+    layout: MakeLayout,
+    scheme: str,
+) -> None:
     _, hessian = problem(1, 48)
     zeros = torch.zeros(3, 48)
     (rounded,) = round_integers({"w": zeros}, hessian, [layout(scheme, 48)]).values()
@@ -127,7 +152,12 @@ def test_zeros_stay_zeros(problem, layout, scheme):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("size", [1e-45, 1e-30, 1e-7])
-def test_denormals_and_weights_below_float16_are_finite_and_near(problem, layout, scheme, size):
+def test_denormals_and_weights_below_float16_are_finite_and_near(
+    problem: MakeProblem,
+    layout: MakeLayout,
+    scheme: str,
+    size: float,
+) -> None:
     """A scale is at least 2^-24 (two-level: 2^-24 / 15), so the error is at most half of it."""
     weight, hessian = problem(6, 48)
     (rounded,) = round_integers({"w": weight * size}, hessian, [layout(scheme, 48)]).values()
@@ -136,7 +166,12 @@ def test_denormals_and_weights_below_float16_are_finite_and_near(problem, layout
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_large_weights_are_rounded_as_well_as_small_ones(problem, layout, scheme, error_of):
+def test_large_weights_are_rounded_as_well_as_small_ones(
+    problem: MakeProblem,
+    layout: MakeLayout,
+    scheme: str,
+    error_of: ErrorOf,
+) -> None:
     weight, hessian = problem(6, 48)
     segments = layout(scheme, 48)
     errors = []
@@ -148,14 +183,20 @@ def test_large_weights_are_rounded_as_well_as_small_ones(problem, layout, scheme
 
 
 @pytest.mark.parametrize("scheme", ["w2g32", "w4g32z", "w3g32s6", "w3"])
-def test_a_scale_beyond_float16_is_a_sentence(problem, layout, scheme):
+def test_a_scale_beyond_float16_is_a_sentence(
+    problem: MakeProblem,
+    layout: MakeLayout,
+    scheme: str,
+) -> None:
     weight, hessian = problem(4, 48)
     weight[2, 7] = 1e9
     with pytest.raises(RoundingError, match="beyond float16's 65504"):
         round_integers({"w": weight}, hessian, [layout("w8g32", 48), layout(scheme, 48)])
 
 
-def test_inputs_that_never_fired_are_rounded_to_nearest(problem, layout):
+def test_inputs_that_never_fired_are_rounded_to_nearest(
+    problem: MakeProblem, layout: MakeLayout
+) -> None:
     """Zero rows of the Hessian: those weights neither pay for others nor get their errors."""
     weight, hessian = problem(8, 64)
     dead = torch.tensor([3, 17, 40, 63])
@@ -170,7 +211,7 @@ def test_inputs_that_never_fired_are_rounded_to_nearest(problem, layout):
     assert not torch.equal(part.codes.float(), nearest)  # the others are compensated
 
 
-def test_one_token_is_enough(problem, layout):
+def test_one_token_is_enough(problem: MakeProblem, layout: MakeLayout) -> None:
     """A Hessian of rank one, as a rare expert has: damping makes it a problem like any other."""
     weight, _ = problem(8, 64)
     token = torch.randn(64, generator=torch.Generator().manual_seed(5))
@@ -182,7 +223,9 @@ def test_one_token_is_enough(problem, layout):
     assert output[0] < 0.01 * output[1]
 
 
-def test_float64_and_bfloat16_weights_are_taken_as_they_are(problem, layout):
+def test_float64_and_bfloat16_weights_are_taken_as_they_are(
+    problem: MakeProblem, layout: MakeLayout
+) -> None:
     weight, hessian = problem(4, 32)
     weight = weight.bfloat16()
     segments = [layout("w4g32", 32)]
@@ -192,7 +235,7 @@ def test_float64_and_bfloat16_weights_are_taken_as_they_are(problem, layout):
         assert_same(found["w", 0], expected)
 
 
-def test_arguments_are_left_as_they_were(problem, layout):
+def test_arguments_are_left_as_they_were(problem: MakeProblem, layout: MakeLayout) -> None:
     weight, hessian = problem(8, 48)
     before = weight.clone(), hessian.clone()
     round_group({"w": weight}, hessian, [layout("w3g32z", 48), layout("mxfp4", 48)])
@@ -202,14 +245,19 @@ def test_arguments_are_left_as_they_were(problem, layout):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("scheme", ["w4g32", "fp4g32"])
-def test_a_damaged_weight_is_a_sentence(problem, layout, bad, scheme):
+def test_a_damaged_weight_is_a_sentence(
+    problem: MakeProblem,
+    layout: MakeLayout,
+    bad: float,
+    scheme: str,
+) -> None:
     weight, hessian = problem(4, 48)
     weight[1, 5] = bad
     with pytest.raises(RoundingError, match="holds inf or nan"):
         round_group({"w": weight}, hessian, [layout(scheme, 48)])
 
 
-def test_what_does_not_fit_is_a_sentence(problem, layout):
+def test_what_does_not_fit_is_a_sentence(problem: MakeProblem, layout: MakeLayout) -> None:
     weight, hessian = problem(4, 48)
     with pytest.raises(RoundingError, match=r"q_proj is .*4, 48.* and its Hessian .*32, 32"):
         round_group({"q_proj": weight}, hessian[:32, :32], [layout("w4", 48)])

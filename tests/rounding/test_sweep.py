@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from quantlib.formats import Scheme, quantize_rtn
+from quantlib.formats import Scheme, Segment, quantize_rtn
 from quantlib.rounding import RoundingOptions, round_integers
 from quantlib.rounding.grid import RowGrid
 from quantlib.rounding.hessian import damped, inverse_factor
 from quantlib.rounding.sweep import Span, SpanState, _descend_block, descend, gptq_sweep
+
+MakeProblem = Callable[..., tuple[Tensor, Tensor]]
+MakeLayout = Callable[..., tuple[Segment, ...]]
+ErrorOf = Callable[..., float]
 
 NEAR_TIE = 1e-3
 """Steps closer than this to a half may round either way: float32 sums of 100 terms of size 10."""
@@ -84,7 +89,11 @@ def codes_of(result: Tensor, spans: list[Span], states: list[SpanState]) -> Tens
     ],
     ids=str,
 )
-def test_gptq_equals_the_float64_reference(problem, layout, parts):
+def test_gptq_equals_the_float64_reference(
+    problem: MakeProblem,
+    layout: MakeLayout,
+    parts: list[tuple[str, int]],
+) -> None:
     columns = sum(length for _, length in parts)
     weight, hessian = problem(6, columns, seed=columns)
     hessian = damped(hessian, 0.01)
@@ -95,7 +104,9 @@ def test_gptq_equals_the_float64_reference(problem, layout, parts):
     assert ties <= 0.01 * codes.numel()
 
 
-def test_a_channel_wider_than_a_block_is_compensated_across_blocks(problem, layout):
+def test_a_channel_wider_than_a_block_is_compensated_across_blocks(
+    problem: MakeProblem, layout: MakeLayout
+) -> None:
     """150 columns with one scale: the update crosses SUB_BLOCK = 128."""
     weight, hessian = problem(4, 150)
     hessian = damped(hessian, 0.01)
@@ -122,7 +133,12 @@ def brute_force(weight: Tensor, hessian: Tensor, span: Span, state: SpanState) -
 
 @pytest.mark.parametrize("columns", [2, 3, 4])
 @pytest.mark.parametrize("scheme", ["w2", "w2g16z", "w2g16z4s4"])
-def test_tiny_problems_are_near_the_brute_force_optimum(problem, layout, columns, scheme):
+def test_tiny_problems_are_near_the_brute_force_optimum(
+    problem: MakeProblem,
+    layout: MakeLayout,
+    columns: int,
+    scheme: str,
+) -> None:
     """All 4^K codes of 200 rows: descent lies between optimum and GPTQ, and finds most optima."""
     weight, hessian = problem(200, columns, seed=columns)
     target, spans = weight.T.contiguous(), spans_of(layout(scheme, columns), 200)
@@ -143,7 +159,9 @@ def test_tiny_problems_are_near_the_brute_force_optimum(problem, layout, columns
     assert found > 0.8, f"only {found:.0%} of the rows are optimal"
 
 
-def test_descent_ends_where_no_single_code_can_improve(problem, layout):
+def test_descent_ends_where_no_single_code_can_improve(
+    problem: MakeProblem, layout: MakeLayout
+) -> None:
     weight, hessian = problem(64, 4, seed=9)
     target, spans = weight.T.contiguous(), spans_of(layout("w2g16z", 4), 64)
     result, (state,) = gptq_sweep(target.clone(), inverse_factor(hessian), spans)
@@ -162,7 +180,12 @@ def test_descent_ends_where_no_single_code_can_improve(problem, layout):
     ["w2", "w2g16", "w2g16z", "w2g16z2s4", "w3g32z4s4", "w3g32s4", "w4g32z5s5", "w8g64zs8"],
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_no_pass_of_descent_raises_the_objective(problem, layout, scheme, seed):
+def test_no_pass_of_descent_raises_the_objective(
+    problem: MakeProblem,
+    layout: MakeLayout,
+    scheme: str,
+    seed: int,
+) -> None:
     """Scales and zero points move too, and are stored coarsely: still never up, in any row."""
     weight, hessian = problem(64, 72, seed)
     target, spans = weight.T.contiguous(), spans_of(layout(scheme, 72), 64)
@@ -181,7 +204,12 @@ def test_no_pass_of_descent_raises_the_objective(problem, layout, scheme, seed):
 @pytest.mark.parametrize(
     ("scheme", "share"), [("w2g32", 0.95), ("w2g32z4s4", 0.95), ("w3g32z", 0.97), ("w4g32z", 0.99)]
 )
-def test_gptq_beats_plain_rounding_and_descent_beats_gptq(problem, error_of, scheme, share):
+def test_gptq_beats_plain_rounding_and_descent_beats_gptq(
+    problem: MakeProblem,
+    error_of: ErrorOf,
+    scheme: str,
+    share: float,
+) -> None:
     """Over 24 random correlated problems; ratios of Hessian error, geometric mean.
 
     What descent adds to GPTQ shrinks with the step: `share` of its error is left at most.
