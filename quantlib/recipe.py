@@ -23,8 +23,9 @@ NATIVE_SCHEMES = (
 )
 # fmt: on
 """Candidates for quantlib's own kernels: widths 2..8, groups of 32 and 64, two-level scales, zero
-points of 4..8 bits. Each lies on the front of weighted error against bytes on SmolLM2
-(dev/LOG.md); symmetric ones and groups of 128 did not."""
+points of 4..8 bits. All lie on the front of weighted error against bits per weight on SmolLM2
+(bench/results/rounding.json). Symmetric formats do not; groups of 128 do, as smaller steps between
+these widths; they are left out only to round less."""
 FUSED_SCHEMES = ("w4g32", "w4g64", "w4g128", "w8g32", "w8g128", "w8")
 """Candidates that engines with fused linears (vLLM's Marlin path) run: symmetric 4 and 8 bits,
 float16 scales."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from quantlib.checkpoint.tensorfile import LAYOUT
 from quantlib.formats.scheme import Scheme
-from quantlib.formats.size import kept_bytes, payload_bytes
+from quantlib.formats.size import payload_bytes
 from quantlib.formats.weight import packed_layout
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.rows import Weight
@@ -28,25 +28,13 @@ _FILE_OVERHEAD = 8 + 8 + len(json.dumps({"__metadata__": {"format": "pt"}}, sepa
 
 def weight_bytes(weight: Weight, scheme: Scheme) -> int:
     """Bytes that `weight` stored in `scheme` adds to the checkpoint: payload and header entries."""
-    if scheme.weight is None:
-        return payload(weight, scheme) + _header_entry(weight.name, weight.shape)
-    layout = packed_layout(_matrix_shape(weight), scheme.segments(weight.in_features))
+    shape = weight.parameters // weight.in_features, weight.in_features  # stacks as [E*N, K]
+    segments = scheme.segments(weight.in_features)
     entries = sum(
-        _header_entry(weight.name + suffix, shape) for suffix, (_, shape) in layout.items()
+        _header_entry(weight.name + suffix, stored)
+        for suffix, (_, stored) in packed_layout(shape, segments).items()
     )
-    return payload(weight, scheme) + entries
-
-
-def payload(weight: Weight, scheme: Scheme) -> int:
-    """Bytes of the tensors of `weight` in `scheme`, headers not counted."""
-    if scheme.weight is None:
-        return kept_bytes(weight.shape, str(scheme.kept))
-    return payload_bytes(_matrix_shape(weight), scheme.segments(weight.in_features))
-
-
-def _matrix_shape(weight: Weight) -> tuple[int, int]:
-    """[N, K]; stacks are stored as [E*N, K]."""
-    return weight.parameters // weight.in_features, weight.in_features
+    return payload_bytes(shape, segments) + entries
 
 
 def fixed_bytes(model_map: ModelMap, shard_bytes: int) -> int:

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from quantlib.calibration.data import load_windows
@@ -88,8 +89,6 @@ class Run:
 
     @cached_property
     def _is_calibration(self) -> Tensor:
-        import torch
-
         count, probes = len(self.all_windows), self.recipe.probe_windows
         held_back = torch.linspace(0, count - 1, probes).round().long()
         mask = torch.ones(count, dtype=torch.bool)
