@@ -54,13 +54,6 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def tensor_sha256(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's dtype, shape and numbers, bit for bit."""
-    total = hashlib.sha256(canonical_json([str(tensor.dtype), list(tensor.shape)]))
-    total.update(tensor_bytes(tensor))
-    return total.hexdigest()
-
-
 def versions() -> dict[str, str]:
     """Versions of quantlib, torch and transformers; "unknown" where none is installed."""
     return {name: _version(package) for name, package in _PACKAGES.items()}

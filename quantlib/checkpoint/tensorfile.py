@@ -10,7 +10,6 @@ that every tensor is aligned in the map and equal tensors give equal files.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -25,16 +24,8 @@ import torch
 from quantlib.checkpoint.disk import Content, Sink, atomic_write
 from quantlib.checkpoint.provenance import tensor_bytes
 from quantlib.errors import CheckpointError, ModelError
+from quantlib.formats.size import TensorForm, safetensors_header, safetensors_order
 from quantlib.models.headers import TORCH_DTYPES, TensorHeader, read_headers
-
-# fmt: off
-LAYOUT = (
-    "I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
-)
-# fmt: on
-"""What a checkpoint may hold, in the order in which the library lays tensors out in a file."""
-_NAMES = {TORCH_DTYPES[name]: name for name in LAYOUT}
-_RANKS = {TORCH_DTYPES[name]: rank for rank, name in enumerate(LAYOUT)}
 
 
 @dataclass(frozen=True)
@@ -59,29 +50,11 @@ def header_bytes(
     tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
 ) -> bytes:
     """The header of the safetensors file with these tensors, its 8-byte length included."""
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    start = 0
-    for name in _order(tensors):
-        tensor = tensors[name]
-        stop = start + tensor.nbytes
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, stop],
-        }
-        start = stop
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return safetensors_header(_forms(tensors), metadata or None)
 
 
-def _order(tensors: Mapping[str, LazyTensor]) -> list[str]:
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES:
-            raise CheckpointError(
-                f"the tensor {name} is {tensor.dtype}, which safetensors files cannot hold"
-            )
-    return sorted(tensors, key=lambda name: (_RANKS[tensors[name].dtype], name))
+def _forms(tensors: Mapping[str, LazyTensor]) -> dict[str, TensorForm]:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
 
 
 def tensor_content(
@@ -98,7 +71,7 @@ def tensor_content(
 
     def write(sink: Sink) -> None:
         sink.write(header_bytes(lazy, metadata))
-        for name in _order(lazy):
+        for name in safetensors_order(_forms(lazy)):
             _write_tensor(sink, name, lazy[name])
 
     return write

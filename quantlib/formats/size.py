@@ -20,6 +20,9 @@ from quantlib.errors import FormatError
 from quantlib.formats.scheme import KEPT, Segment
 from quantlib.formats.weight import packed_layout
 
+TensorForm = tuple[torch.dtype, Sequence[int]]
+"""dtype and shape of a tensor, without its values."""
+
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 
@@ -29,6 +32,7 @@ _SAFETENSORS_DTYPES: tuple[tuple[torch.dtype, str], ...] = (
     (torch.int8, "I8"),
     (torch.float8_e5m2, "F8_E5M2"),
     (torch.float8_e4m3fn, "F8_E4M3"),
+    (torch.float8_e8m0fnu, "F8_E8M0"),
     (torch.int16, "I16"),
     (torch.uint16, "U16"),
     (torch.float16, "F16"),
@@ -66,30 +70,49 @@ def bits_per_weight(shape: Sequence[int], segments: Sequence[Segment]) -> float:
     return 8 * payload_bytes(shape, segments) / math.prod(shape)
 
 
-def safetensors_file_bytes(
-    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
-    metadata: Mapping[str, str] | None = None,
-) -> int:
-    """Size of the file that `safetensors.torch.save_file(tensors, path, metadata)` writes, to the
-    byte.
+def safetensors_order(tensors: Mapping[str, TensorForm]) -> list[str]:
+    """Names in the order in which the library's writer lays the tensors out: by falling alignment,
+    then by name.
 
-    tensors: name -> (dtype, shape). Raises FormatError on a dtype that the format lacks.
+    Raises FormatError on a dtype that the format lacks.
     """
     for name, (dtype, _) in tensors.items():
         if dtype not in _RANKS:
-            raise FormatError(f"tensor {name} is {dtype}, which safetensors files cannot hold")
-    header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
-    position = 0
-    for name in sorted(tensors, key=lambda name: (-_RANKS[tensors[name][0]], name)):
+            raise FormatError(f"the tensor {name} is {dtype}, which safetensors files cannot hold")
+    return sorted(tensors, key=lambda name: (-_RANKS[tensors[name][0]], name))
+
+
+def safetensors_header(
+    tensors: Mapping[str, TensorForm], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The header of the safetensors file with these tensors, its 8-byte length included.
+
+    Raises FormatError on a dtype that the format lacks.
+    """
+    header: dict[str, object] = {}
+    if metadata is not None:
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    start = 0
+    for name in safetensors_order(tensors):
         dtype, shape = tensors[name]
-        end = position + dtype.itemsize * math.prod(shape)
+        stop = start + dtype.itemsize * math.prod(shape)
         header[name] = {
             "dtype": _SAFETENSORS_DTYPES[_RANKS[dtype]][1],
             "shape": list(shape),
-            "data_offsets": [position, end],
+            "data_offsets": [start, stop],
         }
-        position = end
+        start = stop
     # JSON escapes the same characters in Python and in the writer once non-ASCII text is left
     # alone.
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    return _LENGTH_BYTES + -(-len(text) // _ALIGNMENT) * _ALIGNMENT + position
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
+def safetensors_file_bytes(
+    tensors: Mapping[str, TensorForm], metadata: Mapping[str, str] | None = None
+) -> int:
+    """Size of the file that `safetensors.torch.save_file(tensors, path, metadata)` writes, to the
+    byte. Raises FormatError on a dtype that the format lacks."""
+    payload = sum(dtype.itemsize * math.prod(shape) for dtype, shape in tensors.values())
+    return len(safetensors_header(tensors, metadata)) + payload

@@ -1,0 +1,193 @@
+// Tiles: how the CPU kernels keep a weight in memory, and what they are given to compute with it.
+//
+// A checkpoint stores rows, bit-contiguous along K. A kernel that multiplies 16 output rows at a
+// time (one 32-bit lane each) wants them side by side, so a weight is rearranged once, at load
+// (tile_pack.h), into *strips* of 32 rows: two *blocks* of 16. Along K a strip is cut into *pieces*
+// of 16, 32, 64 or 128 columns that share one scale per row (a piece is one group, or 128 columns of
+// a longer one), and a piece into *chunks* of 4 columns x 16 rows = 64 codes, byte 4*r + j of a chunk
+// being column j of row r: one VPDPBUSD with four broadcast activations.
+//
+//   codes of a strip:  for each piece: block 0's chunks, then block 1's
+//   meta of a strip:   for each piece: block 0's scales [, zeros], then block 1's
+//
+// Chunks of a piece, by the width b of a code:
+//   8        64 bytes a chunk
+//   4        64 bytes hold two chunks: low nibbles the first, high nibbles the second
+//   2        64 bytes hold four chunks: bits 0-1 the first, 2-3 the second, ...
+//   3 5 6 7  8*b bytes a chunk: eight codes (two rows) to b bytes, least significant bit first
+//
+// Columns of a segment are padded to a multiple of 32 and rows to a multiple of 32; padded codes are
+// 0 and meet activations of 0, padded rows have scales of 0 and are not stored to the output. A last
+// strip of at most 16 rows has block 0 only.
+//
+// The arithmetic is fixed, so that every instruction set, number of threads and number of tokens
+// gives the same bits. Per output row and token, over all pieces p of all segments in order:
+//
+//   int8:   dot   = sum over the piece of code * a                  int32, exact
+//           t     = fma(-zero, float(sum of a), float(dot))         both exact in float32
+//           [act_group: t *= scale of the activation group]
+//           total = fma(t, scale, total)
+//           y     = fma(total, token scale, bias)      (bias 0 when there is none)
+//   exact:  acc   = fma(x[k], value(code) - zero, acc)  from 0, k in order over the piece
+//           total = fma(acc, scale, total)
+//           y     = fma(total, token scale, bias)      (token scale 1: x was not rounded)
+//
+// scale = stored scale as a number * factor of the row (* integer_unit in int8 mode, which is 1 for
+// integers); `a` are activations rounded to int8. Float elements are looked up in the segment's table
+// first: as small integers where those exist (e2m1 in halves, e2m3 in eighths: `integer_values`),
+// which is what int8 mode needs, as floats in exact mode. Others (e3m2, e4m3, e5m2) have no int8 mode: their inputs are rounded to int8 and
+// multiplied as floats by the exact kernel, with the token scale at the end.
+#pragma once
+
+#include <cstdint>
+
+namespace ql {
+
+constexpr int64_t kBlockRows = 16;
+constexpr int64_t kStripRows = 32;
+constexpr int64_t kChunkColumns = 4;
+constexpr int64_t kMaxPiece = 128;
+constexpr int64_t kColumnPad = 32;
+constexpr int64_t kTailBytes = 64;  // readable past the end of codes and of meta: whole-vector loads
+
+enum ScaleKind : int32_t {
+  SCALE_F16 = 0,   // 16 halves a block
+  SCALE_CODE = 1,  // 16 bytes: the number is the code, 1 / (2^b - 1) is in the row's factor
+  SCALE_E8M0 = 2,  // 16 bytes: 2^(code - 127)
+  SCALE_E4M3 = 3,  // 16 bytes, never negative
+};
+
+enum ZeroKind : int32_t {
+  ZERO_NONE = 0,   // the same for all: `zero_constant`
+  ZERO_BYTE = 1,   // 16 bytes after the scales; zero = byte * zero_step
+  ZERO_NIBBLE = 2  // with SCALE_CODE of s bits and z bits, s + z <= 8: byte = scale | zero << s
+};
+
+struct TileSegment {
+  const uint8_t* codes;     // strips at codes_stride
+  const uint8_t* meta;      // strips at meta_stride
+  const float* factors;     // [padded rows], never null
+  const float* float_values;      // [2^bits] of a float element; null for integers
+  const uint8_t* integer_values;  // [2^bits] for e2m1 and e2m3, else null: the number is
+                                  // (byte - zero_constant) * integer_unit
+  float integer_unit;       // 0.5 for e2m1, 0.125 for e2m3, 1 for integers
+  int64_t codes_stride;
+  int64_t meta_stride;
+  int64_t start;            // first column in x
+  int64_t length;           // columns
+  int64_t padded;           // columns, a multiple of kColumnPad
+  int64_t piece;            // 16, 32, 64 or 128; the last piece of a segment may be shorter, by
+                            // whole 16s
+  int64_t pieces;
+  int32_t bits;
+  int32_t scale_kind;
+  int32_t scale_bits;
+  int32_t zero_kind;
+  float zero_constant;      // 2^(bits-1) for symmetric integers; 12 for e2m1 and 60 for e2m3 in int8
+                            // mode; exact mode subtracts it for integers only
+  float zero_step;
+};
+
+struct TiledWeight {
+  const TileSegment* segments;
+  int64_t segment_count;
+  int64_t rows;     // N
+  int64_t columns;  // K
+};
+
+// Activations as a kernel reads them: `tokens` rows of padded columns, segment after segment (two
+// weights with the same segment lengths can share them). Strides are in elements.
+struct TileInput {
+  const int8_t* values;   // int8 mode
+  const float* floats;    // exact mode
+  const float* sums;      // int8 mode: sums of `values`, see sums_of
+  const float* scales;    // one per token, or per token and activation group
+  int64_t value_stride;   // of values or floats; an odd multiple of 64 keeps tokens in different
+                          // cache sets
+  int64_t sum_stride;
+  int64_t scale_stride;
+  int64_t act_group;      // 0: one scale per token; else a multiple of 128: of whole padded columns
+  int64_t tokens;
+};
+
+struct TileOutput {
+  float* y;            // [tokens, N] at y_stride
+  int64_t y_stride;
+  const float* bias;   // [N] or null
+  bool accumulate;     // y += instead of y =  (after the last fma: a residual connection)
+};
+
+// What one instruction set offers for tiled weights. Strips are independent: any thread may compute
+// any range, and the result does not depend on it. `scratch` is 64-byte aligned.
+struct TileKernels {
+  int64_t (*int8_scratch_bytes)(const TiledWeight& w, int64_t tokens);
+  void (*int8_strips)(const TiledWeight& w, const TileInput& in, const TileOutput& out,
+                      int64_t first, int64_t last, uint8_t* scratch);
+  int64_t (*exact_scratch_bytes)(const TiledWeight& w, int64_t tokens);
+  void (*exact_strips)(const TiledWeight& w, const TileInput& in, const TileOutput& out,
+                       int64_t first, int64_t last, uint8_t* scratch);
+  // One token (K floats in x) -> padded int8 values, their sums and scales; scales are amax / 127,
+  // NaN when a value is not finite (then the values are 0).
+  void (*round_token)(const TiledWeight& w, const float* x, int64_t act_group, int8_t* values,
+                      float* sums, float* scales);
+  // Rows ids[0..count) (or first..first+count when ids is null), dequantized: out [count, K].
+  void (*dequantize_rows)(const TiledWeight& w, const int64_t* ids, int64_t first, int64_t count,
+                          float* out);
+};
+
+}  // namespace ql
+
+// Geometry that all units share. Internal linkage: see kernels.h for why.
+namespace {
+
+inline int64_t tile_strips(const ql::TiledWeight& w) {
+  return (w.rows + ql::kStripRows - 1) / ql::kStripRows;
+}
+
+// Blocks of a strip that hold rows: 2, or 1 for a last strip of at most 16 rows.
+inline int64_t tile_blocks(const ql::TiledWeight& w, int64_t strip) {
+  return w.rows - strip * ql::kStripRows > ql::kBlockRows ? 2 : 1;
+}
+
+// Columns of a piece: less than `piece` only for the last one.
+inline int64_t piece_columns(const ql::TileSegment& s, int64_t index) {
+  const int64_t left = s.padded - index * s.piece;
+  return left < s.piece ? left : s.piece;
+}
+
+// Bytes of the codes of one block of a piece of `columns`.
+inline int64_t block_code_bytes(int64_t columns, int32_t bits) { return 2 * columns * bits; }
+
+// Bytes of the meta of one block of a piece.
+inline int64_t block_meta_bytes(const ql::TileSegment& s) {
+  return (s.scale_kind == ql::SCALE_F16 ? 32 : 16) + (s.zero_kind == ql::ZERO_BYTE ? 16 : 0);
+}
+
+// Sums of a segment's activations: over every 16 columns, then every 32, every 64, every 128, each
+// level after the other, the last of a level over what is left.
+inline int64_t sum_count(int64_t padded) {
+  return padded / 16 + padded / 32 + (padded + 63) / 64 + (padded + 127) / 128;
+}
+
+// Where the sums over pieces of `piece` columns begin within a segment's sums.
+inline int64_t sum_offset(int64_t padded, int64_t piece) {
+  int64_t at = 0;
+  if (piece > 16) at += padded / 16;
+  if (piece > 32) at += padded / 32;
+  if (piece > 64) at += (padded + 63) / 64;
+  return at;
+}
+
+inline int64_t tile_padded_columns(const ql::TiledWeight& w) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < w.segment_count; ++i) total += w.segments[i].padded;
+  return total;
+}
+
+inline int64_t tile_sum_count(const ql::TiledWeight& w) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < w.segment_count; ++i) total += sum_count(w.segments[i].padded);
+  return total;
+}
+
+}  // namespace
