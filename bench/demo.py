@@ -51,7 +51,7 @@ def main() -> None:
 
     console.rule(f"2. quantlib compress to {options.size}")
     from quantlib.cli.progress import Bars
-    from quantlib.pipeline import compress
+    from quantlib.pipeline.compress import compress
 
     out = options.folder / "checkpoint"
     options.folder.mkdir(parents=True, exist_ok=True)

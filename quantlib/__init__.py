@@ -18,13 +18,13 @@ from quantlib.errors import QuantlibError
 from quantlib.runtime.autoregister import register_with_transformers
 
 if TYPE_CHECKING:
-    from quantlib.pipeline import compress
+    from quantlib.pipeline.compress import compress
     from quantlib.runtime.load import load
 
 __all__ = ["QuantlibError", "__version__", "compress", "load"]
 __version__ = "0.1.0"
 
-_LAZY = {"compress": "quantlib.pipeline", "load": "quantlib.runtime.load"}
+_LAZY = {"compress": "quantlib.pipeline.compress", "load": "quantlib.runtime.load"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ direction, it does not mend it.
 import ast
 import importlib.metadata
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,6 +163,15 @@ def test_what_is_imported_is_declared_in_setup_py() -> None:
                 if not distributions & declared:
                     undeclared.add(f"{module} imports {top}")
     assert not undeclared, "\n".join(sorted(undeclared))
+
+
+def test_a_search_on_what_was_measured_waits_for_no_model_library() -> None:
+    code = (
+        "import sys, quantlib.pipeline.workfiles, quantlib.pipeline.plan\n"
+        "print('transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["False"], done.stderr
 
 
 def requirements() -> list[str]:

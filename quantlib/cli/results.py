@@ -9,7 +9,7 @@ from quantlib.cli.console import answers, facts, table
 from quantlib.cli.words import next_commands, predicted_text
 
 if TYPE_CHECKING:
-    from quantlib.pipeline import Result
+    from quantlib.pipeline.compress import Result
     from quantlib.pipeline.apply import Refinement
 
 

@@ -13,9 +13,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from quantlib.errors import ModelError
-from quantlib.models import skeleton
 from quantlib.models.claims import claim
-from quantlib.models.generic import derive_family
 from quantlib.models.rows import ComponentSummary, CoverageRow, Kept, LinearGroup, Weight
 from quantlib.models.source import Source
 from quantlib.models.tables import find
@@ -53,6 +51,10 @@ class ModelMap:
                          as they are.
         Raises ModelError naming the parameter, tensor or rule that does not fit.
         """
+        # imported here: a map read back from its file needs no transformers
+        from quantlib.models import skeleton
+        from quantlib.models.generic import derive_family
+
         module = skeleton.build(source)
         known = find(source.model_type)
         family = known if known is not None else derive_family(module)

@@ -18,8 +18,6 @@ its budget alone starts at `search`.
     workfiles   what people and later commands read in a work directory
     status      how far a run is
     reporting   what the report shows
+
+Nothing is imported here: a search on what was measured reads files, and waits for no model library.
 """
-
-from quantlib.pipeline.compress import Result, compress, open_run
-
-__all__ = ["Result", "compress", "open_run"]

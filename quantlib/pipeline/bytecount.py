@@ -12,16 +12,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from quantlib.checkpoint.tensorfile import LAYOUT
 from quantlib.formats.scheme import Scheme
 from quantlib.formats.size import payload_bytes
 from quantlib.formats.weight import packed_layout
+from quantlib.models.headers import TORCH_DTYPES
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.rows import Weight
 
 _DIGITS = 12
 """Digits of an offset below a terabyte: files have 5 GB, or hold a single larger tensor."""
-_DTYPE = max(LAYOUT, key=len)
+_DTYPE = max(TORCH_DTYPES, key=len)
 _FILE_OVERHEAD = 8 + 8 + len(json.dumps({"__metadata__": {"format": "pt"}}, separators=(",", ":")))
 """Length field, padding to 8 bytes, and the fixed part of one file's header."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from quantlib.pipeline import Result, compress
+from quantlib.pipeline.compress import Result, compress
 
 SMALL: dict[str, Any] = {
     "seqlen": 64,

@@ -16,7 +16,7 @@ from quantlib.checkpoint.workdir import WorkDir
 from quantlib.errors import CheckpointError, SearchError
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
-from quantlib.pipeline import Result, compress
+from quantlib.pipeline.compress import Result, compress
 from quantlib.pipeline.plan import Budget, search
 from quantlib.pipeline.workfiles import load_model, load_table
 from quantlib.recipe import FUSED_SCHEMES, NATIVE_SCHEMES

@@ -17,7 +17,7 @@ from quantlib.checkpoint.workdir import WorkDir
 from quantlib.errors import CheckpointError
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
-from quantlib.pipeline import Result
+from quantlib.pipeline.compress import Result
 from quantlib.pipeline.estimate import PROCESS_BYTES, for_recipe
 from quantlib.recipe import Recipe
 

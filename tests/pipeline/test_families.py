@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 import quantlib
 from quantlib.errors import DataError
-from quantlib.pipeline import Result, compress
+from quantlib.pipeline.compress import Result, compress
 from quantlib.pipeline.dense import DenseTrial
 from quantlib.pipeline.opening import reopen_run
 from quantlib.pipeline.reround import reround

@@ -11,7 +11,7 @@ import pytest
 
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
-from quantlib.pipeline import open_run
+from quantlib.pipeline.compress import open_run
 from quantlib.pipeline.reround import reround_inputs
 from quantlib.pipeline.run import Run
 from quantlib.recipe import Recipe

@@ -31,7 +31,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 
 from quantlib.checkpoint.disk import Sink
 from quantlib.errors import QuantlibError
-from quantlib.pipeline import compress
+from quantlib.pipeline.compress import compress
 
 OPERATIONS = ("replace", "rename", "unlink", "rmdir", "write", "ftruncate", "fsync", "mkdir")
 
