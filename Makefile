@@ -2,6 +2,7 @@
 #
 #   make demo    compress a real language model to a byte budget and show what it cost
 #   make test    install the development tools and run the tests
+#   make peers   install what `quantlib bench` compares with: onnxruntime, OpenVINO, llama.cpp
 #
 # PIP_ARGS goes to every pip install. PyTorch's default build for Linux may bring several GB of CUDA
 # libraries; a CPU-only index makes it small:  make demo PIP_ARGS="--extra-index-url URL"
@@ -15,7 +16,7 @@ TEST_ARGS ?=
 BIN := .venv/bin
 PIP_INSTALL = $(BIN)/python -m pip install --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test install install-dev lint format constraints
+.PHONY: help demo test peers install install-dev lint format constraints
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -26,6 +27,11 @@ demo: install
 
 test: install-dev
 	$(BIN)/python -P -m pytest $(TEST_ARGS)
+
+# Optional, and each peer for itself: one that cannot be had is named, and left out of benchmarks.
+peers: install
+	$(BIN)/python -P -m quantlib.bench.peers.install --pip-args "$(PIP_ARGS)" \
+		--constraint constraints.txt --constraint constraints-peers.txt
 
 lint: install-dev
 	$(BIN)/ruff check

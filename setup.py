@@ -47,6 +47,8 @@ EXTRAS = {
     "graph": ["torch-geometric>=2.6"],
     # Reads the demo model: its weights are published in a GGUF file.
     "bench": ["gguf>=0.17"],
+    # What quantlib is measured beside; `make peers` installs them, and llama.cpp from its source.
+    "peers": ["onnx>=1.16", "onnxruntime>=1.20", "openvino>=2025.0"],
     "dev": [
         "compressed-tensors>=0.18",  # the reference of the packed layout, in tests only
         "datasets>=3",

@@ -1,175 +1,211 @@
-"""How fast the packed linear runs: quantlib's CPU kernel beside torch on dense weights, interleaved
-in one process.
+"""How fast the packed linear runs: quantlib's CPU kernels beside those of others, interleaved in
+one process.
 
     quantlib bench kernels [--quick] [--json]
 
 Weights rotate among copies that together exceed the caches, so that M = 1 streams from memory as
-decoding does. A row is the median over repeats, with quartiles; peers are timed in the same loop,
-so a noisy machine disturbs all of them alike. `roof_ms` is the time plain reads of the packed bytes
-take at the bandwidth measured in the same run: no kernel can be faster at M = 1 than that.
+decoding does. All schemes and peers of a shape take turns, with the machine's roofs between them: a
+row is the median over rounds, with quartiles. `roof_ms` is the time that reading the packed bytes,
+or multiplying in registers, takes at the speeds measured in those very rounds, whichever is longer.
+Peers that are not there (`make peers` installs them) are named with the reason. Activations are
+rounded to int8 (`mode="int8"`); random weights are made directly in packed form.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import linear as dense_linear
+from rich.console import Console
 
 from quantlib.bench import record
-from quantlib.formats.rtn import quantize_rtn
-from quantlib.formats.scheme import Scheme
-from quantlib.formats.weight import pack
+from quantlib.bench.peers.linear import Bind, PeerMissing, copies, peers
+from quantlib.bench.random_weights import random_weight
+from quantlib.bench.roofs import Measured, Roofs
+from quantlib.bench.targets import of_kernels, show_targets
+from quantlib.bench.timing import Candidate, Quartiles, interleaved
+from quantlib.cli.console import answers, notes, print_json, table
+from quantlib.kernels.layouts import tile
 from quantlib.kernels.ops import linear
-from quantlib.kernels.packed import PackedWeight
+from quantlib.recipe import NATIVE_SCHEMES
 
-SCHEMES = ("w2g32z4s4", "w3g32z4s4", "w4g32zs4", "w4g64z5s5", "w4g128", "w6g64zs6", "w8g64zs6")
-SHAPES = ((576, 1536), (4096, 4096))
-TOKENS = (1, 8, 128)
-CACHE_BYTES = 96 << 20
-"""Copies of a weight together take at least this much."""
+WIDTH_SCHEMES = tuple(f"w{bits}g128" for bits in range(2, 9))
+SHAPES = ((4096, 4096), (14336, 4096), (2048, 8192), (1536, 576), (576, 1536), (49152, 576))
+"""[N, K]: those of the targets, then SmolLM2-135M's up, down and head."""
+TOKENS = (1, 8, 128, 512)
+OURS = "quantlib "
+"""Before a scheme's name: what tells our candidates from peers."""
 
 
-def measure_shape(
-    columns: int, rows: int, schemes: Sequence[str], repeats: int, bandwidth: float
-) -> list[dict[str, Any]]:
-    """Rows for one shape [N = rows, K = columns]: every scheme and token count."""
+@dataclass(frozen=True)
+class Plan:
+    """What to measure."""
+
+    shapes: Sequence[tuple[int, int]] = SHAPES
+    schemes: Sequence[str] = WIDTH_SCHEMES + NATIVE_SCHEMES
+    tokens: Sequence[int] = TOKENS
+    rounds: int = 15
+
+
+QUICK = Plan(SHAPES[:1], ("w3g128", "w4g128", "w4g64z5s5"), (1, 8, 128), 5)
+
+
+@dataclass
+class Contestants:
+    """Everything that multiplies with one shape: name -> bind; and who cannot, and why."""
+
+    ours: dict[str, Bind] = field(default_factory=dict)
+    peers: dict[str, Bind] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    nbytes: dict[str, int] = field(default_factory=dict)
+
+
+def run(plan: Plan) -> dict[str, Any]:
+    """All rows, with the roofs, the peers that are missing and the targets."""
+    roofs = Roofs()
+    rows: list[dict[str, Any]] = []
+    missing: dict[str, str] = {}
+    for shape in plan.shapes:
+        notes().print(f"{shape[0]} x {shape[1]}: preparing weights", style="dim")
+        contestants = prepare(*shape, plan.schemes)
+        missing |= contestants.missing
+        for tokens in plan.tokens:
+            rows += measure(shape, tokens, contestants, roofs, plan.rounds)
+    bits = {peer.name: peer.bits for peer in peers()}
+    return {
+        "threads": torch.get_num_threads(),
+        "roofs": roofs.best.to_json(),
+        "peers_missing": missing,
+        "targets": [target.to_json() for target in of_kernels(rows, bits)],
+        "rows": rows,
+    }
+
+
+def prepare(rows: int, columns: int, schemes: Sequence[str]) -> Contestants:
+    """Weights of every scheme and peer for one shape [N, K]."""
+    found = Contestants()
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(rows, columns, generator=generator)
-    found = []
-    dense = _copies(lambda: weight.clone(), weight.nbytes)
-    half = _copies(lambda: weight.bfloat16(), weight.nbytes // 2)
     for scheme in schemes:
-        segments = Scheme.parse(scheme).segments(columns)
-        tensors = pack(quantize_rtn(weight, segments))
-        nbytes = sum(t.nbytes for t in tensors.values())
-
-        def fresh(tensors: dict[str, Tensor] = tensors, segments: Any = segments) -> PackedWeight:
-            return PackedWeight.from_tensors(
-                {k: v.clone() for k, v in tensors.items()}, (rows, columns), segments
-            )
-
-        packed = _copies(fresh, nbytes)
-        for tokens in TOKENS:
-            x = torch.randn(tokens, columns, generator=generator)
-            times = interleaved(
-                {
-                    "quantlib int8": partial(_packed, x, packed, "int8"),
-                    "quantlib exact": partial(_packed, x, packed, "exact"),
-                    "torch float32": partial(_dense, x, dense),
-                    "torch bfloat16": partial(_dense, x.bfloat16(), half),
-                },
-                repeats,
-            )
-            ours = times.pop("quantlib int8")
-            found.append(
-                {
-                    "op": "linear",
-                    "scheme": scheme,
-                    "N": rows,
-                    "K": columns,
-                    "M": tokens,
-                    "ms": ours[1],
-                    "quartiles_ms": [ours[0], ours[2]],
-                    "peers": {name: value[1] for name, value in times.items()},
-                    "bytes": nbytes,
-                    "roof_ms": 1e3 * nbytes / bandwidth,
-                }
-            )
+        weight = random_weight(rows, columns, scheme, generator)
+        found.nbytes[scheme] = weight.nbytes
+        tiles = copies(lambda weight=weight: tile(weight), weight.nbytes)  # type: ignore[misc]
+        found.ours[scheme] = _bind_ours(tiles, columns)
+    for peer in peers():
+        try:
+            found.peers[peer.name] = peer.prepare(rows, columns)
+        except PeerMissing as error:
+            found.missing[f"{peer.name}, {rows}x{columns}"] = str(error)
     return found
 
 
-def _packed(x: Tensor, copies: list[PackedWeight], mode: str, i: int) -> None:
-    linear(x, copies[i % len(copies)], mode=mode)
+def _bind_ours(tiles: Sequence[Any], columns: int) -> Bind:
+    def bind(tokens: int) -> Candidate:
+        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1))
+        return lambda index: linear(x, tiles[index % len(tiles)], mode="int8")
+
+    return bind
 
 
-def _dense(x: Tensor, copies: list[Tensor], i: int) -> None:
-    dense_linear(x, copies[i % len(copies)])
-
-
-def interleaved(
-    candidates: dict[str, Callable[[int], Any]], repeats: int
-) -> dict[str, tuple[float, float, float]]:
-    """Quartiles in milliseconds of each candidate, all run in turn `repeats` times after two
-    warm-ups."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for index in range(repeats + 2):
-        for name, run in candidates.items():
-            started = time.perf_counter()
-            run(index)
-            if index >= 2:
-                times[name].append(1e3 * (time.perf_counter() - started))
-    return {name: _quartiles(values) for name, values in times.items()}
-
-
-def _quartiles(values: list[float]) -> tuple[float, float, float]:
-    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
-    return low, middle, high
-
-
-def read_bandwidth(megabytes: int = 512) -> float:
-    """Bytes per second of summing a large array with torch's threads: plain reads of memory."""
-    data = torch.ones(megabytes << 18, dtype=torch.float32)
-    best = 0.0
-    for _ in range(5):
-        started = time.perf_counter()
-        data.sum()
-        best = max(best, data.nbytes / (time.perf_counter() - started))
-    return best
-
-
-def _copies(make: Callable[[], Any], nbytes: int) -> list[Any]:
-    return [make() for _ in range(max(1, min(64, -(-CACHE_BYTES // nbytes))))]
-
-
-def run(quick: bool = False) -> dict[str, Any]:
-    """All rows. `quick`: two schemes and one shape."""
-    bandwidth = read_bandwidth()
-    shapes, schemes, repeats = (SHAPES[:1], SCHEMES[2:4], 5) if quick else (SHAPES, SCHEMES, 15)
-    rows = [
-        row
-        for columns, n in shapes
-        for row in measure_shape(columns, n, schemes, repeats, bandwidth)
+def measure(
+    shape: tuple[int, int], tokens: int, contestants: Contestants, roofs: Roofs, rounds: int
+) -> list[dict[str, Any]]:
+    """The rows of one shape [N, K] and number of tokens M, one for each scheme."""
+    candidates: dict[str, Candidate] = {"roofs": roofs}
+    candidates |= {OURS + scheme: bind(tokens) for scheme, bind in contestants.ours.items()}
+    candidates |= {name: bind(tokens) for name, bind in contestants.peers.items()}
+    times = interleaved(candidates, rounds)
+    measured = roofs.take()
+    theirs = {name: times[name] for name in contestants.peers}
+    return [
+        _row(scheme, shape, tokens, times[OURS + scheme], theirs, nbytes, measured)
+        for scheme, nbytes in contestants.nbytes.items()
     ]
-    return {"threads": torch.get_num_threads(), "read_gb_per_s": bandwidth / 1e9, "rows": rows}
+
+
+def _row(
+    scheme: str,
+    shape: tuple[int, int],
+    tokens: int,
+    ours: Quartiles,
+    theirs: Mapping[str, Quartiles],
+    nbytes: int,
+    roofs: Measured,
+) -> dict[str, Any]:
+    rows, columns = shape
+    roof_ms = 1e3 * roofs.seconds(nbytes, 2.0 * tokens * rows * columns)
+    best = min(theirs, key=lambda name: theirs[name].median, default=None)
+    return {
+        "op": "linear",
+        "scheme": scheme,
+        "N": rows,
+        "K": columns,
+        "M": tokens,
+        "ms": ours.median,
+        "quartiles_ms": [ours.low, ours.high],
+        "peers": {name: value.median for name, value in theirs.items()},
+        "peer_quartiles_ms": {name: [value.low, value.high] for name, value in theirs.items()},
+        "bytes": nbytes,
+        "roof_ms": roof_ms,
+        "roof_share": roof_ms / ours.median,
+        "best_peer": best,
+        "ratio": theirs[best].median / ours.median if best else None,
+        "roofs": roofs.to_json(),
+    }
+
+
+def show(found: Mapping[str, Any], console: Console) -> None:
+    """Tables for a person: every row, then the targets, then who is missing."""
+    rows = found["rows"]
+    roofs = found["roofs"]
+    console.print(
+        f"{found['threads']} threads; reads up to {roofs['read_gb_per_s']:.1f} GB/s, multiplies up "
+        f"to {roofs['multiply_gop_per_s'] or 0:.0f} GOP/s; milliseconds are medians"
+    )
+    titles = ("N x K", "M", "scheme", "ms", "quartiles", "roof ms", "of roof", "best peer", "ratio")
+    console.print(table(*titles, rows=map(_cells, rows), numbers_from=3))
+    show_targets(found["targets"], console)
+    for name, reason in found["peers_missing"].items():
+        console.print(f"not measured: {name}: {reason}", style="yellow", markup=False)
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    low, high = row["quartiles_ms"]
+    best = row["best_peer"]
+    return [
+        f"{row['N']} x {row['K']}",
+        str(row["M"]),
+        row["scheme"],
+        f"{row['ms']:.3f}",
+        f"{low:.3f}-{high:.3f}",
+        f"{row['roof_ms']:.3f}",
+        f"{row['roof_share']:.0%}",
+        f"{best} {row['peers'][best]:.3f}" if best else "none",
+        f"{row['ratio']:.2f}" if best else "",
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and (without --quick) keep the result."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="quantlib bench kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--quick", action="store_true", help="one shape and two schemes; nothing is kept"
+        "--quick", action="store_true", help="one shape and three schemes; nothing is kept"
     )
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     options = parser.parse_args(arguments)
-    found = run(options.quick)
+    found = run(QUICK if options.quick else Plan())
     if options.json:
-        print(json.dumps(found))
+        print_json(found)
     else:
-        print(
-            f"{found['threads']} threads, plain reads {found['read_gb_per_s']:.1f} GB/s; "
-            "milliseconds, medians"
-        )
-        for row in found["rows"]:
-            peers = "  ".join(f"{name} {value:8.3f}" for name, value in row["peers"].items())
-            shape = f"N={row['N']} K={row['K']} M={row['M']}"
-            print(
-                f"{row['scheme']:10} {shape:24} int8 {row['ms']:8.3f}  {peers}  "
-                f"roof {row['roof_ms']:.3f}"
-            )
+        show(found, answers())
     if not options.quick:
-        path = record.write("kernels", found)
-        if not options.json:
-            print(path)
+        notes().print(str(record.write("kernels", found)))
 
 
 if __name__ == "__main__":

@@ -1,111 +1,140 @@
-"""The operators that quantized modules call: `linear` and `embedding` on a PackedWeight.
+"""The operators that quantized modules call: `linear`, `embedding` and `dequantize` on a weight,
+packed or tiled.
 
-Both are operators of `torch.library` (`quantlib::linear`, `quantlib::embedding`) with fake kernels,
-so they pass through `torch.compile` and export as one opaque node. They take the packed tensors as
-a list and everything else about the weight as a layout string. On the CPU the C++ kernels compute;
-elsewhere, or without a compiler, the torch reference.
+`linear` and `embedding` are operators of `torch.library` (`quantlib::linear`,
+`quantlib::embedding`) with fake kernels, so they pass through `torch.compile` and export as one
+opaque node. They take a weight's tensors as a list (one of them, for a tiled weight) and everything
+else about it as a layout string.
+
+On the CPU the C++ kernels compute, on tiles: a packed weight is tiled at its first use, and its
+tiles live as long as its first tensor does. Whoever holds a weight for long tiles it and drops the
+packed form (`runtime.packed_module`). Elsewhere, or without a compiler, the torch reference
+computes.
 
 Modes of `linear`:
-    "exact"  activations stay as they are; weights become float32, as the reference's do.
-    "int8"   every token is rounded to int8 (scale amax/127) and multiplied in integers. Weights
-             with a float element cannot be: their product with the rounded activations is taken in
-             float32.
+    "exact"  activations stay as they are; sums are float32.
+    "int8"   every token is rounded to int8 (scale amax/127), or every `act_group` columns of it,
+             and multiplied in integers. Weights with an element that has none (e4m3, e5m2, e3m2)
+             are multiplied with the rounded activations in float32.
 
-The C++ kernels give the same bits for any number of threads. Exact products of more than a few
-tokens are torch's, and as repeatable as those.
+The C++ kernels give the same bits for any instruction set and number of threads.
 """
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from quantlib import formats
 from quantlib.errors import FormatError, UsageError
 from quantlib.kernels import reference
 from quantlib.kernels.cpu import library as cpu
+from quantlib.kernels.layouts import MAX_PIECE, TILES, TiledWeight, is_traced
 from quantlib.kernels.packed import PackedWeight, parse_layout, suffixes_of
 
-__all__ = ["MODES", "PackedWeight", "backend", "dequantize", "embedding", "linear"]
+__all__ = ["MODES", "PackedWeight", "TiledWeight", "backend", "dequantize", "embedding", "linear"]
 
 MODES = ("exact", "int8")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_FEW_TOKENS = 4
-"""Up to here the exact kernel decodes weights in registers; beyond, blocks of rows are decoded to
-float32 and torch multiplies them: from there on its blocked matrix product is faster than decoding
-again for every few tokens."""
-_BLOCK_BYTES = 4 << 20
-"""Size of such a block: it stays in the cache between being written and being read."""
+
+Weight = PackedWeight | TiledWeight
 
 
 def linear(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, mode: str = "exact"
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None = None,
+    mode: str = "exact",
+    act_group: int = 0,
 ) -> Tensor:
     """x [..., K] times the transposed weight [N, K], plus bias [N]: [..., N] in x's dtype.
 
-    x is float32, bfloat16 or float16; sums are float32 or wider. Raises FormatError on another K or
-    dtype, and UsageError on an unknown mode.
+    x is float32, bfloat16 or float16; sums are float32 or wider. act_group: in mode "int8", columns
+    that are rounded with a scale of their own (a multiple of 128; groups begin anew with each
+    segment); 0: all columns of a token. Raises FormatError on another K or dtype, and UsageError on
+    an unknown mode or group.
     """
-    return torch.ops.quantlib.linear(x, list(weight.tensors.values()), weight.layout, bias, mode)
+    arguments = (x, _tensors(weight), weight.layout, bias, mode, act_group)
+    if _is_plain(x, bias):
+        return _compute_linear(*arguments)
+    return torch.ops.quantlib.linear(*arguments)
 
 
-def embedding(ids: Tensor, weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+def embedding(ids: Tensor, weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """Rows `ids` (integers, any shape) of the weight [N, K]: [*ids.shape, K] in `dtype`.
 
     Raises DataError when an id is not one of the N rows.
     """
-    return torch.ops.quantlib.embedding(ids, list(weight.tensors.values()), weight.layout, dtype)
+    return torch.ops.quantlib.embedding(ids, _tensors(weight), weight.layout, dtype)
 
 
-def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The whole weight [N, K], as `formats.dequantize` gives it, on the weight's device."""
-    tensors = list(weight.tensors.values())
+def dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The whole weight [N, K] in `dtype`, on its device: what `formats.dequantize` gives, up to one
+    float32 rounding of two-level scales."""
+    tensors = _tensors(weight)
     library = _library(tensors)
     if library is None:
+        assert isinstance(weight, PackedWeight)  # a tiled one has a library
         return formats.dequantize(weight.to_quantized(), dtype)
-    return library.dequantize(cpu.describe(tensors, weight.layout)).to(dtype)
+    return library.dequantize(_describe(library, tensors, weight.layout)).to(dtype)
 
 
 def backend() -> str:
-    """What computes on the CPU: "avx512", "avx2", "portable"; "reference" without a library."""
+    """What computes on the CPU: an instruction set ("avx512", ..., "portable"), or "reference"
+    without a library."""
     library = cpu.load()
     return "reference" if library is None else library.isa
 
 
-@torch.library.custom_op("quantlib::linear", mutates_args=())
-def _linear(x: Tensor, weight: list[Tensor], layout: str, bias: Tensor | None, mode: str) -> Tensor:
-    _check_linear(x, layout, bias, mode)
+def _compute_linear(
+    x: Tensor, weight: list[Tensor], layout: str, bias: Tensor | None, mode: str, act_group: int
+) -> Tensor:
+    _check_linear(x, layout, bias, mode, act_group)
     library = _library([x, *weight])
     if library is None:
         bits = 8 if mode == "int8" else 16
-        return reference.linear(x, _packed(weight, layout).to_quantized(), bias, bits)
-    described = cpu.describe(weight, layout)
+        quantized = _packed(weight, layout).to_quantized()
+        return reference.linear(x, quantized, bias, bits, act_group=act_group)
+    described = _describe(library, weight, layout)
     flat = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
     wide_bias = bias if bias is None else bias.to(torch.float32).contiguous()
-    if mode == "int8" and not described.all_integer:
-        codes, scale = reference.round_activations(flat)
-        flat, mode = codes * scale, "exact"
-    if mode == "int8" or flat.shape[0] <= _FEW_TOKENS:
-        out = library.linear(described, flat, wide_bias, mode)
-    else:
-        out = _linear_by_blocks(library, described, flat, wide_bias)
+    out = library.linear(described, flat, wide_bias, mode, act_group=act_group)
     return out.to(x.dtype).view(*x.shape[:-1], described.rows)
+
+
+@torch.library.custom_op("quantlib::linear", mutates_args=())
+def _linear(
+    x: Tensor,
+    weight: list[Tensor],
+    layout: str,
+    bias: Tensor | None,
+    mode: str,
+    act_group: int = 0,
+) -> Tensor:
+    return _compute_linear(x, weight, layout, bias, mode, act_group)
 
 
 @_linear.register_fake
 def _linear_fake(
-    x: Tensor, weight: list[Tensor], layout: str, bias: Tensor | None, mode: str
+    x: Tensor,
+    weight: list[Tensor],
+    layout: str,
+    bias: Tensor | None,
+    mode: str,
+    act_group: int = 0,
 ) -> Tensor:
-    (rows, _), _ = parse_layout(layout)
-    _check_linear(x, layout, bias, mode)
+    (rows, _), _ = parse_layout(layout.removeprefix(TILES))
+    _check_linear(x, layout, bias, mode, act_group)
     return x.new_empty(*x.shape[:-1], rows)
 
 
 @torch.library.custom_op("quantlib::embedding", mutates_args=())
 def _embedding(ids: Tensor, weight: list[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
-    (rows, columns), _ = parse_layout(layout)
+    (rows, columns), _ = parse_layout(layout.removeprefix(TILES))
     flat = ids.reshape(-1).to(torch.int64).contiguous()
     if not len(flat):
         return torch.empty(*ids.shape, columns, dtype=dtype, device=ids.device)
@@ -115,28 +144,65 @@ def _embedding(ids: Tensor, weight: list[Tensor], layout: str, dtype: torch.dtyp
             raise cpu.row_out_of_range(rows)
         out = formats.dequantize(_packed(weight, layout).select_rows(flat).to_quantized())
     else:
-        out = library.dequantize(cpu.describe(weight, layout), flat)
+        out = library.dequantize(_describe(library, weight, layout), flat)
     return out.to(dtype).view(*ids.shape, columns)
 
 
 @_embedding.register_fake
 def _embedding_fake(ids: Tensor, weight: list[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
-    (_, columns), _ = parse_layout(layout)
+    (_, columns), _ = parse_layout(layout.removeprefix(TILES))
     return ids.new_empty(*ids.shape, columns, dtype=dtype)
 
 
-def _linear_by_blocks(
-    library: cpu.Library, described: cpu.Description, x: Tensor, bias: Tensor | None
-) -> Tensor:
-    """x [M, K] -> [M, N] with the weight decoded a few megabytes at a time."""
-    out = x.new_empty(x.shape[0], described.rows)
-    step = max(64, _BLOCK_BYTES // (4 * described.columns))
-    for start in range(0, described.rows, step):
-        rows = range(start, min(start + step, described.rows))
-        block = library.dequantize(described, rows)
-        part = None if bias is None else bias[rows.start : rows.stop]
-        out[:, rows.start : rows.stop] = functional.linear(x, block, part)
-    return out
+def _is_plain(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether nobody watches this call: no compiler, no mode, no autograd, no subclass of tensors.
+
+    The dispatcher of a Python operator costs more than a small product: such a call goes past it.
+    """
+    if type(x) is not Tensor or is_traced():
+        return False
+    return not torch.is_grad_enabled() or not (
+        x.requires_grad or (bias is not None and bias.requires_grad)
+    )
+
+
+class _Tiles:
+    """Tiles of packed weights, by their first tensor, which they do not outlive.
+
+    A tensor that was written to since, or belongs to another weight now, has its tiles made again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known = WeakTensorKeyDictionary()
+
+    def of(self, library: cpu.Library, tensors: list[Tensor], layout: str) -> Tensor:
+        stamp = (layout, tuple((t.data_ptr(), _version(t)) for t in tensors))
+        with self._lock:
+            known = self._known.get(tensors[0])
+            if known is None or known[0] != stamp:
+                known = self._known[tensors[0]] = (stamp, library.pack(tensors, layout))
+            memory: Tensor = known[1]
+            return memory
+
+
+_TILES = _Tiles()
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; tensors of inference mode do not count it."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _describe(library: cpu.Library, tensors: list[Tensor], layout: str) -> cpu.Description:
+    """The tiles that a weight has, or gets now."""
+    if layout.startswith(TILES):
+        return library.describe(tensors[0], layout.removeprefix(TILES))
+    return library.describe(_TILES.of(library, tensors, layout), layout)
+
+
+def _tensors(weight: Weight) -> list[Tensor]:
+    return [weight.memory] if isinstance(weight, TiledWeight) else list(weight.tensors.values())
 
 
 def _library(tensors: list[Tensor]) -> cpu.Library | None:
@@ -145,15 +211,22 @@ def _library(tensors: list[Tensor]) -> cpu.Library | None:
 
 
 def _packed(tensors: list[Tensor], layout: str) -> PackedWeight:
+    if layout.startswith(TILES):
+        raise UsageError("tiles are for the CPU: move the input there, or use the packed weight")
     shape, segments = parse_layout(layout)
     return PackedWeight.from_tensors(dict(zip(suffixes_of(layout), tensors)), shape, segments)
 
 
-def _check_linear(x: Tensor, layout: str, bias: Tensor | None, mode: str) -> None:
-    (rows, columns), _ = parse_layout(layout)
+def _check_linear(x: Tensor, layout: str, bias: Tensor | None, mode: str, act_group: int) -> None:
+    (rows, columns), _ = parse_layout(layout.removeprefix(TILES))
     if mode not in MODES:
         raise UsageError(
             f"unknown mode {mode!r} of a quantized linear: use one of {', '.join(MODES)}"
+        )
+    if act_group < 0 or act_group % MAX_PIECE or (act_group and mode != "int8"):
+        raise UsageError(
+            f"activation groups of {act_group} in mode {mode!r}: they are for mode int8, and have "
+            f"a multiple of {MAX_PIECE} columns"
         )
     if x.dim() == 0 or x.shape[-1] != columns:
         raise FormatError(

@@ -1,9 +1,9 @@
-"""`PackedWeight`: a weight as the checkpoint stores it, which is also what the kernels read.
+"""`PackedWeight`: a weight as the checkpoint stores it, the same on every machine.
 
-Nothing is repacked for a backend. The tensors may be views of a mapped file, resident memory is the
-packed size, and a checkpoint written on one machine runs on another. What a kernel must know
-besides the tensors (shape, K segments, formats) travels as one short string, the layout, because
-that is what an operator of `torch.library` can take.
+The tensors may be views of a mapped file. The CPU kernels rearrange them once (`layouts.tile`);
+everything else reads them as they are. What a kernel must know besides the tensors (shape, K
+segments, formats) travels as one short string, the layout, because that is what an operator of
+`torch.library` can take.
 """
 
 from __future__ import annotations
@@ -93,6 +93,11 @@ class PackedWeight:
                     _select_zeros(words, form, self.shape[0], rows) if per_row else words
                 )
         return PackedWeight.from_tensors(chosen, (len(rows), self.shape[1]), self.segments)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(iter(self.tensors.values())).device
 
     @property
     def nbytes(self) -> int:

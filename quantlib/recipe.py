@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from quantlib.errors import FormatError, UsageError
 from quantlib.formats.scheme import Scheme
+from quantlib.search.latency import parse_latencies
 
 # fmt: off
 NATIVE_SCHEMES = (
@@ -44,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Recipe(BaseModel):
-    """Everything that decides the result of a run, except the budget and its constraints.
+    """Everything that decides the result of a run, except the size and its constraints.
 
     data:          calibration text: a file, JSONL, a folder, or `hub:name` (`calibration.data`).
     windows, seqlen, seed: calibration windows, their length in tokens, the seed of every draw.
@@ -60,6 +61,7 @@ class Recipe(BaseModel):
                    for none.
     strength:      how far re-rounding moves towards the least-squares target
                    (`rounding.asymmetric`).
+    latency:       latency budgets on this machine, as --latency takes them (`search.latency`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,6 +80,7 @@ class Recipe(BaseModel):
     swaps: int = Field(0, ge=0, le=10_000)
     refine: bool = False
     strength: float = Field(0.5, ge=0, le=1)
+    latency: tuple[str, ...] = ()
 
     @field_validator("schemes")
     @classmethod
@@ -103,6 +106,15 @@ class Recipe(BaseModel):
                 )
             parsed.append(str(scheme))
         return tuple(dict.fromkeys(parsed))
+
+    @field_validator("latency")
+    @classmethod
+    def _known_latency(cls, latency: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            parse_latencies(latency)
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+        return latency
 
     @model_validator(mode="after")
     def _enough_to_measure(self) -> Recipe:

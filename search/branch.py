@@ -18,8 +18,9 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_array, vstack
 
+from quantlib.search.improve import fill, improved
 from quantlib.search.quiet import no_stdout
-from quantlib.search.relaxation import Bound, Table, exchange, fill, linear_bound, repair
+from quantlib.search.relaxation import Bound, Table, linear_bound
 
 ATTEMPTS = 5
 """How often HiGHS is asked again when its tolerances let something through that does not fit."""
@@ -54,7 +55,7 @@ def minimise(table: Table, capacity: np.ndarray, relative_gap: float, time_limit
     if fitting is None or bound is None:
         return Outcome(None, math.inf, math.inf, True)
     best = _Incumbent(table.base_loss, relative_gap)
-    best.offer(fitting, _heuristic(fitting, capacity, bound))
+    best.offer(fitting, improved(fitting, capacity, bound))
     proven, finished = bound.value, True
     if not best.beats(bound.value):
         proven, finished = _branches(fitting, capacity, bound, best, deadline)
@@ -88,12 +89,6 @@ class _Incumbent:
         return self.loss - bound <= self.tolerance
 
 
-def _heuristic(table: Table, capacity: np.ndarray, bound: Bound) -> np.ndarray | None:
-    """A good feasible allocation near the relaxation's, or None when none was found."""
-    rows = repair(table, capacity, table.least(bound.reduced))
-    return None if rows is None else exchange(table, capacity, rows)
-
-
 def _branches(
     table: Table, capacity: np.ndarray, bound: Bound, best: _Incumbent, deadline: float
 ) -> tuple[float, bool]:
@@ -113,7 +108,7 @@ def _branches(
     branches.sort(key=lambda pair: pair[1].value)
     for branch, limit in branches:
         if not best.beats(limit.value):
-            best.offer(branch, _heuristic(branch, capacity, limit))
+            best.offer(branch, improved(branch, capacity, limit))
     finished = True
     for branch, limit in branches:
         floor, done = limit.value, True

@@ -1,4 +1,5 @@
-"""Size against loss: the same problem solved for many budgets.
+"""Size against loss, latency against loss: the same problem solved for many budgets. And size
+against latency, at equal loss.
 
 Preparing a problem (dominated choices, arrays) is shared by all points, and a point a
 ten-thousandth above its optimum looks the same in a plot, so most points need no branch and bound
@@ -7,18 +8,24 @@ at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from quantlib.errors import SearchError
 from quantlib.search.calibrate import Calibration
-from quantlib.search.problem import Picks, Problem
+from quantlib.search.problem import Item, Picks, Problem
+from quantlib.search.relaxation import Table
 from quantlib.search.solve import Solver
 
 FRONT_GAP = 1e-4
 """Relative gap at which a point of a front counts as optimal."""
+NANO = 1e6
+"""Steps of a millisecond in which a front over latency counts."""
+DIRECTIONS = 13
+"""Points on a line of equal loss, from all for size to all for latency."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class Point:
 
     budget, bytes: bytes allowed and used. loss: predicted sum. gap: to the LP bound, relative.
     kl, kl_low, kl_high: calibrated KL with its 95 % interval, None without a calibration.
+    costs: further costs, those that limit the front or that it is over.
     """
 
     budget: int
@@ -37,6 +45,14 @@ class Point:
     kl: float | None = None
     kl_low: float | None = None
     kl_high: float | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
+
+
+class Place(NamedTuple):
+    """Where a line of equal loss passes: bytes of a checkpoint, and a further cost."""
+
+    bytes: int
+    cost: float
 
 
 def spread_budgets(problem: Problem, points: int = 24) -> list[int]:
@@ -71,12 +87,94 @@ def pareto_front(
         if front and not solution.loss < front[-1].loss:
             continue
         kl = calibration.predict(max(0.0, solution.loss)) if calibration is not None else ()
-        front.append(
-            Point(budget, solution.bytes, solution.loss, solution.gap, solution.picks, *kl)
-        )
+        found = Point(budget, solution.bytes, solution.loss, solution.gap, solution.picks, *kl)
+        front.append(replace(found, costs=solution.costs))
     if not front:
         least = (
             "does not exist within the limits" if smallest is None else f"has {smallest:,} bytes"
         )
         raise SearchError(f"no budget of the front is possible: the smallest checkpoint {least}")
     return front
+
+
+def cost_front(
+    problem: Problem, name: str, points: int = 16, *, calibration: Calibration | None = None
+) -> list[Point]:
+    """The best allocation for every value of a further cost in milliseconds, at any size.
+
+    From the least possible to what the best allocation takes, spread evenly in ratio; each point
+    has its cost in `costs`. This is a front with the cost in place of bytes.
+    """
+    timed = _in_place_of_bytes(problem, name)
+    front = pareto_front(timed, spread_budgets(timed, points), calibration=calibration)
+    return [
+        replace(
+            point, bytes=problem.bytes(point.picks), costs={name: problem.cost(name, point.picks)}
+        )
+        for point in front
+    ]
+
+
+def _in_place_of_bytes(problem: Problem, name: str) -> Problem:
+    """The problem with a cost, in NANO parts of it, where its bytes were."""
+
+    def item_of(item: Item) -> Item:
+        choices = tuple(
+            replace(choice, bytes=round(NANO * choice.costs[name]), parts=())
+            for choice in item.choices
+        )
+        return Item(item.name, (item.name,), choices, item.block)
+
+    fixed = round(NANO * problem.fixed_costs.get(name, 0.0))
+    return Problem(tuple(item_of(item) for item in problem.items), fixed)
+
+
+def equal_loss(problem: Problem, name: str, loss: float) -> list[Place]:
+    """Sizes and costs between which one may choose at this loss, smallest size first.
+
+    They minimise a weighted sum of both for DIRECTIONS weights, with as much of it as the loss
+    allows: points of the convex hull, each within one choice of the loss asked for. Empty when no
+    allocation loses so little, one point when every one does.
+    """
+    table = Table.of(problem, (name,))
+    allowed = loss - table.base_loss
+    if allowed < 0:
+        return []
+    spans = table.cost.max(axis=1)
+    units = np.where(spans > 0, spans, 1.0)
+    found = set()
+    for share in np.linspace(0.0, 1.0, DIRECTIONS):
+        # a little of the other one too, so that it is not wasted where it costs nothing
+        weights = np.array([1.0 - share, share]) * 0.999 + 0.0005
+        rows = _cheapest(table, weights @ (table.cost / units[:, None]), allowed)
+        spent = table.base_cost + table.cost[:, rows].sum(axis=1)
+        fixed = problem.fixed_bytes, problem.fixed_costs.get(name, 0.0)
+        found.add(Place(int(spent[0]) + fixed[0], float(spent[1]) + fixed[1]))
+    return _undominated(sorted(found))
+
+
+def _cheapest(table: Table, price: np.ndarray, allowed: float) -> np.ndarray:
+    """Rows of least total `price` [rows] whose loss above base is at most `allowed`, by bisection
+    of the price of loss in powers of two."""
+    rows = table.least(price)
+    if table.loss[rows].sum() <= allowed:
+        return rows
+    low, high = -60.0, 60.0
+    best = table.least(table.loss + 2.0**-60 * price)
+    for _ in range(48):
+        middle = (low + high) / 2
+        rows = table.least(table.loss * 2.0**middle + price)
+        if table.loss[rows].sum() <= allowed:
+            best, high = rows, middle
+        else:
+            low = middle
+    return best
+
+
+def _undominated(places: Sequence[Place]) -> list[Place]:
+    """Of places by size, those with less cost than every smaller one."""
+    kept: list[Place] = []
+    for place in places:
+        if not kept or place.cost < kept[-1].cost:
+            kept.append(place)
+    return kept

@@ -51,8 +51,8 @@ class Plan:
     task:        the loss column that was minimised.
     rules:       the user's floors, ceilings and pins, as text.
     predicted:   what the search promised of the allocation it found: "kl", "kl_low", "kl_high" (95
-                 % interval), "lp_gap", "proven_gap". Dropped when the plan is changed, because it
-                 no longer holds.
+                 % interval), "lp_gap", "proven_gap", and every limited cost by its name. Dropped
+                 when the plan is changed, because it no longer holds.
     provenance:  name -> hash of what the plan was computed from ("sensitivity", ...).
     """
 
@@ -106,7 +106,7 @@ class Plan:
         provenance: Mapping[str, str] | None = None,
     ) -> Plan:
         """The plan of a solution, with its certificate and, if calibrated, the KL to expect."""
-        predicted = {"lp_gap": solution.gap, "proven_gap": solution.proven_gap}
+        predicted = {"lp_gap": solution.gap, "proven_gap": solution.proven_gap, **solution.costs}
         if calibration is not None:
             kl = calibration.predict(max(0.0, solution.loss))
             predicted |= {"kl": kl.kl, "kl_low": kl.low, "kl_high": kl.high}

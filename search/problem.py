@@ -81,6 +81,7 @@ class Problem:
     """Items in model order, and everything about the checkpoint that no choice changes.
 
     fixed_bytes: bytes that are there whatever is chosen (kept tensors, file headers).
+    fixed_costs: likewise of the further costs, 0 where it is not said (attention, norms).
     weights:     member weights in model order (a fused group may not be contiguous in it).
     model, sensitivity, task: fingerprint of the model, digest of the table, loss column.
     rules:       the user's constraints, as text; `rule_bytes`: what each adds to the smallest
@@ -96,6 +97,7 @@ class Problem:
     task: str = "kl"
     rules: tuple[str, ...] = ()
     rule_bytes: Mapping[str, int] = field(default_factory=dict)
+    fixed_costs: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         members = [member for item in self.items for member in item.members]
@@ -103,6 +105,8 @@ class Problem:
             raise SearchError("a weight belongs to two items of the allocation problem")
         if self.fixed_bytes < 0:
             raise SearchError(f"fixed bytes cannot be negative ({self.fixed_bytes})")
+        if not all(math.isfinite(cost) and cost >= 0 for cost in self.fixed_costs.values()):
+            raise SearchError(f"fixed costs must be finite and >= 0 ({dict(self.fixed_costs)})")
         if not self.weights:
             object.__setattr__(self, "weights", tuple(members))
 
@@ -117,8 +121,11 @@ class Problem:
         return math.fsum(choice.loss for choice in self.chosen(picks))
 
     def cost(self, name: str, picks: Picks) -> float:
-        """Sum of one of the further costs. Raises SearchError when a choice does not have it."""
-        costs = []
+        """Sum of one of the further costs, its fixed part included.
+
+        Raises SearchError when a choice does not have it.
+        """
+        costs = [self.fixed_costs.get(name, 0.0)]
         for item, choice in zip(self.items, self.chosen(picks), strict=True):
             if name not in choice.costs:
                 raise SearchError(
@@ -227,6 +234,7 @@ def build_problem(
     rules: Sequence[Rule] = (),
     task: str | None = None,
     costs: Mapping[str, Mapping[tuple[str, str], float]] | None = None,
+    fixed_costs: Mapping[str, float] | None = None,
 ) -> Problem:
     """The problem of choosing a scheme for each weight from what was measured, under `rules`.
 
@@ -234,6 +242,7 @@ def build_problem(
     engine:      who will run it; `groups` says which linear groups an engine that fuses does fuse.
     task:        loss column to minimise, the first one by default.
     costs:       name -> (weight, scheme) -> cost, for limits other than bytes.
+    fixed_costs: name -> what is spent whatever is chosen.
 
     Raises UsageError for an unknown engine or task and for rules that match nothing or contradict
     each other, SearchError when the table and the model do not have the same weights.
@@ -264,6 +273,7 @@ def build_problem(
         task,
         tuple(str(rule) for rule in rules),
         rule_bytes,
+        dict(fixed_costs or {}),
     )
 
 

@@ -23,7 +23,6 @@ from scipy.sparse import csr_array
 
 from quantlib.errors import SearchError
 from quantlib.search.problem import Choice, Problem
-from quantlib.search.swaps import NONE, best_swap
 
 
 def undominated(choices: Sequence[Choice], limited: Sequence[str] = ()) -> list[int]:
@@ -213,73 +212,3 @@ def _bound_of_several(table: Table, capacity: np.ndarray) -> Bound | None:
         return lagrangian(table, capacity, np.zeros(len(capacity)))
     multipliers = np.maximum(0.0, -result.ineqlin.marginals) * loss_unit / units
     return lagrangian(table, capacity, multipliers)
-
-
-def repair(table: Table, capacity: np.ndarray, rows: np.ndarray) -> np.ndarray | None:
-    """Make `rows` (one per item) feasible by the changes that cost least loss per excess removed.
-
-    Returns None when it gets stuck, which with several constraints does not prove infeasibility.
-    """
-    rows = rows.copy()
-    units = np.where(capacity > 0, capacity, 1.0)[:, None]
-    used = table.cost[:, rows].sum(axis=1)
-    for _ in range(10 * table.items + 10):
-        over = np.maximum(0.0, used - capacity)
-        if not over.any():
-            return rows
-        change = table.cost - table.cost[:, rows[table.item]]
-        left = np.maximum(0.0, used[:, None] + change - capacity[:, None])
-        removed = ((over[:, None] - left) / units).sum(axis=0)
-        price = table.loss - table.loss[rows[table.item]]
-        score = np.full(len(price), np.inf)
-        np.divide(price, removed, out=score, where=removed > 0)
-        best = int(score.argmin())
-        if not np.isfinite(score[best]):
-            return None
-        rows[table.item[best]] = best
-        used = table.cost[:, rows].sum(axis=1)
-    return None
-
-
-def fill(table: Table, capacity: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Spend what `rows` leave: again and again the change that lowers the loss most and fits."""
-    rows = rows.copy()
-    while True:
-        used = table.cost[:, rows].sum(axis=1)
-        current = rows[table.item]
-        fits = (used[:, None] + table.cost - table.cost[:, current] <= capacity[:, None]).all(
-            axis=0
-        )
-        gain = np.where(fits, table.loss[current] - table.loss, 0.0)
-        best = int(gain.argmax())
-        if gain[best] <= 0:
-            return rows
-        rows[table.item[best]] = best
-
-
-def exchange(table: Table, capacity: np.ndarray, rows: np.ndarray, rounds: int = 200) -> np.ndarray:
-    """Fill, then apply the best exchange of two items (`swaps.py`) while one lowers the loss.
-
-    Exchanges look at bytes only; one that breaks a further constraint ends them.
-    """
-    rows = fill(table, capacity, rows)
-    for _ in range(rounds):
-        used = table.cost[:, rows].sum(axis=1)
-        current = rows[table.item]
-        change = table.cost[0] - table.cost[0, current]
-        swap = best_swap(
-            table.item, table.loss - table.loss[current], change, float(capacity[0] - used[0])
-        )
-        if swap is None:
-            break
-        swapped = rows.copy()
-        for row in (swap.first, swap.second):
-            if row != NONE:
-                swapped[table.item[row]] = row
-        if (
-            not table.feasible(swapped, capacity)
-            or not table.loss[swapped].sum() < table.loss[rows].sum()
-        ):
-            break
-        rows = swapped
-    return fill(table, capacity, rows)

@@ -14,19 +14,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from quantlib.errors import SearchError
 from quantlib.search.branch import minimise
-from quantlib.search.budget import format_size
-from quantlib.search.problem import COST_TOLERANCE, Picks, Problem
+from quantlib.search.infeasible import Extremes, why_impossible
+from quantlib.search.problem import COST_TOLERANCE, Choice, Picks, Problem
 from quantlib.search.relaxation import Table
 
 RELATIVE_GAP = 1e-5
 """Stop when the loss is proven within this of the optimum: sensitivities are known to a percent."""
+SEVERAL_GAP = 1e-4
+"""The same under several constraints: between 1e-4 and 1e-5 lie seconds of proof, because as many
+items are split in the relaxation as there are constraints, and times are known to a percent too."""
 TIME_LIMIT = 30.0
 """Seconds until the best found so far is returned with its gap. Far above what is needed, because
 an answer that depends on the clock cannot be reproduced."""
@@ -37,9 +40,10 @@ class Solution:
     """An allocation and what is known about it.
 
     picks:      index of the choice of every item.
-    bytes:      size of the whole checkpoint, fixed bytes included; never above `budget`.
+    bytes:      size of the whole checkpoint, fixed bytes included; never above `budget` (None: any
+                size was allowed).
     loss:       sum of the predicted losses.
-    costs:      sums of the further costs that have limits.
+    costs:      sums of the further costs that have limits, their fixed parts included.
     lp_bound:   no allocation within the budget, not even a fractional one, loses less than this.
     gap:        (loss - lp_bound) / |loss|: no search could do better by more than this.
     proven_gap: the same against the best bound known after branch and bound, which is tighter.
@@ -49,7 +53,7 @@ class Solution:
     picks: Picks
     bytes: int
     loss: float
-    budget: int
+    budget: int | None
     lp_bound: float
     gap: float
     proven_gap: float
@@ -62,7 +66,7 @@ class Solver:
     """A problem prepared once and solved for any number of budgets (a front, a second `--size`)."""
 
     def __init__(self, problem: Problem, limits: Mapping[str, float] | None = None) -> None:
-        """`limits`: further cost -> the most its sum may be.
+        """`limits`: further cost -> the most its sum may be, fixed part included.
 
         Raises SearchError for a problem without items and for a choice without such a cost.
         """
@@ -73,18 +77,36 @@ class Solver:
         if not all(math.isfinite(limit) and limit >= 0 for limit in self.limits.values()):
             raise SearchError(f"limits must be finite and not negative, and they are {self.limits}")
         self._table = Table.of(problem, tuple(self.limits))
+        self._largest = problem.fixed_bytes + sum(
+            max(choice.bytes for choice in item.choices) for item in problem.items
+        )
 
     def solve(
-        self, budget: int, *, relative_gap: float = RELATIVE_GAP, time_limit: float = TIME_LIMIT
+        self,
+        budget: int | None,
+        *,
+        limits: Mapping[str, float] | None = None,
+        relative_gap: float | None = None,
+        time_limit: float = TIME_LIMIT,
     ) -> Solution:
-        """The allocation of least loss within `budget` bytes. SearchError when there is none."""
+        """The allocation of least loss within `budget` bytes (None: any) and the limits.
+
+        limits: others than the solver's own, on the same costs. relative_gap: RELATIVE_GAP or
+        SEVERAL_GAP unless said. Raises SearchError when there is no such allocation.
+        """
         start = time.monotonic()
-        capacity = self._capacity(self._table, budget)
-        outcome = minimise(self._table, capacity, relative_gap, time_limit)
+        limits = self.limits if limits is None else {name: limits[name] for name in self.limits}
+        if relative_gap is None:
+            relative_gap = SEVERAL_GAP if limits and budget is not None else RELATIVE_GAP
+        outcome = minimise(
+            self._table, self._capacity(self._table, budget, limits), relative_gap, time_limit
+        )
         if outcome.picks is None:
-            raise SearchError(self._impossible(budget))
+            raise SearchError(
+                why_impossible(self.problem, budget, limits, self._extremes(budget, limits))
+            )
         picks = tuple(int(pick) for pick in outcome.picks)
-        if not self.problem.fits(picks, budget, self.limits):
+        if not self.problem.fits(picks, self._largest if budget is None else budget, limits):
             raise SearchError(
                 "the solver's answer does not fit: a bug of quantlib, please report it"
             )
@@ -101,69 +123,71 @@ class Solver:
             proven_gap=(loss - proven) / (abs(loss) or 1.0),
             optimal=outcome.finished,
             seconds=time.monotonic() - start,
-            costs={name: self.problem.cost(name, picks) for name in self.limits},
+            costs={name: self.problem.cost(name, picks) for name in limits},
         )
 
     def smallest_size(self) -> int | None:
         """Bytes of the smallest checkpoint within the limits, None when there is none at all."""
         if not self.limits:
             return self.problem.bytes(self.problem.smallest())
-        table = Table.of(_by_size(self.problem), tuple(self.limits))
-        unlimited = self.problem.fixed_bytes + sum(
-            max(choice.bytes for choice in item.choices) for item in self.problem.items
-        )
-        picks = minimise(table, self._capacity(table, unlimited), RELATIVE_GAP, TIME_LIMIT).picks
-        return None if picks is None else self.problem.bytes(tuple(int(pick) for pick in picks))
+        picks = self._least(lambda choice: float(choice.bytes), None, self.limits)
+        return None if picks is None else self.problem.bytes(picks)
 
-    def _capacity(self, table: Table, budget: int) -> np.ndarray:
-        """What is left above every item's smallest cost [constraints].
+    def _extremes(self, budget: int | None, limits: Mapping[str, float]) -> Extremes:
+        """What can be said when there is no solution."""
+
+        def smallest() -> int | None:
+            picks = self._least(lambda choice: float(choice.bytes), None, limits)
+            return None if picks is None else self.problem.bytes(picks)
+
+        def least(name: str) -> float | None:
+            others = {other: limits[other] if other != name else math.inf for other in limits}
+            picks = self._least(lambda choice: choice.costs[name], budget, others)
+            return None if picks is None else self.problem.cost(name, picks)
+
+        return Extremes(smallest, least)
+
+    def _least(
+        self, value: Callable[[Choice], float], budget: int | None, limits: Mapping[str, float]
+    ) -> Picks | None:
+        """The allocation of least `value` within the budgets, None when there is none."""
+        items = []
+        for item in self.problem.items:
+            choices = tuple(replace(choice, loss=value(choice)) for choice in item.choices)
+            items.append(replace(item, choices=choices))
+        bounded = [name for name, limit in limits.items() if math.isfinite(limit)]
+        table = Table.of(replace(self.problem, items=tuple(items)), bounded)
+        capacity = self._capacity(table, budget, {name: limits[name] for name in bounded})
+        picks = minimise(table, capacity, RELATIVE_GAP, TIME_LIMIT).picks
+        return None if picks is None else tuple(int(pick) for pick in picks)
+
+    def _capacity(
+        self, table: Table, budget: int | None, limits: Mapping[str, float]
+    ) -> np.ndarray:
+        """What is left above the fixed costs and every item's smallest cost [constraints].
 
         Limits get half of the tolerance that `Problem.fits` grants them, so that sums in another
         order still pass there.
         """
-        limits = [limit * (1 + COST_TOLERANCE / 2) for limit in self.limits.values()]
-        return np.array([budget - self.problem.fixed_bytes, *limits], float) - table.base_cost
-
-    def _impossible(self, budget: int) -> str:
-        """Why there is no solution: the smallest possible size, and what makes it that large."""
-        smallest = self.smallest_size()
-        if smallest is None:
-            return f"no allocation is within the limits {self.limits} at any size: raise them"
-        if smallest <= budget:
-            return (
-                f"no allocation of at most {budget:,} bytes within the limits {self.limits} was "
-                "found in time: allow more time, or more bytes"
-            )
-        fixed = self.problem.fixed_bytes
-        reasons = [f"{fixed:,} bytes are fixed (what stays in 16 bits, headers)"]
-        reasons += [f"{rule} adds {extra:,}" for rule, extra in self.problem.rule_bytes.items()]
-        reasons += [f"{name} is limited to {limit:g}" for name, limit in self.limits.items()]
-        return (
-            f"a budget of {budget:,} bytes ({format_size(budget)}) is impossible: the smallest "
-            f"possible checkpoint has {smallest:,} bytes ({format_size(smallest)}); of these, "
-            + "; ".join(reasons)
-        )
-
-
-def _by_size(problem: Problem) -> Problem:
-    """The same problem with bytes for losses."""
-    items = []
-    for item in problem.items:
-        choices = tuple(replace(choice, loss=float(choice.bytes)) for choice in item.choices)
-        items.append(replace(item, choices=choices))
-    return replace(problem, items=tuple(items))
+        fixed = self.problem.fixed_costs
+        left = [
+            limit * (1 + COST_TOLERANCE / 2) - fixed.get(name, 0.0)
+            for name, limit in limits.items()
+        ]
+        size = (self._largest if budget is None else budget) - self.problem.fixed_bytes
+        return np.array([size, *left], float) - table.base_cost
 
 
 def solve(
     problem: Problem,
-    budget: int,
+    budget: int | None,
     limits: Mapping[str, float] | None = None,
     *,
-    relative_gap: float = RELATIVE_GAP,
+    relative_gap: float | None = None,
     time_limit: float = TIME_LIMIT,
 ) -> Solution:
-    """The allocation of least loss within `budget` bytes and `limits` on further costs.
+    """The allocation of least loss within `budget` bytes (None: any) and `limits` on further costs.
 
-    Raises SearchError when there is none; it says the smallest possible size and what makes it so.
+    Raises SearchError when there is none; it says what would be possible and what it is made of.
     """
     return Solver(problem, limits).solve(budget, relative_gap=relative_gap, time_limit=time_limit)

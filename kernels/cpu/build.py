@@ -18,6 +18,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -34,19 +35,24 @@ _COMMON = (
     "-O3",
     "-fPIC",
     "-fvisibility=hidden",
-    # Never -ffast-math: results must be the reference's. These two only let loops be vectorized.
+    # Never -ffast-math: results must be the reference's. The first two only let loops be
+    # vectorized. The last fuses a product and a sum where the source says so and nowhere else, so
+    # that every instruction set rounds alike.
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-ffp-contract=off",
 )
-_AVX2 = ("-mavx2", "-mfma", "-mbmi2", "-mf16c", "-ffp-contract=fast")
-_AVX512 = tuple(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vbmi", "vnni"))
-_UNITS: dict[str, tuple[str, ...]] = {"driver.cpp": (), "pool.cpp": (), "portable.cpp": ()}
-_X86_UNITS = {
-    **_UNITS,
-    "driver.cpp": ("-DQL_X86",),
-    "avx2.cpp": _AVX2,
-    "avx512.cpp": (*_AVX2, *_AVX512),
+_AVX2 = ("-mavx2", "-mfma", "-mbmi2", "-mf16c")
+_AVX512VNNI = (*_AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")))
+_X86 = "-DQL_X86"
+_ISA_FLAGS = {
+    "bmi2": ("-mbmi2",),
+    "avx2": _AVX2,
+    "avx2vnni": (*_AVX2, "-mavxvnni"),
+    "avx512vnni": _AVX512VNNI,
+    "avx512": (*_AVX512VNNI, "-mavx512vbmi"),
 }
+"""Flags of the units named for an x86 instruction set: avx2.cpp, attention_avx2.cpp, ..."""
 # The C++ runtime goes inside: an older one in the user's environment would not load the library.
 _LINK = ("-shared", "-pthread", "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")
 _COMPILE_SECONDS = 600
@@ -78,34 +84,48 @@ def build() -> Path:
             if path := find():
                 return path
             _LOG.info("compiling the CPU kernels, once: they are kept in %s", folder)
-            return build_into(folder)
+            (folder / "objects").mkdir(exist_ok=True)
+            return build_into(folder, objects=folder / "objects")
     except OSError as error:
         raise BuildError(f"the cache folder {folder} cannot be used ({error.strerror})") from error
 
 
 def build_into(
-    folder: Path, extra_flags: tuple[str, ...] = (), portable_only: bool = False
+    folder: Path,
+    extra_flags: tuple[str, ...] = (),
+    portable_only: bool = False,
+    objects: Path | None = None,
 ) -> Path:
     """Compile into `folder`, which must exist, and return the library's path.
 
     The file appears only when it is whole. `extra_flags` come last, for sanitizers; with
-    `portable_only` the library has no other instruction set. Raises BuildError as `build` does.
+    `portable_only` the library has no other instruction set. A folder of `objects` keeps the parts,
+    so that after a change only what it touches is compiled. Raises BuildError as `build` does.
     """
     compiler = _compiler()
-    units = _UNITS if portable_only else _units()
+    units, name = _units(portable_only), library_name()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
-        objects = {unit: Path(scratch, unit).with_suffix(".o") for unit in units}
 
-        def compile_unit(unit: str) -> None:
+        def compile_unit(unit: str) -> Path:
             flags = (*_COMMON, *units[unit], *extra_flags)
-            _run(compiler, *flags, "-c", str(SOURCES / unit), "-o", str(objects[unit]))
+            known = None if objects is None else objects / f"{_digest(unit, flags)}.o"
+            if known is not None and known.is_file():
+                return known
+            made = Path(scratch, unit).with_suffix(".o")
+            _run(compiler, *flags, "-c", str(SOURCES / unit), "-o", str(made))
+            # A source that was saved meanwhile: what was compiled is not what was asked for.
+            if known is None or known.name != f"{_digest(unit, flags)}.o":
+                return made
+            return made.replace(known)
 
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            list(pool.map(compile_unit, objects))
-        library = Path(scratch, library_name())
-        _run(compiler, *map(str, objects.values()), *_LINK, *extra_flags, "-o", str(library))
-        os.replace(library, folder / library.name)
-    return folder / library.name
+            parts = list(pool.map(compile_unit, units))
+        library = Path(scratch, name)
+        _run(compiler, *map(str, parts), *_LINK, *extra_flags, "-o", str(library))
+        os.replace(library, folder / name)
+    for former in set(objects.glob("*.o")) - set(parts) if objects else ():
+        former.unlink()
+    return folder / name
 
 
 def cache_folder() -> Path:
@@ -124,10 +144,31 @@ def library_name() -> str:
     return f"libquantlib-cpu-{digest.hexdigest()[:16]}.so"
 
 
-def _units() -> dict[str, tuple[str, ...]]:
+def _digest(unit: str, flags: tuple[str, ...]) -> str:
+    """Of everything that an object file depends on but the compiler."""
+    digest, seen, left = hashlib.sha256(repr(flags).encode()), set(), [unit]
+    while left:
+        name = left.pop()
+        if name in seen or not (SOURCES / name).is_file():
+            continue
+        seen.add(name)
+        text = (SOURCES / name).read_bytes()
+        digest.update(name.encode() + b"\0" + text + b"\0")
+        left += sorted(re.findall(r'#include "([^"]+)"', text.decode()))
+    return digest.hexdigest()[:32]
+
+
+def _units(portable_only: bool = False) -> dict[str, tuple[str, ...]]:
     """Translation unit -> its own flags, for this architecture."""
-    is_x86 = platform.machine() in ("x86_64", "AMD64")
-    return _X86_UNITS if is_x86 else _UNITS
+    x86 = platform.machine() in ("x86_64", "AMD64") and not portable_only
+    units = {}
+    for path in sorted(SOURCES.glob("*.cpp")):
+        isa = path.stem.rpartition("_")[2]
+        if isa not in _ISA_FLAGS:
+            units[path.name] = (_X86,) if x86 else ()
+        elif x86:
+            units[path.name] = (_X86, *_ISA_FLAGS[isa])
+    return units
 
 
 def _compiler() -> str:

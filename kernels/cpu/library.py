@@ -1,15 +1,16 @@
 """The compiled CPU kernels from Python: loading, and calls with torch tensors.
 
 The library is called through ctypes: it is plain C, so it belongs to no version of Python or torch,
-and the lock of the interpreter is free while it computes. A weight is described to it by pointers
-into its canonical tensors.
+and the lock of the interpreter is free while it computes. It takes canonical tensors once, to make
+tiles of them (`quantlib.kernels.layouts`), and computes from tiles alone.
 """
 
 from __future__ import annotations
 
 import ctypes
-import math
+import os
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from quantlib.errors import DataError, FormatError, QuantlibError, UsageError
-from quantlib.formats.elements import code_book
+from quantlib.formats.elements import code_book, float_element
 from quantlib.formats.scheme import TENSOR, Segment, WeightFormat
 from quantlib.formats.weight import (
     PACKED,
@@ -27,19 +28,23 @@ from quantlib.formats.weight import (
     SCALE,
     ZERO_POINT,
     TensorLayout,
-    decode_scales,
     packed_layout,
 )
 from quantlib.kernels.cpu import build
 from quantlib.kernels.packed import parse_layout
 
-ISAS = ("best", "portable", "avx2", "avx512")
-"""Instruction sets, in the order of `QlIsa` in src/abi.h; "best" is the processor's best."""
+ISAS = ("best", "portable", "avx2", "avx2vnni", "avx512vnni", "avx512")
+"""Instruction sets, in the order of `QlIsa` in src/abi.h. "best" is what the environment variable
+QUANTLIB_ISA names, else the best that the processor has."""
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _NO_MEMORY, _NO_SUCH_ISA, _ROW_OUT_OF_RANGE = 1, 2, 3
 """QlStatus; 0 is success."""
-_ROW_SCALE_KINDS = {torch.float16: 1, torch.float32: 2}
+_SCALE_KINDS = {"f16": 0, "e8m0": 2, "e4m3": 3}
+"""ql::ScaleKind; two-level scales are codes."""
+_SCALE_CODE = 1
+_INTEGER_UNITS = {"e2m1": 0.5, "e2m3": 0.125}
+"""Float elements that are multiples of a unit, with few enough of them for an unsigned byte."""
 
 
 class _Segment(ctypes.Structure):
@@ -50,20 +55,22 @@ class _Segment(ctypes.Structure):
         ("scale", ctypes.c_void_p),
         ("row_scale", ctypes.c_void_p),
         ("zero_point", ctypes.c_void_p),
-        ("code_book", ctypes.c_void_p),
-        ("scale_book", ctypes.c_void_p),
+        ("float_values", ctypes.c_void_p),
+        ("integer_values", ctypes.c_void_p),
         ("row_bytes", ctypes.c_int64),
         ("scale_row_bytes", ctypes.c_int64),
-        ("row_scale_stride", ctypes.c_int64),
         ("start", ctypes.c_int64),
         ("length", ctypes.c_int64),
         ("group_size", ctypes.c_int64),
-        ("groups", ctypes.c_int32),
+        ("groups", ctypes.c_int64),
         ("bits", ctypes.c_int32),
+        ("scale_kind", ctypes.c_int32),
         ("scale_bits", ctypes.c_int32),
-        ("row_scale_kind", ctypes.c_int32),
         ("zero_bits", ctypes.c_int32),
         ("zero_step", ctypes.c_float),
+        ("zero_constant", ctypes.c_float),
+        ("integer_unit", ctypes.c_float),
+        ("reserved", ctypes.c_int32),
     )
 
 
@@ -72,49 +79,93 @@ class _Weight(ctypes.Structure):
 
     _fields_ = (
         ("segments", ctypes.POINTER(_Segment)),
+        ("segment_count", ctypes.c_int64),
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
-        ("segment_count", ctypes.c_int64),
     )
 
 
-@dataclass(frozen=True)
-class Description:
-    """A weight as the library sees it: pointers, not tensors, which the caller keeps alive."""
+class TileSegment(ctypes.Structure):
+    """ql::TileSegment of src/tiles.h."""
 
-    weight: _Weight
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("meta", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
+        ("float_values", ctypes.c_void_p),
+        ("integer_values", ctypes.c_void_p),
+        ("integer_unit", ctypes.c_float),
+        ("codes_stride", ctypes.c_int64),
+        ("meta_stride", ctypes.c_int64),
+        ("start", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("padded", ctypes.c_int64),
+        ("piece", ctypes.c_int64),
+        ("pieces", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("scale_kind", ctypes.c_int32),
+        ("scale_bits", ctypes.c_int32),
+        ("zero_kind", ctypes.c_int32),
+        ("zero_constant", ctypes.c_float),
+        ("zero_step", ctypes.c_float),
+    )
+
+
+class _TiledWeight(ctypes.Structure):
+    """ql::TiledWeight."""
+
+    _fields_ = (
+        ("segments", ctypes.POINTER(TileSegment)),
+        ("segment_count", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Description:
+    """A tiled weight as the library sees it: pointers into memory that the caller keeps alive.
+
+    all_integer: whether it can be multiplied in integers. Elements that cannot (e4m3, e5m2, e3m2)
+                 are multiplied as floats in mode "int8" too, with the rounded activations.
+    """
+
+    weight: _TiledWeight
     rows: int
     columns: int
     all_integer: bool
 
+    @property
+    def address(self) -> int:
+        """Of the ql::TiledWeight: the handle that C functions take. It lives as long as this."""
+        return ctypes.addressof(self.weight)
 
-def describe(tensors: Sequence[Tensor], layout: str) -> Description:
-    """Describe the tensors of a PackedWeight, in the order of its layout.
 
-    Raises FormatError when they have other sizes than the layout says, or are not contiguous.
+def _describe_canonical(layout: str, tensors: Sequence[Tensor] | None) -> _Weight:
+    """QlWeight of a layout; with null pointers when only its sizes matter.
+
+    Raises FormatError when the tensors are not those of the layout, or not contiguous.
     """
-    if not all(tensor.is_contiguous() for tensor in tensors):
-        raise FormatError("a packed tensor is not contiguous: build the weight with from_tensors")
-    # Pointers, sizes and layout determine the whole description: a cached one is never stale.
-    return _describe(layout, tuple(t.data_ptr() for t in tensors), tuple(t.nbytes for t in tensors))
-
-
-@lru_cache(maxsize=16384)
-def _describe(layout: str, pointers: tuple[int, ...], sizes: tuple[int, ...]) -> Description:
     shape, segments = parse_layout(layout)
     forms = packed_layout(shape, segments)
-    expected = tuple(dtype.itemsize * math.prod(form) for dtype, form in forms.values())
-    if sizes != expected:
-        raise FormatError(
-            f"the tensors of a weight {layout!r} have {expected} bytes, not {sizes}: "
-            "take both from one PackedWeight"
-        )
-    at = dict(zip(forms, pointers))
+    at: dict[str, int] = {}
+    if tensors is not None:
+        _check_tensors(layout, tensors, forms)
+        at = {suffix: tensor.data_ptr() for suffix, tensor in zip(forms, tensors)}
     described = (_Segment * len(segments))(
         *(_describe_segment(segment, index, forms, at) for index, segment in enumerate(segments))
     )
-    weight = _Weight(described, *shape, len(segments))
-    return Description(weight, *shape, all(segment.format.is_integer for segment in segments))
+    return _Weight(described, len(segments), *shape)
+
+
+def _check_tensors(layout: str, tensors: Sequence[Tensor], forms: TensorLayout) -> None:
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        raise FormatError("a packed tensor is not contiguous: build the weight with from_tensors")
+    found = [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
+    if found != list(forms.values()):
+        raise FormatError(
+            f"these are not the tensors of a weight {layout!r}: take both from one PackedWeight"
+        )
 
 
 def _describe_segment(
@@ -126,35 +177,45 @@ def _describe_segment(
         dtype, shape = forms[kind + tail]
         return dtype.itemsize * shape[-1]
 
-    row_scale = forms.get(ROW_SCALE + tail)
-    return _Segment(
-        packed=at[PACKED + tail],
-        scale=at[SCALE + tail],
+    described = _Segment(
+        packed=at.get(PACKED + tail),
+        scale=at.get(SCALE + tail),
         row_scale=at.get(ROW_SCALE + tail),
         zero_point=at.get(ZERO_POINT + tail),
-        code_book=None if form.is_integer else code_book(form.element).data_ptr(),
-        scale_book=None if form.scale == "f16" else _scale_book(form).data_ptr(),
         row_bytes=row_bytes(PACKED),
         scale_row_bytes=0 if form.group_size == TENSOR else row_bytes(SCALE),
-        row_scale_stride=1 if form.two_level else 0,
         start=segment.start,
         length=segment.length,
         group_size=max(form.group_size, 0),
         groups=form.groups(segment.length),
         bits=form.bits,
+        scale_kind=_SCALE_KINDS.get(form.scale, _SCALE_CODE),
         scale_bits=form.scale_bits,
-        row_scale_kind=_ROW_SCALE_KINDS[row_scale[0]] if row_scale else 0,
         zero_bits=form.zero_bits,
         zero_step=form.zero_step,
+        integer_unit=1.0,
     )
+    if form.is_integer:
+        described.zero_constant = 1 << (form.bits - 1) if form.symmetric else 0
+        return described
+    described.float_values = code_book(form.element).data_ptr()
+    if form.element in _INTEGER_UNITS:
+        described.integer_unit = _INTEGER_UNITS[form.element]
+        described.zero_constant = _integer_zero(form)
+        described.integer_values = _integer_values(form).data_ptr()
+    return described
+
+
+def _integer_zero(form: WeightFormat) -> float:
+    """The byte of zero: the largest value in units, so that the least value is the byte 0."""
+    return float_element(form.element).max_value / _INTEGER_UNITS[form.element]
 
 
 @cache
-def _scale_book(form: WeightFormat) -> Tensor:
-    """float32 [2^scale_bits]: what each stored scale code stands for, before the row's factor."""
-    codes = torch.arange(1 << form.scale_bits, device="cpu").to(torch.uint8)[None]
-    row_scale = torch.ones(1, dtype=torch.float32, device="cpu")
-    return decode_scales(codes, row_scale, form)[0].contiguous()
+def _integer_values(form: WeightFormat) -> Tensor:
+    """uint8 [2^bits]: the byte of every code. Shared, and kept for the library to point to."""
+    units = code_book(form.element) / _INTEGER_UNITS[form.element]
+    return (units + _integer_zero(form)).to(torch.uint8)
 
 
 class Library:
@@ -163,26 +224,90 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         """Load a file that `build` made. Raises OSError when the system or its version forbids."""
-        self._c = ctypes.CDLL(str(path))
-        self._c.ql_segment_bytes.restype = ctypes.c_int64
-        made_for = self._c.ql_abi_version(), self._c.ql_segment_bytes()
-        if made_for != (_ABI_VERSION, ctypes.sizeof(_Segment)):
+        self.functions = c = ctypes.CDLL(str(path))
+        sizes = (ctypes.c_int64 * 2)()
+        if c.ql_abi_version() == _ABI_VERSION:
+            c.ql_struct_bytes(sizes)
+        if list(sizes) != [ctypes.sizeof(_Segment), ctypes.sizeof(TileSegment)]:
             raise OSError(f"{path} has another interface than this version of quantlib: delete it")
-        weight, pointer, size = ctypes.POINTER(_Weight), ctypes.c_void_p, ctypes.c_int64
-        tail = [ctypes.c_int32, ctypes.c_int32]
-        self._linear = {"int8": self._c.ql_linear_int8, "exact": self._c.ql_linear_exact}
-        for function in self._linear.values():
-            function.argtypes = [weight, pointer, size, pointer, pointer, *tail]
-        self._c.ql_dequantize.argtypes = [weight, pointer, size, size, pointer, *tail]
+        pointer, size, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+        weight, tiled = ctypes.POINTER(_Weight), ctypes.POINTER(_TiledWeight)
+        tail = [int32, int32]
+        c.ql_allocate.argtypes, c.ql_allocate.restype = [size], pointer
+        c.ql_free.argtypes, c.ql_free.restype = [pointer, size], None
+        c.ql_tile_bytes.argtypes, c.ql_tile_bytes.restype = [weight], size
+        c.ql_tile_describe.argtypes = [weight, pointer, ctypes.POINTER(TileSegment)]
+        c.ql_tile_describe.restype = None
+        c.ql_tile_pack.argtypes = c.ql_tile_unpack.argtypes = [weight, pointer, *tail]
+        c.ql_linear_int8.argtypes = [tiled, pointer, size, size, pointer, pointer, *tail]
+        c.ql_linear_exact.argtypes = [tiled, pointer, size, pointer, pointer, *tail]
+        c.ql_dequantize.argtypes = [tiled, pointer, size, size, pointer, *tail]
 
     @property
     def isa(self) -> str:
-        """The instruction set that "best" stands for on this processor."""
-        return ISAS[self._c.ql_best_isa()]
+        """The instruction set that "best" stands for.
+
+        Raises UsageError when QUANTLIB_ISA names one that this processor does not have.
+        """
+        chosen = self.functions.ql_chosen_isa()
+        if not chosen:
+            raise self._no_such_isa(os.environ.get("QUANTLIB_ISA", ""))
+        return ISAS[chosen]
 
     def supports(self, isa: str) -> bool:
         """Whether this processor can run the kernels of an instruction set of ISAS."""
-        return bool(self._c.ql_supports_isa(ISAS.index(isa)))
+        return bool(self.functions.ql_supports_isa(ISAS.index(isa)))
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes], not initialized, aligned and in huge pages where the system allows it."""
+        address = self.functions.ql_allocate(nbytes)
+        if not address:
+            raise QuantlibError(f"no memory for {nbytes} bytes of weights: use a smaller model")
+        buffer = (ctypes.c_uint8 * nbytes).from_address(address)
+        # Tensors over the buffer keep it alive, and it keeps the memory.
+        weakref.finalize(buffer, self.functions.ql_free, address, nbytes)
+        return torch.frombuffer(buffer, dtype=torch.uint8)
+
+    def pack(
+        self,
+        tensors: Sequence[Tensor],
+        layout: str,
+        isa: str = "best",
+        threads: int | None = None,
+    ) -> Tensor:
+        """The tiles of a PackedWeight, from its tensors in the order of its layout.
+
+        Raises FormatError when they have other sizes than the layout says, or are not contiguous.
+        """
+        weight = _describe_canonical(layout, tensors)
+        memory = self.allocate(self.functions.ql_tile_bytes(weight))
+        status = self.functions.ql_tile_pack(
+            weight, memory.data_ptr(), ISAS.index(isa), threads or torch.get_num_threads()
+        )
+        self._check(status, isa)
+        return memory
+
+    def unpack(
+        self, memory: Tensor, layout: str, isa: str = "best", threads: int | None = None
+    ) -> list[Tensor]:
+        """The tensors that `pack` took, in the order of the layout."""
+        forms = packed_layout(*parse_layout(layout))
+        tensors = [torch.empty(form, dtype=dtype, device="cpu") for dtype, form in forms.values()]
+        status = self.functions.ql_tile_unpack(
+            _describe_canonical(layout, tensors),
+            memory.data_ptr(),
+            ISAS.index(isa),
+            threads or torch.get_num_threads(),
+        )
+        self._check(status, isa)
+        return tensors
+
+    def describe(self, memory: Tensor, layout: str) -> Description:
+        """Describe tiles in `memory`, which must outlive the description.
+
+        Raises FormatError when the memory is not of the size that the layout says.
+        """
+        return _describe_tiles(self, layout, memory.data_ptr(), memory.nbytes)
 
     def linear(
         self,
@@ -192,22 +317,28 @@ class Library:
         mode: str,
         isa: str = "best",
         threads: int | None = None,
+        act_group: int = 0,
     ) -> Tensor:
-        """x [M, K] -> [M, N]. Mode "int8" is for integer elements, "exact" for a few tokens.
+        """x [M, K] -> [M, N] in mode "int8" or "exact".
 
+        act_group: in mode "int8", columns of x that share a scale, a multiple of 128; 0: all.
         `threads` (default: torch's number) never changes a bit of the result.
         """
         out = x.new_empty(x.shape[0], weight.rows)
-        status = self._linear[mode](
+        function = self.functions.ql_linear_int8
+        sizes: tuple[int, ...] = (x.shape[0], act_group)
+        if mode == "exact":
+            function, sizes = self.functions.ql_linear_exact, (x.shape[0],)
+        status = function(
             weight.weight,
             x.data_ptr(),
-            x.shape[0],
+            *sizes,
             None if bias is None else bias.data_ptr(),
             out.data_ptr(),
             ISAS.index(isa),
             threads or torch.get_num_threads(),
         )
-        _check(status, weight, isa)
+        self._check(status, isa)
         return out
 
     def dequantize(
@@ -220,7 +351,7 @@ class Library:
         """float32 [n, K]: the rows of an int64 tensor [n], of a range (step 1), or all."""
         rows = range(weight.rows) if rows is None else rows
         out = torch.empty(len(rows), weight.columns, dtype=torch.float32, device="cpu")
-        status = self._c.ql_dequantize(
+        status = self.functions.ql_dequantize(
             weight.weight,
             rows.data_ptr() if isinstance(rows, Tensor) else None,
             rows.start if isinstance(rows, range) else 0,
@@ -229,18 +360,40 @@ class Library:
             ISAS.index(isa),
             threads or torch.get_num_threads(),
         )
-        _check(status, weight, isa)
+        if status == _ROW_OUT_OF_RANGE:
+            raise row_out_of_range(weight.rows)
+        self._check(status, isa)
         return out
 
+    def _check(self, status: int, isa: str) -> None:
+        """Raise the sentence that belongs to a QlStatus."""
+        if status == _NO_MEMORY:
+            raise QuantlibError("not enough memory for the kernel's work space: use shorter inputs")
+        if status == _NO_SUCH_ISA:
+            raise self._no_such_isa(os.environ.get("QUANTLIB_ISA", "") if isa == "best" else isa)
 
-def _check(status: int, weight: Description, isa: str) -> None:
-    """Raise the sentence that belongs to a QlStatus."""
-    if status == _NO_MEMORY:
-        raise QuantlibError("not enough memory for the kernel's work space: use shorter inputs")
-    if status == _NO_SUCH_ISA:
-        raise UsageError(f"this processor has no {isa}: leave the instruction set to 'best'")
-    if status == _ROW_OUT_OF_RANGE:
-        raise row_out_of_range(weight.rows)
+    def _no_such_isa(self, name: str) -> UsageError:
+        known = ", ".join(isa for isa in ISAS[1:] if self.supports(isa))
+        return UsageError(
+            f"this processor has no instruction set {name!r}: unset QUANTLIB_ISA, or use one of "
+            f"{known}"
+        )
+
+
+@lru_cache(maxsize=16384)
+def _describe_tiles(library: Library, layout: str, address: int, nbytes: int) -> Description:
+    # Address and layout determine the whole description: a cached one is never stale.
+    weight = _describe_canonical(layout, None)
+    if library.functions.ql_tile_bytes(weight) != nbytes:
+        raise FormatError(f"{nbytes} bytes are not the tiles of a weight {layout!r}")
+    shape, segments = parse_layout(layout)
+    tiles = (TileSegment * len(segments))()
+    library.functions.ql_tile_describe(weight, address, tiles)
+    all_integer = all(
+        segment.format.is_integer or segment.format.element in _INTEGER_UNITS
+        for segment in segments
+    )
+    return Description(_TiledWeight(tiles, len(segments), *shape), *shape, all_integer)
 
 
 def row_out_of_range(rows: int) -> DataError:
@@ -253,9 +406,12 @@ def row_out_of_range(rows: int) -> DataError:
 
 @lru_cache(maxsize=1)
 def load() -> Library | None:
-    """The library, compiled at first use. None when there is none to be had: one warning."""
+    """The library, compiled at first use. None when there is none to be had: one warning.
+
+    Raises UsageError when QUANTLIB_ISA names an instruction set that this processor does not have.
+    """
     try:
-        return Library(build.find() or build.build())
+        library = Library(build.find() or build.build())
     except (build.BuildError, OSError) as error:
         warnings.warn(
             f"quantlib computes with its torch reference, which is slow and as exact: {error}",
@@ -263,3 +419,5 @@ def load() -> Library | None:
             stacklevel=2,
         )
         return None
+    _ = library.isa  # an instruction set that is forced and not there is said now
+    return library

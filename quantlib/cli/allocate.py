@@ -21,16 +21,19 @@ from quantlib.cli.options import (
     Engine,
     Floor,
     Json,
+    Latency,
+    Mode,
     Output,
     Overwrite,
     Pin,
     Size,
+    Threads,
     Work,
 )
 from quantlib.cli.progress import Bars
-from quantlib.cli.request import budget_of, quiet_transformers
+from quantlib.cli.request import budget_of, latency_of, quiet_transformers
 from quantlib.cli.results import described, show
-from quantlib.cli.words import next_commands, predicted_text
+from quantlib.cli.words import latency_rows, next_commands, predicted_text
 from quantlib.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,6 +47,9 @@ def search(
     work: Work,
     size: Size = None,
     bits: Bits = None,
+    latency: Latency = None,
+    threads: Threads = None,
+    mode: Mode = None,
     engine: Engine = "quantlib",
     floor: Floor = None,
     ceiling: Ceiling = None,
@@ -71,33 +77,45 @@ def search(
 ) -> None:
     """Find the best scheme for every weight within a budget, from what was measured.
 
-    Needs no model and takes seconds. The plan is a JSON file with one line per weight: read it,
-    compare it, edit it, and apply it.
+    Needs no weights and takes seconds; a first latency on a machine is timed, for up to a minute.
+    The plan is a JSON file with one line per weight: read it, compare it, edit it, and apply it.
 
     Examples:
         quantlib search --work WORK --bits 4.25
         quantlib search --work WORK --size 1.2GB --floor embeddings=4 -o plan.json
+        quantlib search --work WORK --latency 12ms --size 90MB
         quantlib search --work WORK --pareto
     """
     from quantlib.pipeline import workfiles
+    from quantlib.pipeline.latency import costs_for
     from quantlib.pipeline.plan import allocation_problem
     from quantlib.pipeline.plan import search as solve
     from quantlib.search.pareto import pareto_front
 
-    budget = budget_of(size, bits, engine, floor, ceiling, pin)
+    asked = latency_of(latency, threads, mode)
+    budget = budget_of(size, bits, engine, floor, ceiling, pin, asked)
     if pareto and not budget.given and output is not None:
         raise UsageError("a plan needs a budget: add --size or --bits, or leave out --output")
     known = workfiles.load_model(work)
     sensitivity = workfiles.load_table(work, known.model_map)
+    if budget.given or not pareto:
+        budget.in_bytes(known.model_map)
+    schemes = {weight: list(row) for weight, row in sensitivity.rows.items()}
+    costs = costs_for(known.model_map, known.path, schemes, budget.latency, Bars(notes()))
     answer: dict[str, Any] = {}
     if budget.given or not pareto:
-        plan, problem, solution = solve(known.model_map, sensitivity, budget)
+        plan, problem, solution = solve(known.model_map, sensitivity, budget, costs)
         file = output or work / workfiles.PLAN_FILE
         plan.save(file)
+        if costs is not None:
+            workfiles.save_costs(work, costs)
         answer = _described(plan, solution, known, file)
     else:
         problem = allocation_problem(known.model_map, sensitivity, budget)
-    front = pareto_front(problem, calibration=sensitivity.calibration) if pareto else []
+    limits = asked.limits()
+    front = (
+        pareto_front(problem, calibration=sensitivity.calibration, limits=limits) if pareto else []
+    )
     if json:
         print_json(
             answer | ({"front": [_point(point, known) for point in front]} if pareto else {})
@@ -179,6 +197,8 @@ def _described(plan: Plan, solution: Solution, known: KnownModel, file: Path) ->
     return {
         "plan": file,
         "budget_bytes": plan.budget,
+        "limits": dict(plan.limits),
+        "machine": plan.provenance.get("machine"),
         "bytes": plan.bytes,
         "bits": true_bits(plan.bytes, known.model_map.parameters),
         "loss": plan.loss,
@@ -208,6 +228,7 @@ def _print_plan(plan: Plan, solution: Solution, known: KnownModel, file: Path) -
         ("plan", str(file)),
         ("checkpoint", f"{sized}; {true_bits(plan.bytes, model_map.parameters):.3f} bits"),
         ("KL predicted", predicted_text(plan)),
+        *latency_rows(plan),
         ("gap to LP bound", f"{solution.gap:.3%} of the loss{ended}"),
         ("solved in", f"{solution.seconds:.2f} s"),
     ]
@@ -226,14 +247,18 @@ def _print_plan(plan: Plan, solution: Solution, known: KnownModel, file: Path) -
 
 def _print_front(front: list[Point], known: KnownModel) -> None:
     from quantlib.search.budget import format_size, true_bits
+    from quantlib.search.latency import format_ms, phase_text
 
     rows = []
     for point in front:
         kl = f"{point.loss:.3g}" if point.kl is None else f"{point.kl:.3g}"
         interval = "" if point.kl_low is None else f"{point.kl_low:.3g} .. {point.kl_high:.3g}"
         bits = true_bits(point.bytes, known.model_map.parameters)
-        rows.append((format_size(point.bytes), f"{bits:.2f}", kl, interval, f"{point.gap:.2%}"))
+        times = [format_ms(ms) for ms in point.costs.values()]
+        sizes = format_size(point.bytes), f"{bits:.2f}"
+        rows.append((*sizes, kl, interval, *times, f"{point.gap:.2%}"))
     loss = "KL" if front[0].kl is not None else "sum of losses"
+    columns = ["size", "bits", loss, "95 % interval", *map(phase_text, front[0].costs), "gap"]
     console = answers()
     console.print()
-    console.print(table("size", "bits", loss, "95 % interval", "gap", rows=rows, numbers_from=0))
+    console.print(table(*columns, rows=rows, numbers_from=0))

@@ -1,7 +1,7 @@
 """`quantlib bench`: the measurements behind the project's claims, run on this machine.
 
 Benchmarks stand above the command line (they use all of it), so they are run as programs and not
-imported.
+imported. Their errors end as those of every other command: one sentence and an exit code.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import runpy
 import sys
 
 import typer
+
+from quantlib.cli.options import Debug
+from quantlib.cli.outcome import guarded
 
 bench = typer.Typer(
     name="bench",
@@ -20,25 +23,31 @@ bench = typer.Typer(
 )
 
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-"""Options belong to the benchmark, `--help` too."""
+"""Options belong to the benchmark, `--help` too; only --debug is ours."""
 
 
-@bench.command(context_settings=PASSED_ON)
-def kernels(context: typer.Context) -> None:
-    """Packed linears beside torch's dense ones, memory bandwidth as roof (--quick, --json)."""
+def kernels(context: typer.Context, debug: Debug = False) -> None:
+    """Packed linears beside those of others, the machine's roofs beside them (--quick, --json)."""
     _run("kernels", context.args)
 
 
-@bench.command(context_settings=PASSED_ON)
-def quality(context: typer.Context) -> None:
+def decode(context: typer.Context, debug: Debug = False) -> None:
+    """Tokens per second of whole models beside llama.cpp and transformers (--quick, --json)."""
+    _run("decode", context.args)
+
+
+def quality(context: typer.Context, debug: Debug = False) -> None:
     """KL against bytes on a real model, against simpler allocations (--part, --work)."""
     _run("quality", context.args)
 
 
-@bench.command(context_settings=PASSED_ON)
-def rounding(context: typer.Context) -> None:
+def rounding(context: typer.Context, debug: Debug = False) -> None:
     """What each part of rounding is worth, on real matrices (--work)."""
     _run("rounding", context.args)
+
+
+for command in (kernels, decode, quality, rounding):
+    bench.command(context_settings=PASSED_ON)(guarded(command))
 
 
 def _run(name: str, arguments: list[str]) -> None:

@@ -22,6 +22,8 @@ from quantlib.cli.options import (
     Fast,
     Floor,
     Json,
+    Latency,
+    Mode,
     Model,
     Output,
     Overwrite,
@@ -32,11 +34,12 @@ from quantlib.cli.options import (
     Seed,
     Seqlen,
     Size,
+    Threads,
     Windows,
     Work,
 )
 from quantlib.cli.progress import Bars
-from quantlib.cli.request import budget_of, quiet_transformers, recipe_fields
+from quantlib.cli.request import budget_of, latency_of, quiet_transformers, recipe_fields
 from quantlib.cli.results import described, show
 from quantlib.cli.words import next_commands
 
@@ -75,6 +78,9 @@ def compress(
     output: Output,
     size: Size = None,
     bits: Bits = None,
+    latency: Latency = None,
+    threads: Threads = None,
+    mode: Mode = None,
     data: Data = None,
     work: WorkBeside = None,
     overwrite: Overwrite = False,
@@ -105,6 +111,7 @@ def compress(
         quantlib compress path/to/model --bits 4.25 --data text.txt -o OUT --fast
         quantlib compress MODEL -o OUT --size 30% --data text.txt --floor q_proj=4
         quantlib compress MODEL -o OUT --bits 5 --data text.txt --pin lm_head=w8g64
+        quantlib compress MODEL -o OUT --data text.txt --latency 12ms --size 90MB
         quantlib compress path/to/model --bits 4 --data text.txt -o OUT --dry-run
     """
     fields = recipe_fields(
@@ -117,8 +124,10 @@ def compress(
         windows=windows,
         seed=seed,
         refine=refine,
+        latency=latency,
     )
-    budget = budget_of(size, bits, engine, floor, ceiling, pin)
+    asked = latency_of(fields.get("latency"), threads, mode)
+    budget = budget_of(size, bits, engine, floor, ceiling, pin, asked)
     if dry_run:
         _dry_run(model, budget, fields, download, json)
         return
@@ -135,6 +144,8 @@ def compress(
         floors=budget.floors,
         ceilings=budget.ceilings,
         pins=budget.pins,
+        threads=threads,
+        mode=mode,
         overwrite=overwrite,
         download=download,
         progress=Bars(notes()),
@@ -212,19 +223,23 @@ def measure(
 def _dry_run(
     model: str, budget: Budget, fields: dict[str, Any], download: bool, json: bool
 ) -> None:
-    """Everything that can be checked and estimated from headers, and nothing written."""
+    """Everything that can be checked and estimated from headers and timings, and nothing written
+    but those timings."""
     from dataclasses import asdict
 
     from quantlib.pipeline.compress import recipe_for
     from quantlib.pipeline.estimate import for_recipe
     from quantlib.pipeline.opening import load_inputs
     from quantlib.search.budget import format_size
+    from quantlib.search.latency import cost_text
 
     quiet_transformers()
     settings = recipe_for(budget, **fields)
-    model_map = load_inputs(model, settings, budget=budget, download=download).model_map
-    estimate, allowed = for_recipe(model_map, settings), budget.in_bytes(model_map)
+    inputs = load_inputs(model, settings, budget=budget, download=download, progress=Bars(notes()))
+    estimate, allowed = for_recipe(inputs.model_map, settings), budget.in_bytes(inputs.model_map)
     if json:
         print_json({**asdict(estimate), "disk_bytes": estimate.disk_bytes, "budget": allowed})
         return
-    answers().print(f"needs {estimate}, for a checkpoint of at most {format_size(allowed)}")
+    limits = [] if allowed is None else [f"at most {format_size(allowed)}"]
+    limits += [cost_text(cost, ms) for cost, ms in budget.latency.limits().items()]
+    answers().print(f"needs {estimate}, for a checkpoint of {' and '.join(limits)}")

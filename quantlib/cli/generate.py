@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,14 +15,28 @@ from quantlib.cli.request import quiet_transformers
 from quantlib.errors import UsageError
 
 if TYPE_CHECKING:
-    from quantlib.runtime.generate import TextStream
+    from quantlib.runtime.generate import Generation
+    from quantlib.runtime.load import QuantizedModel
 
 TEXT = "Text"
-MODES = ("exact", "int8")
+COMPUTING = "Computing"
+ENGINES = ("auto", "native", "plain")
+MODES = ("exact", "int8", "int8g128", "scheme")
 
 
-Prompt = Annotated[
-    str, typer.Argument(metavar="PROMPT", help="What to answer.", show_default=False)
+Prompts = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="PROMPT...",
+        help="What to answer. Several prompts are answered at once, which takes less time.",
+        show_default=False,
+    ),
+]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--file", metavar="FILE", help="More prompts, one a line; - is stdin.", rich_help_panel=TEXT
+    ),
 ]
 MaxNewTokens = Annotated[
     int, typer.Option(metavar="N", help="Most tokens to write.", rich_help_panel=TEXT)
@@ -52,74 +68,166 @@ NoChat = Annotated[
         rich_help_panel=TEXT,
     ),
 ]
+Engine = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|native|plain",
+        help="native: quantlib's own decode loop. plain: through transformers. auto: native where "
+        "it knows the model.",
+        rich_help_panel=COMPUTING,
+    ),
+]
 Mode = Annotated[
     str | None,
     typer.Option(
-        metavar="exact|int8",
-        help="Activations as they are, or rounded to 8 bits; the scheme decides unless said.",
-        rich_help_panel=TEXT,
+        metavar="|".join(MODES),
+        help="Activations as they are; rounded to 8 bits per token; per token and 128 columns (the "
+        "native engine's way unless said: several times as fast as exact); or as each scheme says.",
+        rich_help_panel=COMPUTING,
+    ),
+]
+Kv = Annotated[
+    str,
+    typer.Option(
+        metavar="FORMAT",
+        help="How the native engine keeps keys and values: f32, int8, int4, int4g32r (4 bits, a "
+        "scale per 32 columns, rotated), int8/int4r (keys and values apart).",
+        rich_help_panel=COMPUTING,
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Threads; torch's number unless said.", rich_help_panel=COMPUTING
     ),
 ]
 
 
 def generate(
     out: Checkpoint,
-    prompt: Prompt,
+    prompts: Prompts = None,
+    file: PromptFile = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: DrawSeed = 0,
     no_chat: NoChat = False,
+    engine: Engine = "auto",
     mode: Mode = None,
+    kv: Kv = "f32",
+    threads: Threads = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write text with a packed checkpoint, on quantlib's own kernels.
 
-    The text goes to stdout as it comes, the speed to stderr.
+    The text goes to stdout as it comes (of several prompts, each text when all are done), the speed
+    to stderr.
 
     Examples:
         quantlib generate OUT "What is the capital of France?"
         quantlib generate OUT "Once upon a time" --no-chat --temperature 0.8
+        quantlib generate OUT "Name a colour." "Name a fruit." --mode exact --kv int8
+        quantlib generate OUT --file prompts.txt --max-new-tokens 64 --json
     """
-    if mode not in (None, *MODES):
-        raise UsageError(f"unknown --mode {mode}: use one of {', '.join(MODES)}")
+    _check(engine=(engine, ENGINES), mode=(mode, (None, *MODES)))
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads {threads}: use 1 or more")
+    asked = [*(prompts or []), *(_lines(file) if file else [])]
+    if not asked:
+        raise UsageError("there is no prompt: write one after the folder, or give --file FILE")
+    import torch
+
     from quantlib.runtime.load import load
 
     quiet_transformers()
-    model = load(out, mode)
-    stream = model.stream(
-        prompt,
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model = load(out, mode, engine=engine, kv=kv)
+    generation = model.generation(
+        asked,
         max_new_tokens,
         chat=False if no_chat else None,
         temperature=temperature,
         top_p=top_p,
         seed=seed,
     )
-    for piece in stream:
-        if not json:
+    if json:
+        generation.finish()
+        print_json(_described(model, generation))
+        return
+    _write(asked, generation)
+    _report(model, generation)
+
+
+def _check(**options: tuple[str | None, Sequence[str | None]]) -> None:
+    for name, (given, known) in options.items():
+        if given not in known:
+            names = ", ".join(filter(None, known))
+            raise UsageError(f"unknown --{name} {given}: use one of {names}")
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--file {file} cannot be read: {error}") from error
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _write(prompts: Sequence[str], generation: Generation) -> None:
+    """One text as it comes; several ones, each under its prompt."""
+    if len(prompts) == 1:
+        for _, piece in generation:
             sys.stdout.write(piece)
             sys.stdout.flush()
-    if json:
-        print_json(_described(stream))
-        return
-    sys.stdout.write("\n")
+        sys.stdout.write("\n")
+    else:
+        for prompt, text in zip(prompts, generation.finish()):
+            sys.stdout.write(f"> {prompt}\n{text}\n\n")
     sys.stdout.flush()
-    speed = stream.speed
-    if speed is not None:
-        notes().print(
-            f"{speed.new_tokens} tokens, {speed.tokens_per_second:.1f} tokens/s (prompt of "
-            f"{speed.prompt_tokens} in {speed.prompt_seconds:.2f} s)",
-            style="dim",
-        )
 
 
-def _described(stream: TextStream) -> dict[str, Any]:
+def _report(model: QuantizedModel, generation: Generation) -> None:
+    """How fast it was, and what computed it."""
+    speed, console = generation.speed, notes()
+    if model.plain_reason is not None:
+        console.print(f"through transformers: {model.plain_reason}", style="dim")
+    if speed is None:
+        return
+    made_by = _computing(model)
+    console.print(
+        f"{speed.new_tokens} tokens, {speed.tokens_per_second:.1f} tokens/s; prompt of "
+        f"{speed.prompt_tokens}, {speed.prompt_tokens_per_second:.1f} tokens/s "
+        f"({made_by['engine']} engine, {made_by['isa']}, {made_by['mode']}, kv {made_by['kv']})",
+        style="dim",
+    )
+
+
+def _described(model: QuantizedModel, generation: Generation) -> dict[str, Any]:
     """The answer as JSON."""
-    speed = stream.speed
+    speed, texts = generation.speed, generation.texts
     return {
-        "text": stream.text,
+        "text": texts[0] if len(texts) == 1 else None,
+        "texts": texts,
         "prompt_tokens": speed.prompt_tokens if speed else 0,
-        "new_tokens": len(stream.tokens),
+        "new_tokens": sum(map(len, generation.tokens)),
         "tokens_per_second": speed.tokens_per_second if speed else 0.0,
+        "prompt_tokens_per_second": speed.prompt_tokens_per_second if speed else 0.0,
+        "plain_reason": model.plain_reason,
+        **_computing(model),
+    }
+
+
+def _computing(model: QuantizedModel) -> dict[str, Any]:
+    import torch
+
+    from quantlib.kernels.ops import backend
+
+    return {
+        "engine": model.engine,
+        "isa": backend(),
+        "mode": model.mode,
+        "kv": model.kv,
+        "threads": torch.get_num_threads(),
     }

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-BUDGET = "Budget (one of these)"
+BUDGET = "Budget (a size, latencies, or both)"
 RULES = "Rules"
 RECIPE = "Recipe"
 FILES = "Files"
@@ -41,6 +41,32 @@ Bits = Annotated[
     typer.Option(
         metavar="BITS",
         help="True bits per parameter: all bytes of the checkpoint counted, such as 4.25.",
+        rich_help_panel=BUDGET,
+    ),
+]
+
+Latency = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TIME",
+        help="Time on this machine: 12ms for each decoded token, decode=12ms@2048 for one with so "
+        "much context, prefill=0.5s@512 for a prompt of 512 tokens. May be repeated.",
+        rich_help_panel=BUDGET,
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Threads that a latency is for; torch's number unless said.",
+        rich_help_panel=BUDGET,
+    ),
+]
+Mode = Annotated[
+    str | None,
+    typer.Option(
+        metavar="exact|int8",
+        help="Activations that a latency is for, as in generate; the scheme decides unless said.",
         rich_help_panel=BUDGET,
     ),
 ]

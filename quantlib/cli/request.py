@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantlib.errors import UsageError
 
 if TYPE_CHECKING:
+    from quantlib.pipeline.latency import LatencyBudget
     from quantlib.pipeline.plan import Budget
 
 
@@ -22,6 +24,7 @@ def recipe_fields(
     windows: int | None,
     seed: int | None,
     refine: bool | None = None,
+    latency: list[str] | None = None,
 ) -> dict[str, Any]:
     """The fields that were given, those of the recipe file first; `data` is among them.
 
@@ -42,6 +45,7 @@ def recipe_fields(
         "windows": windows,
         "seed": seed,
         "refine": refine,
+        "latency": tuple(latency) if latency else None,
     }
     fields |= {name: value for name, value in options.items() if value is not None}
     if not isinstance(fields.get("data"), str):
@@ -70,11 +74,27 @@ def budget_of(
     floor: list[str] | None = None,
     ceiling: list[str] | None = None,
     pin: list[str] | None = None,
+    latency: LatencyBudget | None = None,
 ) -> Budget:
-    """The budget and the rules of a command line."""
+    """The budgets and the rules of a command line."""
+    from quantlib.pipeline.latency import LatencyBudget
     from quantlib.pipeline.plan import Budget
 
-    return Budget(size, bits, engine, *(tuple(rules or ()) for rules in (floor, ceiling, pin)))
+    floors, ceilings, pins = (tuple(given or ()) for given in (floor, ceiling, pin))
+    return Budget(size, bits, engine, floors, ceilings, pins, latency or LatencyBudget())
+
+
+def latency_of(texts: Iterable[str] | None, threads: int | None, mode: str | None) -> LatencyBudget:
+    """The latencies of a command line. Raises UsageError for one that is malformed, and for options
+    that go with a latency where there is none."""
+    from quantlib.pipeline.latency import LatencyBudget
+
+    latency = LatencyBudget(tuple(texts or ()), threads, mode)
+    latency.parsed()
+    if not latency and (threads is not None or mode is not None):
+        option = "--threads" if threads is not None else "--mode"
+        raise UsageError(f"{option} says what a latency is for: add --latency, such as 12ms")
+    return latency
 
 
 def quiet_transformers() -> None:

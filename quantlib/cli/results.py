@@ -6,11 +6,11 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from quantlib.cli.console import answers, facts, table
-from quantlib.cli.words import next_commands, predicted_text
+from quantlib.cli.words import latency_rows, next_commands, predicted_text
 
 if TYPE_CHECKING:
-    from quantlib.pipeline.compress import Result
     from quantlib.pipeline.apply import Refinement
+    from quantlib.pipeline.compress import Result
 
 
 def described(result: Result) -> dict[str, Any]:
@@ -30,6 +30,8 @@ def described(result: Result) -> dict[str, Any]:
         "source_bits": true_bits(result.source_bytes, result.parameters),
         "loss": plan.loss,
         "predicted": dict(plan.predicted),
+        "limits": dict(plan.limits),
+        "latency": result.latency,
         "measured": None if refinement is None else refinement.shipped.to_json(),
         "refined": refinement is not None and refinement.kept,
         "seconds": result.seconds,
@@ -39,6 +41,7 @@ def described(result: Result) -> dict[str, Any]:
 def show(result: Result, model: str) -> None:
     """Before and after, where things are, and what to try next. `model`: as the user calls it."""
     from quantlib.search.budget import format_size, true_bits
+    from quantlib.search.latency import format_ms, phase_text
 
     sizes = result.source_bytes, result.file_bytes
     rows = [
@@ -48,6 +51,11 @@ def show(result: Result, model: str) -> None:
     ]
     if result.refinement is not None:
         rows += _measured(result.refinement)
+    rows += [(name, "", taken) for name, taken in latency_rows(result.plan)]
+    rows += [
+        (f"  measured: {phase_text(cost)}", "", format_ms(ms))
+        for cost, ms in result.latency.items()
+    ]
     console = answers()
     console.print()
     console.print(table("", "before", "after", rows=rows))

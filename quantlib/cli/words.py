@@ -21,6 +21,20 @@ def predicted_text(plan: Plan) -> str:
     return text
 
 
+def latency_rows(plan: Plan) -> list[tuple[str, str]]:
+    """One row for every latency that a plan limits, and one for the machine it is for."""
+    from quantlib.search.latency import format_ms, is_latency, phase_text
+
+    rows = []
+    for cost, limit in plan.limits.items():
+        if is_latency(cost) and cost in plan.predicted:
+            taken = f"{format_ms(plan.predicted[cost])} predicted, {format_ms(limit)} allowed"
+            rows.append((phase_text(cost).removeprefix("a "), taken))
+    if rows and "machine" in plan.provenance:
+        rows.append(("timed on", plan.provenance["machine"]))
+    return rows
+
+
 def next_commands(*commands: str) -> None:
     """Suggest what to try next, on stderr."""
     console = notes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from quantlib.pipeline import estimate as estimates
 from quantlib.pipeline import workfiles
 from quantlib.pipeline.apply import Refinement, apply
 from quantlib.pipeline.calibrate import calibrate
+from quantlib.pipeline.latency import LatencyBudget, measured_ms
 from quantlib.pipeline.measure import measure
 from quantlib.pipeline.opening import load_tokenizer, open_run, reopen_run
 from quantlib.pipeline.plan import Budget, allocation_problem, search
@@ -24,6 +25,7 @@ from quantlib.pipeline.run import Progress, Run
 from quantlib.pipeline.status import already_there
 from quantlib.pipeline.swap import swap
 from quantlib.recipe import FUSED_SCHEMES, Recipe
+from quantlib.search.latency import format_ms, phase_text
 from quantlib.search.plan import Plan
 from quantlib.search.problem import Problem
 from quantlib.search.sensitivity import Sensitivity
@@ -49,6 +51,7 @@ class Result:
     source, source_bytes, parameters: the model it was made from.
     plan: what was decided. refinement: what re-rounding gave, None when it was not asked for.
     report: the HTML report. seconds: time by stage, of this process.
+    latency: milliseconds of the checkpoint on this machine, for the latencies that were limited.
     """
 
     path: Path
@@ -61,12 +64,14 @@ class Result:
     refinement: Refinement | None
     report: Path | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    latency: dict[str, float] = field(default_factory=dict)
 
 
-def prepare(run: Run, out: Path | None = None, budget: int = 0) -> estimates.Estimate:
+def prepare(run: Run, out: Path | None = None, budget: int | None = None) -> estimates.Estimate:
     """The pre-flight estimate and what is already done, said through the run's progress.
 
-    out, budget: where a checkpoint of at most so many bytes will be written, if one will.
+    out, budget: where a checkpoint of at most so many bytes (None: any) will be written, if one
+    will.
     Raises CheckpointError when a disk cannot hold the run.
     """
     found = estimates.for_recipe(run.model_map, run.recipe)
@@ -102,6 +107,8 @@ def compress(
     floors: tuple[str, ...] = (),
     ceilings: tuple[str, ...] = (),
     pins: tuple[str, ...] = (),
+    threads: int | None = None,
+    mode: str | None = None,
     overwrite: bool = False,
     download: bool = False,
     report: bool = True,
@@ -110,13 +117,16 @@ def compress(
 ) -> Result:
     """Compress `model` to a budget and write a packed checkpoint to `out`.
 
-    data: calibration text (a file, JSONL, a folder, or `hub:name`). size or bits: the budget.
-    work: the work directory (`OUT.work` by default), where a killed run continues and where another
-    budget costs seconds. recipe: fields of `quantlib.recipe.Recipe`, such as preset="fast" or
-    seed=1.
+    data: calibration text (a file, JSONL, a folder, or `hub:name`). size or bits: the budget; or
+    latency=["12ms", "prefill=0.5s@512"], alone or with one of them, for `threads` threads of this
+    machine (torch's number by default) and activations in `mode` ("exact", "int8"; by default as
+    the schemes say). work: the work directory (`OUT.work` by default), where a killed run continues
+    and where another budget costs seconds. recipe: fields of `quantlib.recipe.Recipe`, such as
+    preset="fast" or seed=1.
     """
     budget = Budget(size, bits, engine, tuple(floors), tuple(ceilings), tuple(pins))
     settings = recipe_for(budget, data=str(data), **recipe)
+    budget = replace(budget, latency=LatencyBudget(settings.latency, threads, mode))
     out = Path(out)
     place = default_work(out) if work is None else Path(work)
     check_output(out, overwrite=True)
@@ -127,10 +137,12 @@ def compress(
         _check_replaced(out, run, overwrite, lambda there: budget.asked_for(there, run.model_map))
         prepare(run, out, budget.in_bytes(run.model_map))
         table = measured_table(run)
-        plan, problem, _ = search(run.model_map, table, budget)
+        plan, problem, _ = search(run.model_map, table, budget, run.costs)
         if settings.swaps:
             plan = swap(run, plan, problem).plan
         workfiles.save_plan(run.work.path, plan)
+        if run.costs is not None:
+            workfiles.save_costs(run.work.path, run.costs)
         path, refinement = apply(run, plan, out, refine=settings.refine, overwrite=overwrite)
         return finish(run, table, problem, plan, path, refinement, report=report)
 
@@ -158,7 +170,8 @@ def apply_plan(
         _check_replaced(out, run, overwrite, lambda there: there.schemes == chosen.schemes)
         path, refinement = apply(run, chosen, out, refine=refine, overwrite=overwrite)
         workfiles.save_plan(run.work.path, chosen)
-        problem = allocation_problem(known.model_map, table, Budget.rules_of(chosen))
+        run.costs = workfiles.load_costs(work, chosen)
+        problem = allocation_problem(known.model_map, table, Budget.rules_of(chosen), run.costs)
         return finish(run, table, problem, chosen, path, refinement)
 
 
@@ -198,7 +211,8 @@ def finish(
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     shipped = refinement.shipped if refinement else None
     before = refinement.bank if refinement and refinement.kept else None
-    outcome = workfiles.Outcome(path, size, plan.schemes, shipped, before, run.seconds)
+    taken = _measured_latency(run, plan, path)
+    outcome = workfiles.Outcome(path, size, plan.schemes, shipped, before, run.seconds, taken)
     workfiles.save_outcome(work, outcome)
     page = None
     if report:
@@ -207,7 +221,7 @@ def finish(
 
         known = workfiles.load_model(work)
         page = write_run_report(
-            work / REPORT_FILE, known, run.recipe, table, problem, plan, outcome
+            work / REPORT_FILE, known, run.recipe, table, problem, plan, outcome, run.costs
         )
     return Result(
         path,
@@ -220,7 +234,20 @@ def finish(
         refinement,
         page,
         dict(run.seconds),
+        taken,
     )
+
+
+def _measured_latency(run: Run, plan: Plan, path: Path) -> dict[str, float]:
+    """Cost -> milliseconds of the finished checkpoint, for the latencies that its plan limits and
+    this machine has prices of."""
+    costs = [cost for cost in plan.limits if run.costs is not None and cost in run.costs.fixed]
+    if not costs or run.costs is None:
+        return {}
+    with run.stage("time", 1) as progress:
+        taken = measured_ms(path, costs, run.costs.threads, run.costs.mode)
+        progress.tick(", ".join(f"{format_ms(ms)} for {phase_text(c)}" for c, ms in taken.items()))
+    return taken
 
 
 def _check_apart(out: Path, work: Path) -> None:

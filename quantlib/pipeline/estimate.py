@@ -71,13 +71,16 @@ def for_recipe(model_map: ModelMap, recipe: Recipe, timed: bool = True) -> Estim
     )
 
 
-def require_room(run: Run, found: Estimate, out: Path | None = None, budget: int = 0) -> None:
+def require_room(
+    run: Run, found: Estimate, out: Path | None = None, budget: int | None = None
+) -> None:
     """Raise CheckpointError when a disk cannot hold what is still to come: of the work directory,
-    and, if it is to be written, of a checkpoint of at most `budget` bytes in `out`."""
+    and, if it is to be written, of a checkpoint of at most `budget` bytes (None: any) in `out`."""
     needed = found.disk_bytes - _bytes_there(run, found)
     purpose = "the work directory (statistics, layer bank, hidden states)"
     if out is not None:
-        checkpoint = min(budget, _largest_checkpoint(run))
+        largest = _largest_checkpoint(run)
+        checkpoint = largest if budget is None else min(budget, largest)
         require_free(out, checkpoint, "the checkpoint")
         if _device(out) == _device(run.work.path):
             needed, purpose = needed + checkpoint, f"{purpose} together with the checkpoint"

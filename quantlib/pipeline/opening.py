@@ -15,38 +15,52 @@ from quantlib.errors import CheckpointError, DataError, UsageError
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
 from quantlib.pipeline import workfiles
+from quantlib.pipeline.latency import costs_for
 from quantlib.pipeline.plan import Budget, check_request
 from quantlib.pipeline.run import Progress, Run, Silent, read_windows
 from quantlib.recipe import Recipe
+from quantlib.search.latency import LatencyCosts
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is made from: the model, its map and tokenizer, and the windows of text."""
+    """What a run is made from: the model, its map and tokenizer, the windows of text, and what
+    everything would cost in time, where a latency is limited."""
 
     source: Source
     model_map: ModelMap
     tokenizer: Any
     windows: Tensor
+    costs: LatencyCosts | None
 
 
 def load_inputs(
-    model: str | Path, recipe: Recipe, *, budget: Budget | None = None, download: bool = False
+    model: str | Path,
+    recipe: Recipe,
+    *,
+    budget: Budget | None = None,
+    download: bool = False,
+    progress: Progress | None = None,
 ) -> Inputs:
-    """Read what a run needs, without writing anything.
+    """Read what a run needs, without writing anything but timings into the user's cache.
 
     budget: checked to be possible. Raises a QuantlibError for anything wrong with the model, its
     tokenizer, the data, or the budget.
     """
     source = Source.open(model, allow_download=download)
     model_map = ModelMap.from_source(source)
+    costs = None
     if budget is not None:
-        check_request(model_map, recipe.schemes, budget)
+        budget.rules(), budget.in_bytes(model_map)  # before anything is timed
+        costs = costs_for(
+            model_map, source.path, recipe.schemes, budget.latency, progress or Silent()
+        )
+        check_request(model_map, recipe.schemes, budget, costs)
     tokenizer = load_tokenizer(source.path)
     _check_length(source, recipe)
     windows = read_windows(recipe, tokenizer)
     _check_vocabulary(source, model_map, windows)
-    return Inputs(source, model_map, tokenizer, windows)
+    return Inputs(source, model_map, tokenizer, windows, costs)
 
 
 def _check_length(source: Source, recipe: Recipe) -> None:
@@ -86,13 +100,13 @@ def open_run(
     budget: checked to be possible. Raises a QuantlibError for anything wrong with the model, its
     tokenizer, the data or the budget before the folder is made, and then for the folder.
     """
-    inputs = load_inputs(model, recipe, budget=budget, download=download)
+    inputs = load_inputs(model, recipe, budget=budget, download=download, progress=progress)
     with WorkDir.open(work) as workdir:
         workfiles.claim_folder(workdir.path, inputs.source, inputs.model_map)
         run = Run(
             inputs.source, inputs.model_map, workdir, recipe, inputs.tokenizer, progress or Silent()
         )
-        run.all_windows = inputs.windows
+        run.all_windows, run.costs = inputs.windows, inputs.costs
         yield run
 
 

@@ -1,17 +1,19 @@
-"""The search stage: from the sensitivity table and a budget to a plan, without the model."""
+"""The search stage: from the sensitivity table and budgets to a plan, without the model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from quantlib.checkpoint.writer import SHARD_BYTES
 from quantlib.errors import SearchError, UsageError
 from quantlib.formats.scheme import Scheme
 from quantlib.models.modelmap import ModelMap
 from quantlib.pipeline import bytecount
+from quantlib.pipeline.latency import LatencyBudget
 from quantlib.search.budget import parse_bits, parse_size
 from quantlib.search.constraints import KINDS, Rule, parse_rules
+from quantlib.search.latency import LatencyCosts
 from quantlib.search.plan import Plan
 from quantlib.search.problem import Problem, build_problem
 from quantlib.search.sensitivity import Entry, Sensitivity
@@ -23,8 +25,8 @@ TASK = "kl"
 
 @dataclass(frozen=True)
 class Budget:
-    """What the user allows: one of `size` (as `90MB`, `30%`) and `bits` (true bits per parameter),
-    and rules."""
+    """What the user allows: at most one of `size` (as `90MB`, `30%`) and `bits` (true bits per
+    parameter), latencies, and rules."""
 
     size: str | None = None
     bits: float | None = None
@@ -32,33 +34,45 @@ class Budget:
     floors: tuple[str, ...] = ()
     ceilings: tuple[str, ...] = ()
     pins: tuple[str, ...] = ()
+    latency: LatencyBudget = field(default_factory=LatencyBudget)
+
+    def __post_init__(self) -> None:
+        if self.latency and self.engine != "quantlib":
+            raise UsageError(
+                f"latencies are timed on quantlib's engine, and this plan is for {self.engine}: "
+                "leave out --latency or --engine"
+            )
 
     @staticmethod
     def rules_of(plan: Plan) -> Budget:
-        """The engine and the rules that a plan was made under, without its budget."""
+        """The engine and the rules that a plan was made under, without its budgets."""
         texts: dict[str, list[str]] = {kind: [] for kind in KINDS}
         for rule in plan.rules:
             kind, _, text = rule.removeprefix("--").partition(" ")
             if kind not in texts:
                 raise SearchError(f"the plan has a rule {rule!r}: it starts with no known option")
             texts[kind].append(text)
-        return Budget(None, None, plan.engine, *(tuple(texts[kind]) for kind in KINDS))
+        floors, ceilings, pins = (tuple(texts[kind]) for kind in KINDS)
+        return Budget(None, None, plan.engine, floors, ceilings, pins)
 
     @property
     def given(self) -> bool:
         """Whether there is a budget, and not only rules."""
-        return self.size is not None or self.bits is not None
+        return self.size is not None or self.bits is not None or bool(self.latency)
 
-    def in_bytes(self, model_map: ModelMap) -> int:
-        """The budget in bytes of the whole checkpoint. Raises UsageError unless exactly one budget
-        is given."""
-        if (self.size is None) == (self.bits is None):
+    def in_bytes(self, model_map: ModelMap) -> int | None:
+        """The budget in bytes of the whole checkpoint, None when only latencies are limited.
+
+        Raises UsageError when there is no budget at all, or a size twice.
+        """
+        if not self.given or (self.size is not None and self.bits is not None):
             raise UsageError(
-                "give one budget: a size such as --size 82.8MB, or true bits such as --bits 4.25"
+                "give one budget: a size such as --size 82.8MB, or true bits such as --bits 4.25 "
+                "(or a latency such as --latency 12ms, alone or with one of them)"
             )
         if self.size is not None:
             return parse_size(self.size, model_map.nbytes)
-        return parse_bits(str(self.bits), model_map.parameters)
+        return None if self.bits is None else parse_bits(str(self.bits), model_map.parameters)
 
     def rules(self) -> tuple[Rule, ...]:
         """Floors, ceilings and pins, parsed. Raises UsageError on one that is malformed."""
@@ -67,8 +81,8 @@ class Budget:
     def asked_for(self, plan: Plan, model_map: ModelMap) -> bool:
         """Whether a plan is an answer to this very request."""
         rules = tuple(map(str, self.rules()))
-        wanted = (self.in_bytes(model_map), self.engine, rules)
-        return (plan.budget, plan.engine, plan.rules) == wanted
+        wanted = (self.in_bytes(model_map), self.latency.limits(), self.engine, rules)
+        return (plan.budget, dict(plan.limits), plan.engine, plan.rules) == wanted
 
     @property
     def fuses(self) -> bool:
@@ -78,8 +92,13 @@ class Budget:
         return ENGINES[self.engine]
 
 
-def allocation_problem(model_map: ModelMap, table: Sensitivity, budget: Budget) -> Problem:
-    """The problem the solver is given: every weight's candidates under the budget's rules."""
+def allocation_problem(
+    model_map: ModelMap, table: Sensitivity, budget: Budget, costs: LatencyCosts | None = None
+) -> Problem:
+    """The problem the solver is given: every weight's candidates under the budget's rules.
+
+    costs: what each candidate takes, for budgets that limit it (`pipeline.latency`).
+    """
     return build_problem(
         table,
         model_map.weights,
@@ -87,11 +106,15 @@ def allocation_problem(model_map: ModelMap, table: Sensitivity, budget: Budget) 
         engine=budget.engine,
         groups=model_map.groups,
         rules=budget.rules(),
+        costs=costs.costs if costs else None,
+        fixed_costs=costs.fixed if costs else None,
     )
 
 
-def sizes_only(model_map: ModelMap, schemes: Sequence[str], budget: Budget) -> Problem:
-    """The allocation problem before anything was measured: true bytes, every loss 0.
+def sizes_only(
+    model_map: ModelMap, schemes: Sequence[str], budget: Budget, costs: LatencyCosts | None = None
+) -> Problem:
+    """The allocation problem before anything was measured: true bytes and times, every loss 0.
 
     It says which sizes are possible, and raises for rules that match nothing or contradict each
     other, before hours are spent on measuring.
@@ -106,22 +129,31 @@ def sizes_only(model_map: ModelMap, schemes: Sequence[str], budget: Budget) -> P
         for weight in model_map.weights
     }
     table = Sensitivity(model_map.fingerprint, (TASK,), rows)
-    return allocation_problem(model_map, table, budget)
+    return allocation_problem(model_map, table, budget, costs)
 
 
-def check_request(model_map: ModelMap, schemes: Sequence[str], budget: Budget) -> None:
+def check_request(
+    model_map: ModelMap, schemes: Sequence[str], budget: Budget, costs: LatencyCosts | None = None
+) -> None:
     """Raise what `search` would raise after measuring: UsageError for the budget's text or rules,
-    SearchError for a budget that no allocation fits, with the smallest size that is possible."""
-    solve(sizes_only(model_map, schemes, budget), budget.in_bytes(model_map))
+    SearchError for budgets that no allocation fits, with the least that is possible."""
+    problem = sizes_only(model_map, schemes, budget, costs)
+    solve(problem, budget.in_bytes(model_map), budget.latency.limits())
 
 
 def search(
-    model_map: ModelMap, table: Sensitivity, budget: Budget
+    model_map: ModelMap, table: Sensitivity, budget: Budget, costs: LatencyCosts | None = None
 ) -> tuple[Plan, Problem, Solution]:
-    """Solve for the best allocation within the budget."""
-    problem = allocation_problem(model_map, table, budget)
-    solution = solve(problem, budget.in_bytes(model_map))
+    """Solve for the best allocation within the budgets. A latency needs `costs`."""
+    problem = allocation_problem(model_map, table, budget, costs)
+    limits = budget.latency.limits()
+    solution = solve(problem, budget.in_bytes(model_map), limits)
+    timed = {"machine": costs.machine, "timings": costs.fingerprint} if costs else {}
     plan = Plan.from_solution(
-        problem, solution, calibration=table.calibration, provenance=table.provenance
+        problem,
+        solution,
+        limits=limits,
+        calibration=table.calibration,
+        provenance={**table.provenance, **timed},
     )
     return plan, problem, solution

@@ -14,9 +14,10 @@ from quantlib.pipeline import workfiles
 from quantlib.pipeline.plan import Budget, allocation_problem
 from quantlib.pipeline.workfiles import KnownModel, Outcome
 from quantlib.recipe import Recipe
-from quantlib.report.collect import collect
+from quantlib.report.collect import LatencyParts, collect
 from quantlib.report.data import MeasuredPoint, ReportData
 from quantlib.report.render import write_report
+from quantlib.search.latency import LatencyCosts
 from quantlib.search.pareto import pareto_front
 from quantlib.search.plan import Plan
 from quantlib.search.problem import Problem
@@ -33,13 +34,14 @@ def write_run_report(
     problem: Problem,
     plan: Plan,
     outcome: Outcome | None,
+    costs: LatencyCosts | None = None,
 ) -> Path:
     """Write the report of a plan; returns its path.
 
     problem: what the plan was chosen from. outcome: the checkpoint made from it, None if there is
-    none yet.
+    none yet. costs: what everything costs in time, if that is known.
     """
-    return write_report(report_data(model, recipe, table, problem, plan, outcome), path)
+    return write_report(report_data(model, recipe, table, problem, plan, outcome, costs), path)
 
 
 def report_of(work: Path, plan: Path | None = None, path: Path | None = None) -> Path:
@@ -52,11 +54,12 @@ def report_of(work: Path, plan: Path | None = None, path: Path | None = None) ->
     table = workfiles.load_table(work, model.model_map)
     chosen = workfiles.load_plan(plan or work / workfiles.PLAN_FILE, model.model_map, table)
     # The problem the plan was an answer to: rules shrink the front, so they belong in the picture.
-    problem = allocation_problem(model.model_map, table, Budget.rules_of(chosen))
+    costs = workfiles.load_costs(work, chosen)
+    problem = allocation_problem(model.model_map, table, Budget.rules_of(chosen), costs)
     outcome = workfiles.load_outcome(work, chosen)
     place = path or work / REPORT_FILE
     recipe = workfiles.load_recipe(work)
-    return write_run_report(place, model, recipe, table, problem, chosen, outcome)
+    return write_run_report(place, model, recipe, table, problem, chosen, outcome, costs)
 
 
 def report_data(
@@ -66,8 +69,10 @@ def report_data(
     problem: Problem,
     plan: Plan,
     outcome: Outcome | None,
+    costs: LatencyCosts | None = None,
 ) -> ReportData:
     """Everything the report shows."""
+    taken = outcome.latency if outcome else {}
     data = collect(
         model.model_map,
         plan,
@@ -77,6 +82,7 @@ def report_data(
         front=pareto_front(problem, calibration=table.calibration),
         evaluation=outcome.evaluation if outcome else None,
         measured=_before_rerounding(plan, outcome),
+        latency=LatencyParts.of(plan, problem, costs, taken, table.calibration),
         timings=outcome.seconds if outcome else {},
         bytes_before=model.file_bytes,
         bytes_after=outcome.file_bytes if outcome else None,

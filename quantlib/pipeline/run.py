@@ -22,6 +22,7 @@ from quantlib.formats.scheme import Scheme
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
 from quantlib.recipe import Recipe
+from quantlib.search.latency import LatencyCosts
 
 
 class Progress(Protocol):
@@ -50,7 +51,10 @@ class Silent:
 
 @dataclass
 class Run:
-    """One model, one recipe, one work directory."""
+    """One model, one recipe, one work directory.
+
+    costs: what the candidates take on this machine, where the request limits a latency.
+    """
 
     source: Source
     model_map: ModelMap
@@ -59,6 +63,7 @@ class Run:
     tokenizer: Any
     progress: Progress = field(default_factory=Silent)
     seconds: dict[str, float] = field(default_factory=dict)
+    costs: LatencyCosts | None = None
 
     @cached_property
     def bank(self) -> LayerBank:

@@ -4,6 +4,7 @@
     recipe.yaml        the recipe that sensitivity.json was measured with
     sensitivity.json   what every weight loses in every candidate scheme
     plan.json          the latest plan
+    latency.json       what everything would cost in time on this machine, if a plan limited that
     result.json        the latest checkpoint: where it is, and its loss on held-back windows
     report.html
 
@@ -13,6 +14,7 @@ Each is written whole or not at all, so reading them needs no lock.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ from quantlib.evaluation.language import LanguageResult
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
 from quantlib.recipe import Recipe
+from quantlib.search.latency import LatencyCosts, is_latency
 from quantlib.search.plan import Plan
 from quantlib.search.sensitivity import Sensitivity
 
@@ -33,6 +36,7 @@ MODEL_FILE = "model.json"
 RECIPE_FILE = "recipe.yaml"
 SENSITIVITY_FILE = "sensitivity.json"
 PLAN_FILE = "plan.json"
+LATENCY_FILE = "latency.json"
 RESULT_FILE = "result.json"
 
 
@@ -53,6 +57,7 @@ class Outcome:
     evaluation: on held-back windows, None when it was not measured.
     bank:       the same windows before re-rounding, None unless re-rounding was kept.
     seconds:    time by stage, of the process that finished it.
+    latency:    cost -> milliseconds it was measured to take, for the latencies its plan limits.
     """
 
     path: Path
@@ -61,6 +66,7 @@ class Outcome:
     evaluation: LanguageResult | None = None
     bank: LanguageResult | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    latency: Mapping[str, float] = field(default_factory=dict)
 
 
 def claim_folder(work: Path, source: Source, model_map: ModelMap) -> None:
@@ -134,6 +140,30 @@ def load_plan(path: Path, model_map: ModelMap, table: Sensitivity) -> Plan:
         raise SearchError(f"{path}: {error}") from error
 
 
+def save_costs(work: Path, costs: LatencyCosts) -> None:
+    """Remember what everything costs in time; costs of the same machine that are there stay."""
+    with contextlib.suppress(QuantlibError):
+        costs = costs.merged(LatencyCosts.from_json(read_json(work / LATENCY_FILE)))
+    atomic_write_json(work / LATENCY_FILE, costs.to_json())
+
+
+def load_costs(work: str | Path, plan: Plan) -> LatencyCosts | None:
+    """What everything cost in time when `plan` was made; None when it limits no latency, or
+    another machine was timed since. Raises CheckpointError for a damaged file."""
+    file = Path(work) / LATENCY_FILE
+    limited = [cost for cost in plan.limits if is_latency(cost)]
+    if not limited or not file.exists():
+        return None
+    try:
+        costs = LatencyCosts.from_json(read_json(file))
+    except SearchError as error:
+        raise CheckpointError(
+            f"{file} is damaged: delete it, and run quantlib search again with --latency"
+        ) from error
+    same = costs.fingerprint == plan.provenance.get("timings", costs.fingerprint)
+    return costs if same and all(cost in costs.fixed for cost in limited) else None
+
+
 def save_outcome(work: Path, outcome: Outcome) -> None:
     """Remember the checkpoint that was made last."""
     data = {
@@ -143,6 +173,7 @@ def save_outcome(work: Path, outcome: Outcome) -> None:
         "evaluation": outcome.evaluation.to_json() if outcome.evaluation else None,
         "bank": outcome.bank.to_json() if outcome.bank else None,
         "seconds": dict(outcome.seconds),
+        "latency": dict(outcome.latency),
     }
     atomic_write_json(work / RESULT_FILE, data)
 
@@ -162,6 +193,7 @@ def load_outcome(work: str | Path, plan: Plan) -> Outcome | None:
             _language(data["evaluation"]),
             _language(data["bank"]),
             {str(stage): float(seconds) for stage, seconds in data["seconds"].items()},
+            {str(cost): float(ms) for cost, ms in data.get("latency", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(file, error) from error

@@ -4,10 +4,13 @@ went."""
 from quantlib.report.data import (
     ComponentRow,
     FrontPoint,
+    LatencyPoint,
+    LatencyRow,
     MeasuredPoint,
     ProbePoint,
     ReportData,
     SensitivityMap,
+    TradeOff,
     WeightRow,
 )
 from quantlib.report.render import render, write_report
@@ -15,10 +18,13 @@ from quantlib.report.render import render, write_report
 __all__ = [
     "ComponentRow",
     "FrontPoint",
+    "LatencyPoint",
+    "LatencyRow",
     "MeasuredPoint",
     "ProbePoint",
     "ReportData",
     "SensitivityMap",
+    "TradeOff",
     "WeightRow",
     "render",
     "write_report",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from quantlib.evaluation.language import LanguageResult
 from quantlib.models.modelmap import ModelMap
@@ -15,15 +16,77 @@ from quantlib.report import words
 from quantlib.report.data import (
     ComponentRow,
     FrontPoint,
+    LatencyPoint,
+    LatencyRow,
     MeasuredPoint,
     ProbePoint,
     ReportData,
     SensitivityMap,
+    TradeOff,
     WeightRow,
 )
-from quantlib.search.pareto import Point
+from quantlib.search.calibrate import Calibration
+from quantlib.search.latency import LatencyCosts, is_latency, phase_text
+from quantlib.search.pareto import Point, cost_front, equal_loss
 from quantlib.search.plan import Plan
+from quantlib.search.problem import Problem
 from quantlib.search.sensitivity import UNITS, Sensitivity
+
+LEVELS = (0.5, 1.0, 2.0, 4.0)
+"""Losses, as multiples of the plan's own, at which sizes and latencies are compared."""
+
+
+@dataclass(frozen=True)
+class LatencyParts:
+    """The parts of a report that are about time."""
+
+    rows: tuple[LatencyRow, ...] = ()
+    front: tuple[LatencyPoint, ...] = ()
+    trade_offs: tuple[TradeOff, ...] = ()
+    machine: str = ""
+
+    @staticmethod
+    def of(
+        plan: Plan,
+        problem: Problem,
+        costs: LatencyCosts | None,
+        measured: Mapping[str, float],
+        calibration: Calibration | None = None,
+    ) -> LatencyParts:
+        """Of the latencies that a plan limits.
+
+        problem, costs: with prices of them; without, only the plan's own numbers are shown.
+        measured: cost -> milliseconds of the finished checkpoint.
+        """
+        limited = {cost: limit for cost, limit in plan.limits.items() if is_latency(cost)}
+        known = [cost for cost in limited if costs is not None and cost in costs.fixed]
+        rows = tuple(
+            LatencyRow(
+                cost, phase_text(cost), limit, _expected(plan, costs, cost), measured.get(cost)
+            )
+            for cost, limit in limited.items()
+        )
+        front = tuple(
+            LatencyPoint(cost, p.costs[cost], p.bytes, p.loss)
+            if p.kl is None
+            else LatencyPoint(cost, p.costs[cost], p.bytes, p.kl, p.kl_low, p.kl_high)
+            for cost in known
+            for p in cost_front(problem, cost, calibration=calibration)
+        )
+        losses = [multiple * plan.loss for multiple in LEVELS if plan.loss > 0]
+        trade_offs = tuple(
+            TradeOff(cost, calibration.predict(loss).kl if calibration else loss, *place)
+            for cost in known
+            for loss in losses
+            for place in equal_loss(problem, cost, loss)
+        )
+        return LatencyParts(rows, front, trade_offs, plan.provenance.get("machine", ""))
+
+
+def _expected(plan: Plan, costs: LatencyCosts | None, cost: str) -> float | None:
+    """What the plan is predicted to take: as it is now, else as the search promised."""
+    now = None if costs is None else costs.predict(cost, plan.schemes)
+    return plan.predicted.get(cost) if now is None else now
 
 
 def collect(
@@ -37,6 +100,7 @@ def collect(
     evaluation: LanguageResult | None = None,
     measured: Iterable[MeasuredPoint] = (),
     others: Iterable[MeasuredPoint] = (),
+    latency: LatencyParts | None = None,
     timings: Mapping[str, float] | None = None,
     provenance: Mapping[str, str] | None = None,
     bytes_before: int | None = None,
@@ -46,6 +110,7 @@ def collect(
 
     evaluation: of the finished model; with a KL it becomes this model's measured point.
     measured: further plans of ours that were measured. others: what other methods reach.
+    latency: what is known of the latencies that the plan limits.
     timings: stage -> seconds. provenance: name -> hash or version, added to the plan's own.
     bytes_before, bytes_after: sizes of the weight files; by default what the map and plan count.
     """
@@ -55,6 +120,7 @@ def collect(
         kl = evaluation.kl
         own.append(MeasuredPoint("this model", after, kl.value, kl.standard_error, chosen=True))
     probes = sensitivity.calibration.probes if sensitivity and sensitivity.calibration else ()
+    latency = latency or LatencyParts()
     return ReportData(
         title=title,
         created=created,
@@ -74,6 +140,10 @@ def collect(
         measured=(*own, *measured),
         others=tuple(others),
         probes=tuple(ProbePoint(*probe) for probe in probes),
+        latencies=latency.rows,
+        latency_front=latency.front,
+        trade_offs=latency.trade_offs,
+        machine=latency.machine,
         timings=tuple((timings or {}).items()),
         facts=_facts(modelmap, plan),
         provenance=tuple({"model": plan.model, **plan.provenance, **(provenance or {})}.items()),

@@ -28,8 +28,8 @@ from quantlib.report.theme import (
 )
 from quantlib.search.calibrate import Calibration
 
-_HEIGHT = 340.0
-_DASHES = (0, (3, 3))
+HEIGHT = 340.0
+DASHES = (0, (3, 3))
 _NORMAL_95 = 1.96
 """Half a 95 % interval in standard errors: what the error bars show."""
 
@@ -46,11 +46,11 @@ def pareto(data: ReportData) -> Picture | None:
         return None
     key: Key = []
     with style():
-        figure, axes = new_figure(_HEIGHT)
+        figure, axes = new_figure(HEIGHT)
         _front(axes, front, key)
         _budget(axes, data, key)
         _plans(axes, data, key)
-        _log_axis(axes, "y")
+        log_axis(axes, "y")
         axes.set_xlabel("MB on disk")
         axes.set_ylabel(f"loss, {data.unit}")
         svg = to_svg(figure, _pareto_words(data), "pareto")
@@ -75,10 +75,10 @@ def predictions(data: ReportData) -> Picture | None:
     calibration = _calibration(data)
     here = _chosen(data)
     with style():
-        figure, axes = new_figure(_HEIGHT)
+        figure, axes = new_figure(HEIGHT)
         ends = [*sums, *([data.predicted_sum] if data.predicted_sum else [])]
         grid = np.geomspace(min(ends) / 1.25, max(ends) * 1.25, 60)
-        axes.plot(grid, grid, color=MUTED, linewidth=1, linestyle=_DASHES)
+        axes.plot(grid, grid, color=MUTED, linewidth=1, linestyle=DASHES)
         if calibration is not None:
             lines = np.array([calibration.predict(float(value)) for value in grid])
             axes.fill_between(grid, lines[:, 1], lines[:, 2], color=ACCENT, alpha=0.18, linewidth=0)
@@ -89,8 +89,8 @@ def predictions(data: ReportData) -> Picture | None:
             _points(axes, [data.predicted_sum], [here], WARM, 9)
             key.append((css(WARM), "this model", "dot"))
         key.append((css(MUTED), "measured = predicted", "dash"))
-        _log_axis(axes, "x")
-        _log_axis(axes, "y")
+        log_axis(axes, "x")
+        log_axis(axes, "y")
         axes.set_xlabel(f"sum of predicted losses, {data.unit}")
         axes.set_ylabel(f"measured loss, {data.unit}")
         caption = _prediction_words(data, calibration)
@@ -117,7 +117,7 @@ def _front(axes: Axes, front: Sequence[FrontPoint], key: Key) -> None:
 
 def _budget(axes: Axes, data: ReportData, key: Key) -> None:
     if data.budget_bytes is not None:
-        axes.axvline(data.budget_bytes / 1e6, color=MUTED, linewidth=1, linestyle=_DASHES)
+        axes.axvline(data.budget_bytes / 1e6, color=MUTED, linewidth=1, linestyle=DASHES)
         key.append((css(MUTED), f"budget {words.size(data.budget_bytes)}", "dash"))
 
 
@@ -158,7 +158,7 @@ def _points(
     )
 
 
-def _log_axis(axes: Axes, name: Literal["x", "y"]) -> None:
+def log_axis(axes: Axes, name: Literal["x", "y"]) -> None:
     """Logarithmic, with plain numbers: at 1, 2 and 5 of each decade when there are few decades."""
     getattr(axes, f"set_{name}scale")("log")
     axis = getattr(axes, f"{name}axis")

@@ -92,6 +92,40 @@ class ProbePoint:
 
 
 @dataclass(frozen=True)
+class LatencyRow:
+    """A latency that the plan limits, in milliseconds: `cost` is its name, `what` the same in words
+    ("a decoded token with 256 tokens of context"). `measured` is of the finished checkpoint."""
+
+    cost: str
+    what: str
+    limit: float
+    predicted: float | None = None
+    measured: float | None = None
+
+
+@dataclass(frozen=True)
+class LatencyPoint:
+    """The best allocation at some latency: milliseconds, bytes, expected loss and its interval."""
+
+    cost: str
+    ms: float
+    bytes: int
+    loss: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class TradeOff:
+    """A size and a latency that one may have at a loss of `level`."""
+
+    cost: str
+    level: float
+    bytes: int
+    ms: float
+
+
+@dataclass(frozen=True)
 class ReportData:
     """Everything one report shows.
 
@@ -105,6 +139,8 @@ class ReportData:
     evaluation: `LanguageResult.to_json()`, None when nothing was measured.
     front: the Pareto front. measured: measured plans of ours. others: what other methods reach.
     probes: measured plans that the predictions were calibrated with.
+    latencies: what the plan limits. latency_front: least loss by latency. trade_offs: sizes and
+    latencies at equal loss. machine: what the times are of.
     timings: (stage, seconds) in the order of the run. facts, provenance: (name, value) rows.
     """
 
@@ -126,6 +162,10 @@ class ReportData:
     measured: tuple[MeasuredPoint, ...] = ()
     others: tuple[MeasuredPoint, ...] = ()
     probes: tuple[ProbePoint, ...] = ()
+    latencies: tuple[LatencyRow, ...] = ()
+    latency_front: tuple[LatencyPoint, ...] = ()
+    trade_offs: tuple[TradeOff, ...] = ()
+    machine: str = ""
     timings: tuple[tuple[str, float], ...] = ()
     facts: tuple[tuple[str, str], ...] = ()
     provenance: tuple[tuple[str, str], ...] = ()
@@ -170,6 +210,9 @@ _ROWS: dict[str, type[Any]] = {
     "measured": MeasuredPoint,
     "others": MeasuredPoint,
     "probes": ProbePoint,
+    "latencies": LatencyRow,
+    "latency_front": LatencyPoint,
+    "trade_offs": TradeOff,
 }
 
 

@@ -17,9 +17,10 @@ import jinja2
 
 from quantlib.checkpoint.disk import atomic_write_text
 from quantlib.evaluation.language import LanguageResult
-from quantlib.report import bars, curves, grids, words
-from quantlib.report.data import ReportData, WeightRow
+from quantlib.report import bars, curves, grids, latencies, words
+from quantlib.report.data import LatencyRow, ReportData, WeightRow
 from quantlib.report.theme import Picture
+from quantlib.search.latency import format_ms
 
 _PAGE = Path(__file__).parent / "page"
 
@@ -73,6 +74,7 @@ def render(data: ReportData) -> str:
         grids=[*grids.bits_pictures(data), *grids.loss_pictures(data)],
         bytes=_present(bars.components(data), bars.schemes(data)),
         curves=_present(curves.pareto(data), curves.predictions(data)),
+        latencies=latencies.latency_pictures(data),
         evaluation=_evaluation_rows(result),
         evaluation_note=_evaluation_note(result),
         columns=_columns(weighed),
@@ -104,6 +106,7 @@ def _cards(data: ReportData, result: LanguageResult | None) -> list[Card]:
         middle, low, high = data.predicted
         note = f"95 % interval {words.number(low)} to {words.number(high)}; not measured"
         cards.append(Card("Predicted KL", words.number(middle), data.unit, note))
+    cards += [_latency_card(row) for row in data.latencies]
     if result is not None:
         cards += _quality_cards(result)
     return cards
@@ -117,6 +120,22 @@ def _size_card(data: ReportData) -> Card:
         return Card("Size", value, unit, note, min(share, 100.0), "bad" if share > 100 else "")
     note = f"budget {data.budget}" if data.budget else f"before: {words.size(data.bytes_before)}"
     return Card("Size", value, unit, note)
+
+
+def _latency_card(row: LatencyRow) -> Card:
+    """Measured or predicted milliseconds against the budget; a tenth over is over."""
+    taken = row.predicted if row.measured is None else row.measured
+    note = f"{format_ms(row.limit)} allowed for {row.what}"
+    if taken is None:
+        return Card("Latency", "unknown", "", note)
+    value, _, unit = format_ms(taken).partition(" ")
+    if row.measured is None:
+        return Card("Predicted latency", value, unit, note)
+    if row.predicted is not None:
+        note += f"; {format_ms(row.predicted)} predicted"
+    share = 100 * taken / row.limit
+    verdict = "bad" if share > 110 else ""
+    return Card("Measured latency", value, unit, note, min(share, 100.0), verdict)
 
 
 def _loss_card(data: ReportData, result: LanguageResult) -> Card:

@@ -75,7 +75,8 @@ def style() -> Any:
 class Picture:
     """A figure with its words.
 
-    key: (CSS colour, label, shape) rows; a shape is fill, dot, big (a large dot), line or dash.
+    key: (CSS colour, label, shape) rows; a shape is fill, dot, big (a large dot), ring, line or
+         dash.
     """
 
     title: str

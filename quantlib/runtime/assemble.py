@@ -101,7 +101,7 @@ def quantize_in_memory(
     for name, weight in packed.items():
         module_name, _, parameter = name.rpartition(".")
         module = modules[module_name]
-        device = next(iter(module.packed_tensors(parameter).values())).device
+        device = module.packed_device(parameter)
         tensors = {suffix: tensor.to(device) for suffix, tensor in pack(weight).items()}
         module.exchange_packed(parameter, segments[name], tensors)
     if hasattr(model, "save_pretrained"):

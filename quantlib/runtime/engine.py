@@ -9,6 +9,7 @@ here is bookkeeping: which text has how many tokens, and prompts cut into pieces
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor
 
 from quantlib.checkpoint.reader import PackedCheckpoint
-from quantlib.errors import QuantlibError, UsageError
+from quantlib.errors import FormatError, QuantlibError, UsageError
 from quantlib.kernels.cpu import library as cpu
-from quantlib.kernels.cpu.engine_library import CacheFormat, Decoder, NativeEngine
-from quantlib.kernels.ops import MODES
+from quantlib.kernels.cpu.engine_library import MODES, Decoder, NativeEngine
+from quantlib.kernels.kv_format import KvFormat
 from quantlib.runtime.engine_spec import EngineSpec, unsupported
 from quantlib.runtime.engine_weights import Plan, make_plan, read_decoder
 
@@ -48,9 +49,10 @@ class Engine:
     ) -> None:
         """
         decoder: what `NativeCheckpoint.read` gives; several engines may share one.
-        mode:    "exact" or "int8" activations for all weights; None: each weight's scheme decides.
-        kv:      keys and values as "f32", "int8", "int4", or "int4+8" (int4, but an eighth of every
-                 head in int8).
+        mode:    activations "exact", or rounded to 8 bits per token ("int8") or per token and 128
+                 columns ("int8g128"); None: each weight's scheme decides.
+        kv:      how keys and values are kept, by the names of `quantlib.kernels.kv_format`: "f32",
+                 "int8", "int4", "int4g32r", "int8/int4r", ...
         threads: at most so many; None: torch's number at each step.
         Raises UsageError for an unknown mode or cache, and without compiled kernels.
         """
@@ -59,14 +61,16 @@ class Engine:
             raise UsageError("there are no compiled kernels on this machine: use engine='plain'")
         if mode not in (None, *MODES):
             raise UsageError(f"{mode!r} is not a mode to run in: use one of {', '.join(MODES)}")
+        if isa not in cpu.ISAS:
+            raise UsageError(f"unknown instruction set {isa!r}: use one of {', '.join(cpu.ISAS)}")
         if sequences < 1 or capacity < 1:
             raise UsageError(f"an engine for {sequences} texts of {capacity} tokens holds nothing")
         self.sequences, self.capacity = sequences, capacity
         self.mode, self.kv, self.threads = mode, kv, threads
         self.isa = library.isa if isa == "best" else isa
-        self._vocabulary, cache = decoder.vocabulary, cache_format(kv, decoder.head_dim)
+        self._vocabulary, form = decoder.vocabulary, _kv_format(kv, decoder.head_dim)
         self._numbers = torch.arange(sequences, dtype=torch.int32, device="cpu")
-        self._native = NativeEngine(library, decoder, sequences, capacity, mode, cache, isa)
+        self._native = NativeEngine(library, decoder, sequences, capacity, form, mode, isa)
 
     def prefill(self, ids: Tokens, sequence: int = 0) -> Tensor:
         """Append a prompt, or a part of one, to a text: logits after its last token, float32 [V].
@@ -74,6 +78,18 @@ class Engine:
         Raises UsageError when the text would be too long, DataError for a token out of range.
         """
         return self.extend({sequence: ids})[0]
+
+    def score(self, ids: Tokens, sequence: int = 0) -> Tensor:
+        """As `prefill`, but the logits after every token: float32 [tokens, V]."""
+        tokens, before = _int32(ids), self._native.length(sequence)
+        logits = torch.empty(len(tokens), self._vocabulary, dtype=torch.float32, device="cpu")
+        with self._undone({sequence: before}):
+            for start in range(0, len(tokens), CHUNK):
+                part, out = tokens[start : start + CHUNK], logits[start : start + CHUNK]
+                rows = torch.arange(len(part), device="cpu")
+                numbers = torch.full_like(part, sequence)
+                self._native.step(part, numbers, rows, self._threads(), out)
+        return logits
 
     def decode(self, ids: Tokens, sequences: Sequence[int] | None = None) -> Tensor:
         """Append one token to each of B texts (the first B unless said): logits, float32 [B, V]."""
@@ -93,16 +109,20 @@ class Engine:
         Returns the logits after the last token of each, float32 [texts, V], in the order of
         `texts`. When it raises, no text has changed.
         """
+        if all(len(ids) == 1 for ids in texts.values()):
+            return self.decode([int(ids[0]) for ids in texts.values()], list(texts))
         tokens = {sequence: _int32(ids) for sequence, ids in texts.items()}
         before = {sequence: self._native.length(sequence) for sequence in tokens}
         logits = torch.empty(len(tokens), self._vocabulary, dtype=torch.float32, device="cpu")
-        try:
+        with self._undone(before):
             self._extend(tokens, logits)
-        except QuantlibError:
-            for sequence, length in before.items():
-                self.truncate(sequence, length)
-            raise
         return logits
+
+    def extend_best(self, texts: Mapping[int, Tokens]) -> Tensor:
+        """As `extend`, but only the likeliest next token of each text: integers [texts]."""
+        if all(len(ids) == 1 for ids in texts.values()):
+            return self.decode_best([int(ids[0]) for ids in texts.values()], list(texts))
+        return self.extend(texts).argmax(dim=-1)
 
     def reset(self) -> None:
         """Forget all texts."""
@@ -157,6 +177,16 @@ class Engine:
             self._native.step(rows, numbers, last, self._threads(), out)
             done += len(wanted)
 
+    @contextmanager
+    def _undone(self, lengths: Mapping[int, int]) -> Iterator[None]:
+        """Give texts these lengths again if what is done here fails."""
+        try:
+            yield
+        except QuantlibError:
+            for sequence, length in lengths.items():
+                self.truncate(sequence, length)
+            raise
+
     def _threads(self) -> int:
         return self.threads or torch.get_num_threads()
 
@@ -190,17 +220,15 @@ def pieces(lengths: Mapping[int, int], chunk: int = CHUNK) -> Iterator[list[Part
         yield piece
 
 
-def cache_format(kv: str, head_dim: int) -> CacheFormat:
-    """The cache that `kv` names. Raises UsageError for an unknown one."""
-    formats = {
-        "f32": CacheFormat(),
-        "int8": CacheFormat(8, 8),
-        "int4": CacheFormat(4, 4),
-        "int4+8": CacheFormat(4, 4, head_dim // 8),
-    }
-    if kv not in formats:
-        raise UsageError(f"{kv!r} is not a cache of keys and values: use {', '.join(formats)}")
-    return formats[kv]
+def _kv_format(name: str, head_dim: int) -> KvFormat:
+    """The format of a cache for heads of `head_dim` columns. Raises UsageError."""
+    try:
+        form = KvFormat.parse(name)
+        form.key.check(head_dim)
+        form.value.check(head_dim)
+    except FormatError as error:
+        raise UsageError(str(error)) from error
+    return form
 
 
 class NativeCheckpoint:

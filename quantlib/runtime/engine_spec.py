@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantlib.kernels.kv_format import MAX_HEAD_DIM
+
 QKV = ("q_proj", "k_proj", "v_proj")
 _ATTENTION = (*QKV, "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -144,7 +146,7 @@ class EngineSpec:
         """The spec of a configuration (a transformers config object) that `unsupported` passes."""
         family = FAMILIES[config.model_type]
         layer_types = _layer_types(config, family)
-        kinds = sorted(set(layer_types)) if family.typed_ropes else [None]
+        kinds = _rope_kinds(layer_types, family)
         return EngineSpec(
             family=family,
             vocabulary=config.vocab_size,
@@ -190,6 +192,8 @@ def unsupported(config: Any) -> str | None:
         return "it lets tokens see later ones"
     if config.num_attention_heads % config.num_key_value_heads:
         return "its number of heads is no multiple of that of its key and value heads"
+    if _head_dim(config) > MAX_HEAD_DIM:
+        return f"its heads have more than {MAX_HEAD_DIM} columns"
     strange = set(_layer_types(config, family)) - {"full_attention", "sliding_attention"}
     if strange:
         return f"it has layers of type {min(strange)}"
@@ -197,7 +201,7 @@ def unsupported(config: Any) -> str | None:
 
 
 def _unsupported_rope(config: Any, family: Family) -> str | None:
-    for kind in sorted(set(_layer_types(config, family))) if family.typed_ropes else [None]:
+    for kind in _rope_kinds(_layer_types(config, family), family):
         rope_type = (_rope_parameters(config, kind) or {}).get("rope_type")
         if rope_type not in _FIXED_ROPES:
             return f"its rope is of type {rope_type}, and may change with the length of the text"
@@ -215,6 +219,11 @@ def _layer_types(config: Any, family: Family) -> list[str]:
     if family.windows == "all":
         return ["sliding_attention"] * count
     return list(config.layer_types)
+
+
+def _rope_kinds(layer_types: list[str], family: Family) -> list[str | None]:
+    """The layer types with ropes of their own; [None] where all layers share one."""
+    return [*sorted(set(layer_types))] if family.typed_ropes else [None]
 
 
 def _head_dim(config: Any) -> int:

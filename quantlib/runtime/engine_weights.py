@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -50,7 +51,15 @@ def make_plan(checkpoint: PackedCheckpoint, spec: EngineSpec) -> Plan | None:
     if not _has(checkpoint, EMBEDDING):
         return None
     # As in transformers, a head of its own is used even if the configuration calls heads tied.
-    head = EMBEDDING if spec.tied and not _has(checkpoint, HEAD) else HEAD
+    plan = plan_of(spec, own_head=not spec.tied or _has(checkpoint, HEAD))
+    _check(checkpoint, plan)
+    return plan
+
+
+def plan_of(spec: EngineSpec, own_head: bool) -> Plan:
+    """What the engine needs of a model of these sizes, whose head is the embedding's weight or its
+    own."""
+    head = HEAD if own_head else EMBEDDING
     matrices = dict.fromkeys((EMBEDDING, head), (spec.vocabulary, spec.hidden))
     vectors = {FINAL_NORM: spec.hidden}
     for index in range(len(spec.layers)):
@@ -63,9 +72,7 @@ def make_plan(checkpoint: PackedCheckpoint, spec: EngineSpec) -> Plan | None:
             if module.rpartition(".")[2] in spec.biased
         }
         vectors |= {f"{prefix}{norm}.weight": size for norm, size in _norm_sizes(spec).items()}
-    plan = Plan(matrices, vectors, head)
-    _check(checkpoint, plan)
-    return plan
+    return Plan(matrices, vectors, head)
 
 
 def layer_prefix(index: int) -> str:
@@ -126,7 +133,19 @@ def _check(checkpoint: PackedCheckpoint, plan: Plan) -> None:
 
 def read_decoder(checkpoint: PackedCheckpoint, spec: EngineSpec, plan: Plan) -> Decoder:
     """Read and rearrange all weights; nothing of the files stays mapped."""
-    reader = _Reader(checkpoint, spec.family.unit_norms)
+    return assemble(_Reader(checkpoint, spec.family.unit_norms), spec, plan)
+
+
+class Parts(Protocol):
+    """Where a decoder's matrices and norms come from, by the checkpoint's names."""
+
+    def linear(self, name: str, bias: str | None = None) -> Linear: ...
+
+    def norm(self, name: str) -> Tensor: ...
+
+
+def assemble(reader: Parts, spec: EngineSpec, plan: Plan) -> Decoder:
+    """The decoder of `plan`, from parts that `reader` gives."""
     embedding = reader.linear(EMBEDDING)
     return Decoder(
         layers=tuple(_read_layer(reader, spec, plan, index) for index in range(len(spec.layers))),
@@ -144,7 +163,7 @@ def read_decoder(checkpoint: PackedCheckpoint, spec: EngineSpec, plan: Plan) -> 
     )
 
 
-def _read_layer(reader: _Reader, spec: EngineSpec, plan: Plan, index: int) -> Layer:
+def _read_layer(reader: Parts, spec: EngineSpec, plan: Plan, index: int) -> Layer:
     prefix, family, layer = layer_prefix(index), spec.family, spec.layers[index]
 
     def linear(module: str) -> Linear:

@@ -1,8 +1,8 @@
 """Quantized modules: a linear, an embedding, a head tied to it, and the experts of a mixture.
 
 Each one takes the place of a torch or transformers module, keeps that module's call, and holds
-packed weights and nothing else (`packed_module.py`). No dense weight is ever kept: `dequantize()`
-makes one for whoever asks, and forgets it.
+packed weights, or their tiles, and nothing else (`packed_module.py`). No dense weight is ever kept:
+`dequantize()` makes one for whoever asks, and forgets it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from quantlib.errors import UsageError
-from quantlib.formats.weight import PACKED
 from quantlib.kernels.ops import MODES, embedding, linear
 from quantlib.runtime.packed_module import PackedModule, Segments
 
@@ -99,8 +98,8 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.source.handles("weight")[0]
-        device = weight.tensors[PACKED].device  # the embedding's, wherever the head's input is
-        return linear(x.to(device), weight, self.bias, self.mode)
+        # On the embedding's device, wherever the head's input is.
+        return linear(x.to(weight.device), weight, self.bias, self.mode)
 
     def extra_repr(self) -> str:
         size = f"in_features={self.in_features}, out_features={self.out_features}"

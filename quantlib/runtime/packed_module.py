@@ -1,7 +1,9 @@
 """`PackedModule`: packed weights as buffers of a module, and the kernel handles over them.
 
-The buffers carry the checkpoint's names, dtypes and shapes, so the state dict *is* the file and
-resident memory is the file's size; the kernels read them as they are.
+The buffers carry the checkpoint's names, dtypes and shapes, so the state dict *is* the file. On the
+CPU the kernels compute from tiles (`quantlib.kernels.layouts`): at the first call a weight is
+rearranged and its buffers are dropped, so that resident memory stays the file's size. Whoever asks
+for a buffer (by its name, for a state dict, a copy, a pickle, another device) gets it as it was.
 
 Packed buffers are bits, not numbers: casting a model (`model.to(torch.bfloat16)`) must not touch
 them, so `_apply`, through which torch makes every cast and move, keeps their dtype and lets only
@@ -11,26 +13,19 @@ their device change.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantlib.formats.packing import pack_zeros, unpack_zeros
-from quantlib.formats.scheme import TENSOR, Segment
-from quantlib.formats.weight import (
-    PACKED,
-    ROW_SCALE,
-    SCALE,
-    ZERO_POINT,
-    TensorLayout,
-    dequantize,
-    packed_layout,
-    unpack,
-)
-from quantlib.kernels.ops import PackedWeight
+from quantlib.formats.weight import TensorLayout, dequantize, packed_layout, unpack
+from quantlib.kernels.layouts import TiledWeight, can_tile, tile
+from quantlib.kernels.packed import PackedWeight
+from quantlib.runtime.row_blocks import Segments, join_row_blocks, row_block
 
-Segments = tuple[Segment, ...]
+__all__ = ["PackedModule", "Segments"]
 
 
 class PackedModule(nn.Module):
@@ -47,6 +42,9 @@ class PackedModule(nn.Module):
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._segments: dict[str, Segments] = {}
         self._handles: dict[str, tuple[dict[str, Tensor], list[PackedWeight]]] = {}
+        # Weights that have tiles have no buffers, until somebody asks for one.
+        self._tiles: dict[str, list[TiledWeight]] = {}
+        self._lock = threading.RLock()
 
     def register_packed(
         self,
@@ -65,12 +63,14 @@ class PackedModule(nn.Module):
 
         They are taken without a copy.
         """
-        for suffix in self.layout(name):
-            del self._buffers[name + suffix]
-        self._segments[name] = segments
-        for suffix in self.layout(name):
-            self.register_buffer(name + suffix, tensors[suffix])
-        self._handles.pop(name, None)
+        with self._lock:
+            for suffix in self.layout(name):
+                self._buffers.pop(name + suffix, None)
+            self._tiles.pop(name, None)
+            self._handles.pop(name, None)
+            self._segments[name] = segments
+            for suffix in self.layout(name):
+                self.register_buffer(name + suffix, tensors[suffix])
 
     def packed_weights(self) -> dict[str, tuple[tuple[int, ...], Segments]]:
         """Name -> shape and segments of every packed weight."""
@@ -82,22 +82,45 @@ class PackedModule(nn.Module):
         return packed_layout((math.prod(stack), columns), self._segments[name])
 
     def packed_names(self) -> list[str]:
-        """Names of all packed buffers of this module."""
+        """Names of all packed buffers of this module, tiled or not."""
         return [name + suffix for name in self._shapes for suffix in self.layout(name)]
 
     def packed_tensors(self, name: str) -> dict[str, Tensor]:
-        """The buffers of the packed weight `name`, by suffix."""
-        return {suffix: self.get_buffer(name + suffix) for suffix in self.layout(name)}
+        """The tensors of the packed weight `name`, by suffix: its buffers, or made from its tiles,
+        anew at each call."""
+        with self._lock:
+            tiles = self._tiles.get(name)
+            if tiles is None:
+                return {suffix: self.get_buffer(name + suffix) for suffix in self.layout(name)}
+        return self._canonical(name, tiles)
 
     def packed_bytes(self) -> int:
-        """Bytes of the packed buffers."""
-        return sum(self.get_buffer(name).nbytes for name in self.packed_names())
+        """Bytes of the packed tensors, as a checkpoint stores them."""
+        return sum(
+            dtype.itemsize * math.prod(shape)
+            for name in self._shapes
+            for dtype, shape in self.layout(name).values()
+        )
 
-    def handles(self, name: str) -> list[PackedWeight]:
+    def packed_device(self, name: str) -> torch.device:
+        """Where the packed weight `name` is."""
+        tiles = self._tiles.get(name)
+        if tiles is not None:
+            return tiles[0].device
+        return next(iter(self.packed_tensors(name).values())).device
+
+    def handles(self, name: str) -> Sequence[PackedWeight | TiledWeight]:
         """Kernel handles of the packed weight `name`: one, or one per matrix of a stack.
 
-        They are made at the first call, and again when a buffer was replaced (a load, a move).
+        On the CPU these are tiles, made at the first call. Elsewhere, and for whoever traces this
+        module, they are made from the buffers, and again when one was replaced (a load, a move).
         """
+        tiles = self._tiles.get(name)
+        if tiles is not None:
+            return tiles
+        tensors = [self._buffers[name + suffix] for suffix in self.layout(name)]
+        if can_tile(tensors):
+            return self._tile(name)
         cached = self._handles.get(name)
         if cached is None or any(
             self._buffers[key] is not tensor for key, tensor in cached[0].items()
@@ -113,6 +136,32 @@ class PackedModule(nn.Module):
             parts = [row_block(tensors, segments, i * rows, rows) for i in range(stack[0])]
         handles = [PackedWeight.from_tensors(part, (rows, columns), segments) for part in parts]
         return {name + suffix: tensor for suffix, tensor in tensors.items()}, handles
+
+    def _tile(self, name: str) -> list[TiledWeight]:
+        """Rearrange the packed weight `name` and drop its buffers."""
+        with self._lock:
+            if name not in self._tiles:
+                tiles = [tile(handle) for handle in self._make_handles(name)[1]]
+                self._tiles[name] = tiles
+                self._handles.pop(name, None)
+                for suffix in self.layout(name):
+                    del self._buffers[name + suffix]
+            return self._tiles[name]
+
+    def _restore(self, name: str) -> None:
+        """Bring the buffers of a tiled weight back and drop its tiles."""
+        with self._lock:
+            tiles = self._tiles.get(name)
+            if tiles is not None:
+                for suffix, tensor in self._canonical(name, tiles).items():
+                    self._buffers[name + suffix] = tensor
+                del self._tiles[name]
+
+    def _canonical(self, name: str, tiles: Sequence[TiledWeight]) -> dict[str, Tensor]:
+        blocks = [part.to_packed().tensors for part in tiles]
+        if len(self._shapes[name]) == 2:
+            return blocks[0]
+        return join_row_blocks(blocks, self._segments[name], self._shapes[name][-2])
 
     def dequantize(self, name: str = "weight", dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight `name`, `[N, K]` or `[E, N, K]`, made anew; it is not kept."""
@@ -130,7 +179,13 @@ class PackedModule(nn.Module):
         return ", ".join([*parts, f"mode={self.mode}", f"bytes={self.packed_bytes()}"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
-        packed = {name: self.get_buffer(name) for name in self.packed_names()}
+        probe = fn(torch.empty(0, dtype=torch.uint8, device="cpu"))
+        if probe.device.type != "cpu":
+            for name in tuple(self._tiles):
+                self._restore(name)
+        packed = {
+            name: self._buffers[name] for name in self.packed_names() if name in self._buffers
+        }
         for name in packed:
             del self._buffers[name]
         super()._apply(fn, recurse)
@@ -142,37 +197,43 @@ class PackedModule(nn.Module):
         self._handles.clear()
         return self
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in tuple(self._tiles):
+            for suffix, tensor in self.packed_tensors(name).items():
+                destination[prefix + name + suffix] = tensor
 
-def row_block(
-    tensors: Mapping[str, Tensor], segments: Segments, first: int, count: int
-) -> dict[str, Tensor]:
-    """The packed tensors of rows `first .. first + count - 1` of a packed matrix, by suffix.
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        for name in tuple(self._tiles):
+            self._restore(name)
+        super()._load_from_state_dict(*args, **kwargs)
 
-    Views, but for zero points that do not begin at a word (count * zero_bits is no multiple of 32):
-    those are packed anew.
-    """
-    block = {}
-    for index, segment in enumerate(segments):
-        tail, format = (f"_{index}" if index else ""), segment.format
-        block[PACKED + tail] = tensors[PACKED + tail][first : first + count]
-        whole = format.group_size == TENSOR
-        scale = tensors[SCALE + tail]
-        block[SCALE + tail] = scale if whole else scale[first : first + count]
-        if format.two_level:
-            block[ROW_SCALE + tail] = tensors[ROW_SCALE + tail][first : first + count]
-        elif ROW_SCALE + tail in tensors:
-            block[ROW_SCALE + tail] = tensors[ROW_SCALE + tail]
-        if not format.symmetric:
-            words = tensors[ZERO_POINT + tail]
-            block[ZERO_POINT + tail] = (
-                words if whole else _zero_block(words, format.zero_bits, first, count)
-            )
-    return block
+    def __getattr__(self, name: str) -> Any:
+        self._restore_owner(name)
+        return super().__getattr__(name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._restore_owner(name)
+        super().__setattr__(name, value)
 
-def _zero_block(words: Tensor, bits: int, first: int, count: int) -> Tensor:
-    start, stop = first * bits, (first + count) * bits
-    if start % 32 == 0 and (stop % 32 == 0 or stop // 32 == words.shape[0] - 1):
-        return words[start // 32 : -(-stop // 32)]
-    rows = words.shape[0] * 32 // bits
-    return pack_zeros(unpack_zeros(words, bits, rows)[first : first + count], bits)
+    def _restore_owner(self, buffer: str) -> None:
+        """Restore the weight that this is the name of a buffer of, if it is one that is tiled."""
+        for name in tuple(self.__dict__.get("_tiles", ())):
+            if buffer.startswith(name) and buffer.removeprefix(name) in self.layout(name):
+                self._restore(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: buffers instead of tiles."""
+        with self._lock:
+            state = self.__dict__ | {"_tiles": {}, "_handles": {}, "_buffers": dict(self._buffers)}
+            for name, tiles in self._tiles.items():
+                for suffix, tensor in self._canonical(name, tiles).items():
+                    state["_buffers"][name + suffix] = tensor
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = threading.RLock()

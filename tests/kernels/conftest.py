@@ -1,14 +1,16 @@
-"""Random packed weights, and the compiled library (or a reason to skip)."""
+"""Random weights, packed and tiled, and the compiled library (or a reason to skip)."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from quantlib.formats import QuantizedSegment, QuantizedWeight, Scheme, Segment, pack
+from quantlib.kernels.cpu import build
 from quantlib.kernels.cpu import library as cpu
-from quantlib.kernels.ops import PackedWeight
+from quantlib.kernels.packed import PackedWeight
 
 Draw = Callable[..., tuple[QuantizedWeight, PackedWeight]]
 
@@ -30,9 +32,26 @@ def isa(request: pytest.FixtureRequest, library: cpu.Library) -> str:
     return request.param
 
 
+@pytest.fixture
+def without_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine without a compiler."""
+
+    def no_compiler() -> None:
+        raise build.BuildError("there is no C++ compiler: install g++")
+
+    monkeypatch.setattr(build, "find", lambda: None)
+    monkeypatch.setattr(build, "build", no_compiler)
+    cpu.load.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+    cpu.load.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def draw() -> Draw:
-    """`draw(rows, [(scheme, length), ...], seed, unit_scales)`: random codes, scales, zero points.
+    """`draw(rows, [(scheme, length), ...], seed, unit_scales)`: random codes, scales, zero points,
+    and the same packed.
 
     Every code, stored scale and zero point is equally likely, which rounding a weight would not
     give. `unit_scales` makes float16 scales 1, so that products are integers.

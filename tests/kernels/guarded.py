@@ -2,9 +2,9 @@
 
     python guarded.py LIBRARY
 
-Every packed tensor and the activations are placed so that the byte after their last one cannot be
-touched: reading past the end kills the process. Prints the number of calls that gave the right
-answer.
+Every packed tensor, the tiles and the activations are placed so that the byte after their last one
+cannot be touched: reading past the end kills the process. Prints the number of calls that gave the
+right answer.
 """
 
 import ctypes
@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantlib.formats import Scheme, Segment, dequantize, pack, quantize_rtn
-from quantlib.kernels import reference
+from quantlib.formats import Scheme, Segment, pack, quantize_rtn
+from quantlib.kernels import reference, tile_reference
 from quantlib.kernels.cpu import library as cpu
-from quantlib.kernels.ops import PackedWeight
+from quantlib.kernels.packed import PackedWeight
 
 PAGE = mmap.PAGESIZE
 NO_ACCESS = 0  # PROT_NONE
@@ -50,12 +50,14 @@ def check(library: cpu.Library, isa: str, scheme: str, length: int, rows: int) -
     )
     tensors = {suffix: guarded(tensor) for suffix, tensor in pack(weight).items()}
     packed = PackedWeight.from_tensors(tensors, weight.shape, (Segment(0, length, form),))
-    described = cpu.describe(list(packed.tensors.values()), packed.layout)
-    assert torch.equal(library.dequantize(described, isa=isa), dequantize(weight))
-    calls = 1
-    for tokens, mode in ((1, "exact"), (3, "exact"), (1, "int8"), (7, "int8")):
-        if mode == "int8" and not described.all_integer:
-            continue
+    stored = list(packed.tensors.values())
+    tiles = guarded(library.pack(stored, packed.layout, isa=isa))
+    for tensor, again in zip(stored, library.unpack(tiles, packed.layout, isa=isa)):
+        assert torch.equal(tensor, again)
+    described = library.describe(tiles, packed.layout)
+    assert torch.equal(library.dequantize(described, isa=isa), tile_reference.dequantize(weight))
+    calls = 3
+    for tokens, mode in ((1, "exact"), (3, "exact"), (1, "int8"), (7, "int8"), (17, "int8")):
         x = guarded(torch.randn(tokens, length, generator=generator))
         bias = guarded(torch.randn(rows, generator=generator))
         expected = reference.linear(x, weight, bias, 8 if mode == "int8" else 16)

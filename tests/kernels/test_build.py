@@ -45,7 +45,7 @@ def test_the_cache_is_found_again_and_follows_the_sources(monkeypatch, tmp_path,
     sources = shutil.copytree(build.SOURCES, tmp_path / "src")
     monkeypatch.setattr(build, "SOURCES", sources)
     assert build.library_name() == name
-    with (sources / "pool.cpp").open("a") as source:
+    with (sources / "driver.cpp").open("a") as source:
         source.write("\n")
     assert build.library_name() != name
     assert build.find() is None

@@ -1,5 +1,9 @@
 """The operators: dtypes, shapes, errors, torch's own checks, and the reference behind them."""
 
+import gc
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -7,9 +11,9 @@ import torch
 
 from quantlib.errors import DataError, FormatError, UsageError
 from quantlib.formats import dequantize
-from quantlib.kernels import ops, reference
-from quantlib.kernels.cpu import build
+from quantlib.kernels import layouts, ops, reference
 from quantlib.kernels.cpu import library as cpu
+from quantlib.kernels.packed import PackedWeight
 
 MIXED = [("w4g64z6", 448), ("w8", 64)]
 
@@ -27,35 +31,12 @@ def arguments(packed):
     return list(packed.tensors.values()), packed.layout
 
 
-@pytest.fixture
-def without_library(monkeypatch):
-    """A machine without a compiler."""
-
-    def no_compiler():
-        raise build.BuildError("there is no C++ compiler: install g++")
-
-    monkeypatch.setattr(build, "find", lambda: None)
-    monkeypatch.setattr(build, "build", no_compiler)
-    cpu.load.cache_clear()
-    yield
-    cpu.load.cache_clear()
-
-
 @pytest.mark.parametrize("tokens", [1, 4, 5, 40])
 def test_exact_mode_is_a_linear_with_the_dequantized_weight(draw, tokens):
     weight, packed = draw(70, MIXED)
     x, bias = torch.randn(tokens, 512), torch.randn(70)
     expected = torch.nn.functional.linear(x.double(), dequantize(weight).double(), bias.double())
     torch.testing.assert_close(ops.linear(x, packed, bias), expected.float(), rtol=1e-4, atol=1e-3)
-
-
-def test_large_weights_are_multiplied_block_by_block(draw, monkeypatch):
-    weight, packed = draw(300, [("w4g64", 64)])
-    monkeypatch.setattr(ops, "_BLOCK_BYTES", 1)  # blocks of 64 rows
-    x, bias = torch.randn(9, 64), torch.randn(300)
-    torch.testing.assert_close(
-        ops.linear(x, packed, bias), reference.linear(x, weight, bias), rtol=1e-5, atol=1e-4
-    )
 
 
 @pytest.mark.parametrize("mode", ops.MODES)
@@ -100,6 +81,10 @@ def test_torch_accepts_linear_as_an_operator(draw, mode, dtype):
     _, packed = draw(37, MIXED)
     x, bias = torch.randn(2, 3, 512).to(dtype), torch.randn(37).to(dtype)
     torch.library.opcheck(torch.ops.quantlib.linear, (x, *arguments(packed), bias, mode))
+    if ops.backend() != "reference":
+        tiled = layouts.tile(packed)
+        given = (x, [tiled.memory], tiled.layout, bias, mode)
+        torch.library.opcheck(torch.ops.quantlib.linear, given)
 
 
 def test_torch_accepts_embedding_as_an_operator(draw):
@@ -108,31 +93,86 @@ def test_torch_accepts_embedding_as_an_operator(draw):
     torch.library.opcheck(torch.ops.quantlib.embedding, (ids, *arguments(packed), torch.bfloat16))
 
 
-def test_torch_compile_sees_one_node_and_the_same_numbers(draw):
+@pytest.mark.parametrize("tiled", [False, True])
+def test_torch_compile_sees_one_node_and_the_same_numbers(draw, library, tiled):
     _, packed = draw(37, MIXED)
+    weight = layouts.tile(packed) if tiled else packed
     x = torch.randn(3, 512)
 
     def layer(x):
-        return ops.linear(x, packed, mode="int8").relu()
+        return ops.linear(x, weight, mode="int8").relu()
 
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x), layer(x))
 
 
+def test_a_call_past_the_dispatcher_gives_the_same_bits(draw, library):
+    """Eager calls skip the operator unless somebody looks on."""
+    _, packed = draw(37, MIXED)
+    x, bias = torch.randn(3, 512), torch.randn(37)
+    found = ops.linear(x, packed, bias, "int8", 128)
+    by_operator = torch.ops.quantlib.linear(x, *arguments(packed), bias, "int8", 128)
+    assert torch.equal(found, by_operator)
+    assert ops.linear(x.requires_grad_(), packed, bias).requires_grad
+
+
+def test_a_packed_weight_is_tiled_once_and_forgotten_with_its_tensors(draw, library, monkeypatch):
+    made = []
+    pack = library.pack
+    monkeypatch.setattr(library, "pack", lambda *given: made.append(1) or pack(*given))
+    _, packed = draw(37, MIXED)
+    x = torch.randn(3, 512)
+    expected = ops.linear(x, packed)
+    assert torch.equal(ops.linear(x, packed), expected)
+    assert made == [1]
+    packed.tensors["_scale"].mul_(2)
+    packed.tensors["_scale_1"].mul_(2)
+    assert torch.equal(ops.linear(x, packed), 2 * expected)  # written to: tiled again
+    assert made == [1, 1]
+    count = len(ops._TILES._known)
+    del packed
+    gc.collect()
+    assert len(ops._TILES._known) == count - 1
+
+
+@pytest.mark.parametrize("mode", ops.MODES)
+def test_tiled_and_packed_weights_give_the_same_bits(draw, library, mode):
+    _, packed = draw(37, MIXED)
+    tiled, x = layouts.tile(packed), torch.randn(5, 512)
+    assert torch.equal(ops.linear(x, tiled, None, mode), ops.linear(x, packed, None, mode))
+    assert torch.equal(ops.dequantize(tiled), ops.dequantize(packed))
+
+
+def test_tiles_are_refused_away_from_the_cpu(draw, library):
+    tiled = layouts.tile(draw(37, MIXED)[1])
+    x = torch.zeros(3, 512, device="meta")
+    assert torch.ops.quantlib.linear(
+        x, [tiled.memory.to("meta")], tiled.layout, None, "exact"
+    ).shape == (3, 37)
+    with pytest.raises(UsageError, match="tiles are for the CPU"):
+        ops.linear(x, tiled)
+
+
 @pytest.mark.parametrize("scheme", ["w4g64zs6", "nvfp4", "fp8"])
 def test_torchs_default_dtype_and_device_do_not_matter(draw, scheme, library):
     """Transformers sets both while it loads a model."""
-    weight, packed = draw(37, [(scheme, 128)])
-    matrix, x, ids = dequantize(weight), torch.randn(9, 128), torch.tensor([3, 36])
-    expected = ops.linear(x, packed)
-    cpu._scale_book.cache_clear()
-    cpu._describe.cache_clear()
+    _, packed = draw(37, [(scheme, 128)])
+    x, ids = torch.randn(9, 128), torch.tensor([3, 36])
+    rows, expected = ops.embedding(ids, packed), ops.linear(x, packed)
+    cpu._integer_values.cache_clear()
+    cpu._describe_tiles.cache_clear()
+    again = PackedWeight.from_tensors(
+        {suffix: tensor.clone() for suffix, tensor in packed.tensors.items()},
+        packed.shape,
+        packed.segments,
+    )
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            assert torch.equal(ops.embedding(ids, packed), matrix[ids])
-            assert torch.equal(ops.linear(x, packed), expected)
-            assert torch.equal(ops.linear(x[:1], packed), ops.linear(x[:1], packed))
+            assert torch.equal(ops.embedding(ids, again), rows)
+            assert torch.equal(ops.linear(x, again), expected)
+            found = layouts.tile(again).to_packed().tensors
+            assert all(torch.equal(found[key], packed.tensors[key]) for key in found)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -147,12 +187,16 @@ def test_wrong_input_is_a_sentence(draw):
         ops.linear(torch.zeros(3, 512), packed, torch.zeros(36))
     with pytest.raises(UsageError, match=r"unknown mode 'fast'.*exact, int8"):
         ops.linear(torch.zeros(3, 512), packed, mode="fast")
+    with pytest.raises(UsageError, match=r"groups of 100 in mode 'int8'.*multiple of 128"):
+        ops.linear(torch.zeros(3, 512), packed, mode="int8", act_group=100)
+    with pytest.raises(UsageError, match=r"groups of 128 in mode 'exact'.*for mode int8"):
+        ops.linear(torch.zeros(3, 512), packed, mode="exact", act_group=128)
 
 
 def test_tensors_of_another_weight_are_refused_by_the_operator(draw, library):
     _, packed = draw(37, MIXED)
     _, other = draw(36, MIXED)
-    with pytest.raises(FormatError, match="bytes"):
+    with pytest.raises(FormatError, match="not the tensors of a weight"):
         torch.ops.quantlib.linear(
             torch.zeros(1, 512), list(other.tensors.values()), packed.layout, None, "exact"
         )
@@ -187,8 +231,36 @@ def test_the_backend_has_a_name(library):
 
 
 def test_an_instruction_set_that_is_not_there_is_a_sentence(draw, library, monkeypatch):
-    _, packed = draw(4, [("w4", 8)])
-    described = cpu.describe(*arguments(packed))
+    tiled = layouts.tile(draw(4, [("w4", 8)])[1])
     monkeypatch.setattr(cpu, "ISAS", (*cpu.ISAS, "avx9"))
-    with pytest.raises(UsageError, match="no avx9"):
-        library.linear(described, torch.zeros(1, 8), None, "exact", isa="avx9")
+    with pytest.raises(UsageError, match=r"no instruction set 'avx9'.*portable"):
+        library.linear(tiled.description, torch.zeros(1, 8), None, "exact", isa="avx9")
+
+
+def test_the_environment_forces_an_instruction_set(isa):
+    assert run_with_isa(isa) == isa
+
+
+@pytest.mark.parametrize("name", ["avx9", "AVX2", "avx1024"])
+def test_forcing_an_instruction_set_that_is_not_there_is_a_sentence(library, name):
+    said = run_with_isa(name)
+    assert f"this processor has no instruction set '{name}': unset QUANTLIB_ISA" in said
+    assert "portable" in said
+
+
+def run_with_isa(name: str) -> str:
+    """What a process that is told to use an instruction set computes with, or its last words."""
+    script = (
+        "from quantlib.errors import UsageError\n"
+        "from quantlib.kernels import ops\n"
+        "try:\n    print(ops.backend())\nexcept UsageError as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script],
+        env=os.environ | {"QUANTLIB_ISA": name},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()

@@ -6,20 +6,21 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from quantlib.kernels.cpu import library as cpu
+from quantlib.kernels import layouts
 
 
 def test_calls_from_several_threads_do_not_disturb_each_other(library, draw):
     jobs = []
     for seed in range(4):
         _, packed = draw(600, [("w4g64", 2048 + 64 * seed)], seed=seed)
-        described = cpu.describe(list(packed.tensors.values()), packed.layout)
-        x = torch.randn(3, described.columns, generator=torch.Generator().manual_seed(seed))
-        jobs.append((packed, described, x))
+        tiled = layouts.tile(packed)
+        x = torch.randn(3, tiled.shape[1], generator=torch.Generator().manual_seed(seed))
+        jobs.append((tiled, x))
 
     def work(index: int) -> torch.Tensor:
-        _, described, x = jobs[index % 4]
-        return library.linear(described, x, None, "int8" if index % 8 < 4 else "exact", threads=3)
+        tiled, x = jobs[index % 4]
+        mode = "int8" if index % 8 < 4 else "exact"
+        return library.linear(tiled.description, x, None, mode, threads=3)
 
     expected = [work(index) for index in range(8)]
     with ThreadPoolExecutor(4) as pool:
@@ -30,13 +31,13 @@ def test_calls_from_several_threads_do_not_disturb_each_other(library, draw):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_computes_with_threads_of_its_own(library, draw):
     _, packed = draw(1100, [("w4g64", 2048)])
-    described = cpu.describe(list(packed.tensors.values()), packed.layout)
+    tiled = layouts.tile(packed)
     x = torch.randn(2, 2048, generator=torch.Generator().manual_seed(0))
-    out = library.linear(described, x, None, "int8", threads=3)
+    out = library.linear(tiled.description, x, None, "int8", threads=3)
     expected = out.clone()
     child = os.fork()
     if child == 0:
-        found = library.linear(described, x, None, "int8", threads=3)
+        found = library.linear(tiled.description, x, None, "int8", threads=3)
         os._exit(0 if found.numpy().tobytes() == expected.numpy().tobytes() else 1)
     _, status = os.waitpid(child, 0)
     assert status == 0
@@ -45,14 +46,14 @@ def test_a_forked_process_computes_with_threads_of_its_own(library, draw):
 def test_a_worker_flushes_subnormals_when_its_caller_does(library, draw):
     """Otherwise a row's value would depend on the thread that computed it."""
     _, packed = draw(1100, [("w4g64", 2048)])
-    described = cpu.describe(list(packed.tensors.values()), packed.layout)
+    tiled = layouts.tile(packed)
     x = torch.full((1, 2048), 1e-42)
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormals")
     try:
-        alone = library.linear(described, x, None, "exact", threads=1)
+        alone = library.linear(tiled.description, x, None, "exact", threads=1)
         for _ in range(20):
-            found = library.linear(described, x, None, "exact", threads=3)
+            found = library.linear(tiled.description, x, None, "exact", threads=3)
             # As bits: to this thread, now, a subnormal equals zero.
             assert torch.equal(found.view(torch.int32), alone.view(torch.int32))
     finally:

@@ -1,25 +1,28 @@
 """Generation: transformers' tokens, in pieces, reproducible, stopped where the model stops."""
 
+import time
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from quantlib.errors import UsageError
 from quantlib.runtime.generate import (
     Detokenizer,
+    Generation,
     Sampling,
     Speed,
     TextStream,
+    TransformersTexts,
     choose,
     new_tokens,
     stop_tokens,
 )
 
-PROMPT = torch.tensor([[5, 17, 300, 42, 9, 77, 123, 250, 11]])
+PROMPT = [5, 17, 300, 42, 9, 77, 123, 250, 11]
+OTHERS = [[7, 8], [300, 11, 42, 5, 6, 99, 120, 4, 4, 17, 21, 33, 60]]
 GREEDY = Sampling()
 
 
@@ -29,7 +32,7 @@ def model(build_tiny: Any) -> Any:
 
 
 def take(model: Any, sampling: Sampling, count: int = 12) -> list[int]:
-    return list(new_tokens(model, PROMPT, count, sampling))
+    return [chosen[0] for chosen in new_tokens(TransformersTexts(model), [PROMPT], count, sampling)]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3-moe"])
@@ -37,8 +40,9 @@ def test_greedy_tokens_are_those_of_transformers(family: str, build_tiny: Any) -
     """Past Gemma's sliding window of 8, too."""
     model = build_tiny(family)
     model.generation_config.eos_token_id = None
-    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(PROMPT)}
-    expected = model.generate(PROMPT, **options)[0, PROMPT.shape[1] :]
+    ids = torch.tensor([PROMPT])
+    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **options)[0, len(PROMPT) :]
     assert take(model, GREEDY) == expected.tolist()
 
 
@@ -57,20 +61,47 @@ def test_cold_samples_are_greedy(model: Any) -> None:
 
 
 def test_top_p_draws_only_from_the_likeliest() -> None:
-    logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]]))
+    logits = torch.log(torch.tensor([0.1, 0.4, 0.2, 0.3]))
     generator = torch.Generator().manual_seed(0)
     drawn = {int(choose(logits, Sampling(1.0, 0.65), generator)) for _ in range(200)}
     assert drawn == {1, 3}  # 0.4 + 0.3 reaches 0.65
 
 
-def test_draws_follow_the_probabilities() -> None:
+@pytest.mark.parametrize("top_p", [1.0, 0.999999])
+def test_draws_follow_the_probabilities(top_p: float) -> None:
+    """Also on the way that sorts them first."""
     probabilities = torch.tensor([0.1, 0.4, 0.2, 0.3])
     generator = torch.Generator().manual_seed(0)
-    logits, sampling = torch.log(probabilities)[None], Sampling(1.0)
-    draws = torch.cat([choose(logits, sampling, generator) for _ in range(2000)])
-    found = torch.bincount(draws.flatten(), minlength=4) / 2000
+    logits, sampling = torch.log(probabilities), Sampling(1.0, top_p)
+    draws = torch.stack([choose(logits, sampling, generator) for _ in range(2000)])
+    found = torch.bincount(draws, minlength=4) / 2000
     # Four standard errors of a share of 0.4 among 2000.
     assert not ((found - probabilities).abs() > 4 * (0.24 / 2000) ** 0.5).any()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, 0.9, seed=5)])
+def test_every_prompt_gets_the_text_that_it_would_get_alone(
+    model: Any, tiny_tokenizer: Any, sampling: Sampling
+) -> None:
+    """Of different lengths, ended by stop tokens at different times, drawn or not."""
+    prompts = [PROMPT, *OTHERS]
+    free = Generation(TransformersTexts(model), tiny_tokenizer, prompts, 12, sampling)
+    free.finish()
+    stops = {free.tokens[0][4], free.tokens[2][8]}
+    together = Generation(TransformersTexts(model), tiny_tokenizer, prompts, 12, sampling, stops)
+    pieces = list(together)
+    assert len({len(tokens) for tokens in together.tokens}) > 1
+    for number, prompt in enumerate(prompts):
+        alone = Generation(TransformersTexts(model), tiny_tokenizer, [prompt], 12, sampling, stops)
+        assert alone.finish() == [together.texts[number]]
+        assert alone.tokens == [together.tokens[number]]
+        mine = [piece for text, piece in pieces if text == number]
+        assert "".join(mine) == together.texts[number]
+    speed = together.speed
+    assert speed is not None
+    assert speed.prompt_tokens == sum(map(len, prompts))
+    assert speed.new_tokens == sum(map(len, together.tokens))
+    assert speed.texts == 3
 
 
 @pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"temperature": float("nan")}])
@@ -85,8 +116,11 @@ def test_a_bad_top_p_is_refused(top_p: float) -> None:
         Sampling(1.0, top_p)
 
 
-def stream(model: Any, tokenizer: Any, count: int = 12, ids: Tensor = PROMPT) -> TextStream:
-    return TextStream(model, tokenizer, ids, count, Sampling(1.0, seed=5))
+def stream(
+    model: Any, tokenizer: Any, count: int = 12, ids: Any = PROMPT, stops: Any = ()
+) -> TextStream:
+    texts, sampling = TransformersTexts(model), Sampling(1.0, seed=5)
+    return TextStream(Generation(texts, tokenizer, [ids], count, sampling, stops))
 
 
 def test_pieces_make_up_the_text(model: Any, tiny_tokenizer: Any) -> None:
@@ -96,16 +130,24 @@ def test_pieces_make_up_the_text(model: Any, tiny_tokenizer: Any) -> None:
     assert "".join(pieces) == text.text == tiny_tokenizer.decode(text.tokens)
 
 
-def test_speed_counts_what_was_made(model: Any, tiny_tokenizer: Any) -> None:
+def test_speed_counts_what_was_made_and_not_who_reads_it(model: Any, tiny_tokenizer: Any) -> None:
     text = stream(model, tiny_tokenizer)
     assert text.speed is None
-    text.finish()
-    speed = text.speed
+    began = time.perf_counter()
+    for _ in text:
+        time.sleep(0.02)
+    passed, speed = time.perf_counter() - began, text.speed
     assert speed is not None
-    assert (speed.prompt_tokens, speed.new_tokens) == (PROMPT.shape[1], len(text.tokens))
-    assert 0 < speed.prompt_seconds <= speed.seconds
+    assert (speed.prompt_tokens, speed.new_tokens) == (len(PROMPT), len(text.tokens))
+    assert 0 < speed.prompt_seconds <= speed.seconds < passed - 0.02
     expected = (len(text.tokens) - 1) / (speed.seconds - speed.prompt_seconds)
     assert speed.tokens_per_second == pytest.approx(expected)
+
+
+def test_speed_of_several_texts_counts_what_each_has_after_its_first_token() -> None:
+    speed = Speed(prompt_tokens=30, new_tokens=23, prompt_seconds=0.5, seconds=2.5, texts=3)
+    assert speed.prompt_tokens_per_second == 60
+    assert speed.tokens_per_second == 10
 
 
 def test_the_speed_of_a_single_token_is_not_made_up() -> None:
@@ -115,24 +157,21 @@ def test_the_speed_of_a_single_token_is_not_made_up() -> None:
 def test_text_ends_at_a_stop_token(model: Any, tiny_tokenizer: Any) -> None:
     tokens = take(model, Sampling(1.0, seed=5))
     place = next(i for i, token in enumerate(tokens) if i > 2 and token not in tokens[:i])
-    model.generation_config.eos_token_id = [0, tokens[place]]
-    try:
-        text = stream(model, tiny_tokenizer)
-        text.finish()
-    finally:
-        model.generation_config.eos_token_id = 1
+    text = stream(model, tiny_tokenizer, stops=[0, tokens[place]])
+    text.finish()
     assert text.tokens == tokens[: place + 1]
     assert text.text == tiny_tokenizer.decode(tokens[:place])
 
 
-def test_stop_tokens_come_from_the_model_and_the_tokenizer(model: Any, tiny_tokenizer: Any) -> None:
-    assert stop_tokens(model, tiny_tokenizer) == {1}
-    assert stop_tokens(object(), object()) == set()
+def test_stop_tokens_are_one_several_or_none() -> None:
+    assert stop_tokens(1) == {1}
+    assert stop_tokens([0, 5]) == {0, 5}
+    assert stop_tokens(None) == set()
 
 
 def test_an_empty_prompt_is_refused(model: Any, tiny_tokenizer: Any) -> None:
     with pytest.raises(UsageError, match="prompt is empty"):
-        stream(model, tiny_tokenizer, ids=PROMPT[:, :0])
+        stream(model, tiny_tokenizer, ids=[])
 
 
 def test_no_tokens_are_refused(model: Any, tiny_tokenizer: Any) -> None:

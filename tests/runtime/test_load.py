@@ -28,7 +28,7 @@ def folder(write_packed: Callable[..., Any], tiny_tokenizer: Any) -> Path:
 
 
 def test_text_in_text_out(folder: Path, tiny_tokenizer: Any) -> None:
-    model = quantlib.load(folder)
+    model = quantlib.load(folder, mode="exact")
     text = model.generate(PROMPT, max_new_tokens=8, chat=False)
     ids = tiny_tokenizer(PROMPT, return_tensors="pt")
     options = {"max_new_tokens": 8, "do_sample": False}
@@ -38,6 +38,52 @@ def test_text_in_text_out(folder: Path, tiny_tokenizer: Any) -> None:
     )
     assert text == expected
     assert text == "".join(model.stream(PROMPT, 8, chat=False))
+
+
+def test_the_two_engines_write_the_same(folder: Path) -> None:
+    native, plain = (quantlib.load(folder, "exact", engine=e) for e in ("native", "plain"))
+    assert (native.engine, plain.engine) == ("native", "plain")
+    prompts = [PROMPT, "Bread", "Rivers carry stones to the sea"]
+    texts = native.generate(prompts, 24, chat=False)
+    assert texts == plain.generate(prompts, 24, chat=False)
+    assert texts == [native.generate(prompt, 24, chat=False) for prompt in prompts]
+    assert plain.generate([], 4) == []
+
+
+def test_streams_do_not_disturb_each_other(folder: Path) -> None:
+    """Each has keys and values of its own; weights they share."""
+    model = quantlib.load(folder)
+    streams = [model.stream(prompt, 8, chat=False) for prompt in (PROMPT, "Bread")]
+    for _ in zip(*streams):
+        pass
+    finished = [stream.finish() for stream in streams]
+    assert finished == model.generate([PROMPT, "Bread"], 8, chat=False)
+
+
+def test_the_transformers_model_is_built_when_it_is_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = quantlib.load(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+        assert model.generate(PROMPT, 2)
+    assert model.model is model.model
+    assert isinstance(model.model.model.layers[0].mlp.up_proj, QuantizedLinear)
+
+
+@pytest.mark.parametrize("engine", ["native", "plain"])
+def test_a_text_ends_where_the_model_or_its_tokenizer_says(folder: Path, engine: str) -> None:
+    model = quantlib.load(folder, engine=engine)
+    free = model.stream(PROMPT, 12, chat=False)
+    free.finish()
+    stop = next(token for token in free.tokens[2:] if token not in free.tokens[:2])
+    expected = free.tokens[: free.tokens.index(stop) + 1]
+    model.tokenizer.eos_token = model.tokenizer.convert_ids_to_tokens(stop)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, stop]}))
+    for told in (model, quantlib.load(folder, engine=engine)):
+        stream = told.stream(PROMPT, 12, chat=False)
+        stream.finish()
+        assert stream.tokens == expected
 
 
 def test_a_chat_template_is_used_when_there_is_one(folder: Path, tiny_tokenizer: Any) -> None:
@@ -83,6 +129,30 @@ def test_modes_are_the_schemes_own_or_the_callers(write_packed: Callable[..., An
         quantlib.load(folder, mode="fast")
 
 
+def test_the_native_engine_is_fast_unless_another_mode_is_asked_for(folder: Path) -> None:
+    """And the transformers model is exact unless: it is what evaluations take."""
+    default, named, plain = (
+        quantlib.load(folder),
+        quantlib.load(folder, "int8g128"),
+        quantlib.load(folder, engine="plain"),
+    )
+    assert (default.mode, named.mode, plain.mode) == ("int8g128", "int8g128", "scheme")
+    assert modes(default) == modes(plain) == {"exact"}
+    assert modes(named) == {"int8"}
+    prompt = [5, 9, 300]
+    logits = {mode: logits_in(default, mode, prompt) for mode in ("int8g128", "int8", "scheme")}
+    assert torch.equal(logits["int8g128"], named.make_engine().prefill(prompt))
+    assert not torch.equal(logits["int8g128"], logits["int8"])
+    assert torch.equal(logits["scheme"], logits_in(named, "exact", prompt))
+    assert modes(named) == {"exact"}
+
+
+def logits_in(model: QuantizedModel, mode: str, ids: list[int]) -> torch.Tensor:
+    """Of the native engine, after all tokens."""
+    model.set_mode(mode)
+    return model.make_engine().prefill(ids)
+
+
 def test_int8_activations_change_the_logits_a_little(folder: Path, ids: Any) -> None:
     with torch.no_grad():
         exact, int8 = (quantlib.load(folder, mode).model(ids).logits for mode in ("exact", "int8"))
@@ -113,8 +183,9 @@ class LargestAllocation(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("engine", ["native", "plain"])
 def test_loading_makes_no_dense_weight(
-    write_packed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    engine: str, write_packed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not even for a moment: the smallest dense matrix is larger than anything allocated."""
     folder = write_packed("llama", {"": "w2"}).folder
@@ -123,8 +194,8 @@ def test_loading_makes_no_dense_weight(
     assert packed < smallest
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # the mode sees its own thread only
     with LargestAllocation() as largest:
-        quantlib.load(folder)
-    assert packed <= largest.nbytes < smallest
+        quantlib.load(folder, engine=engine)
+    assert 0 < largest.nbytes < smallest
 
 
 def test_packed_bytes_are_those_of_the_file(folder: Path) -> None:

@@ -30,7 +30,7 @@ from quantlib.runtime.modules import (
     packed_weights,
     set_mode,
 )
-from quantlib.runtime.packed_module import row_block
+from quantlib.runtime.row_blocks import row_block
 
 FLOAT32_SUMS = {"rtol": 1e-5, "atol": 1e-5}
 """Outputs of order 1 to 10, from fewer than 100 products summed in float32 in another order."""

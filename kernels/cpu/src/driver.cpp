@@ -1,37 +1,13 @@
-// The C interface: picks the instruction set, prepares tokens, and splits rows over threads.
+// The C interface of weights: prepares tokens and splits strips over threads.
 #include <cstdlib>
 
 #include "kernels.h"
-#include "pool.h"
+#include "team.h"
 
 namespace {
 
-using ql::IsaKernels;
-using ql::LinearKernel;
-using ql::Problem;
-
-#ifdef QL_X86
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
-}
-
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
-}
-#endif
-
-// The kernels of an instruction set, null when this processor (or this build) does not have it.
-const IsaKernels* kernels_of(int32_t isa) {
-  if (isa == QL_ISA_BEST) isa = ql_best_isa();
-#ifdef QL_X86
-  if (isa == QL_ISA_AVX2 && has_avx2()) return &ql::avx2_kernels;
-  if (isa == QL_ISA_AVX512 && has_avx512()) return &ql::avx512_kernels;
-#endif
-  return isa == QL_ISA_PORTABLE ? &ql::portable_kernels : nullptr;
-}
+using ql::TiledWeight;
+using ql::TileKernels;
 
 // Memory of one thread that stays for the next call, as a decoding step makes hundreds.
 class Buffer {
@@ -44,11 +20,12 @@ class Buffer {
     data_ = nullptr;
     size_ = 0;
   }
+  // Null only when there is no memory, also for no bytes.
   uint8_t* reserve(int64_t bytes) {
-    if (bytes <= size_) return data_;
+    if (data_ && bytes <= size_) return data_;
     free(data_);
     size_ = 0;
-    const int64_t rounded = (bytes + 4095) / 4096 * 4096;
+    const int64_t rounded = (bytes / 4096 + 1) * 4096;
     data_ = static_cast<uint8_t*>(aligned_alloc(64, static_cast<size_t>(rounded)));
     if (data_) size_ = rounded;
     return data_;
@@ -63,135 +40,277 @@ class Buffer {
 thread_local Buffer scratch_buffer, token_buffer;
 
 constexpr int64_t kTokensPerTask = 16;
+constexpr int64_t kSerialWork = 1 << 20;  // multiply-adds of some 20 us: below it, waking other
+                                          // threads costs more than it saves
 
-struct PrepareJob {
-  const LinearKernel* kernel;
-  const Problem* problem;
+// How the tokens of a call enter the kernels.
+enum class Entry {
+  kInt8,     // rounded to int8
+  kExact,    // as they are
+  kRounded,  // rounded to int8, as floats: for elements without an int8 mode
 };
 
-void prepare_task(void* context, int64_t index) {
-  const PrepareJob& job = *static_cast<const PrepareJob*>(context);
-  const int64_t begin = index * kTokensPerTask, end = begin + kTokensPerTask;
-  for (int64_t token = begin; token < end && token < job.problem->tokens; ++token) {
-    job.kernel->prepare(*job.problem, token);
-  }
-}
-
 struct LinearJob {
-  const LinearKernel* kernel;
-  const Problem* problem;
-  int64_t rows_per_task;
+  const TileKernels* kernels;
+  const TiledWeight* weight;
+  const float* x;
+  Entry entry;
+  ql::TileInput in;
+  ql::TileOutput out;
   int64_t scratch_bytes;
+  int64_t strips_per_task;
   bool out_of_memory;
 };
 
+// Hands out 64-byte aligned parts of a buffer; counts bytes when the buffer is null.
+class Parts {
+ public:
+  explicit Parts(uint8_t* base) : base_(base) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* part = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return part;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  uint8_t* base_;
+  int64_t used_ = 0;
+};
+
+// An odd multiple of 64 keeps tokens in different cache sets.
+int64_t token_stride(int64_t columns) { return ((columns + 63) / 64 | 1) * 64; }
+
+// Where the prepared tokens of a job lie; null members when the base is null. Returns the bytes.
+int64_t place_tokens(LinearJob& job, uint8_t* base) {
+  Parts parts(base);
+  ql::TileInput& in = job.in;
+  if (job.entry != Entry::kExact) in.values = parts.take<int8_t>(in.tokens * in.value_stride);
+  if (job.entry != Entry::kInt8) in.floats = parts.take<float>(in.tokens * in.value_stride);
+  in.sums = parts.take<float>(in.tokens * in.sum_stride);
+  in.scales = parts.take<float>(in.tokens * in.scale_stride);
+  return parts.used();
+}
+
+// A token's columns, segment after segment, padded with zeros.
+void pad_token(const TiledWeight& w, const float* x, float* out) {
+  for (int64_t i = 0; i < w.segment_count; ++i) {
+    const ql::TileSegment& s = w.segments[i];
+    for (int64_t k = 0; k < s.length; ++k) out[k] = x[s.start + k];
+    for (int64_t k = s.length; k < s.padded; ++k) out[k] = 0.0f;
+    out += s.padded;
+  }
+}
+
+// The rounded values of a token as floats. Scales of activation groups are multiplied in; that of a
+// whole token is left to the end.
+void widen_token(const TiledWeight& w, int64_t act_group, const int8_t* values, float* scales,
+                 float* out) {
+  const float* scale = scales;
+  for (int64_t i = 0; i < w.segment_count; ++i) {
+    const ql::TileSegment& s = w.segments[i];
+    for (int64_t k = 0; k < s.padded; ++k) {
+      const float factor = act_group ? scale[k / act_group] : 1.0f;
+      *out++ = static_cast<float>(*values++) * factor;
+    }
+    if (act_group) scale += act_group_count(s.padded, act_group);
+  }
+  if (act_group) *scales = 1.0f;
+}
+
+void prepare_token(const LinearJob& job, int64_t token) {
+  const TiledWeight& w = *job.weight;
+  const ql::TileInput& in = job.in;
+  const float* x = job.x + token * w.columns;
+  // The buffers are this call's own: they are const for the kernels that read them.
+  float* floats = const_cast<float*>(in.floats) + token * in.value_stride;
+  float* scales = const_cast<float*>(in.scales) + token * in.scale_stride;
+  if (job.entry == Entry::kExact) {
+    pad_token(w, x, floats);
+    *scales = 1.0f;
+    return;
+  }
+  int8_t* values = const_cast<int8_t*>(in.values) + token * in.value_stride;
+  float* sums = const_cast<float*>(in.sums) + token * in.sum_stride;
+  job.kernels->round_token(w, x, in.act_group, values, sums, scales);
+  if (job.entry == Entry::kRounded) widen_token(w, in.act_group, values, scales, floats);
+}
+
+void prepare_task(void* context, int64_t index) {
+  const LinearJob& job = *static_cast<const LinearJob*>(context);
+  const int64_t begin = index * kTokensPerTask, end = begin + kTokensPerTask;
+  for (int64_t token = begin; token < end && token < job.in.tokens; ++token) {
+    prepare_token(job, token);
+  }
+}
+
 void linear_task(void* context, int64_t index) {
   LinearJob& job = *static_cast<LinearJob*>(context);
-  const int64_t rows = job.problem->weight->rows;
-  const int64_t begin = index * job.rows_per_task, end = begin + job.rows_per_task;
   uint8_t* scratch = scratch_buffer.reserve(job.scratch_bytes);
   if (!scratch) {
     __atomic_store_n(&job.out_of_memory, true, __ATOMIC_RELAXED);
     return;
   }
-  job.kernel->rows(*job.problem, begin, end < rows ? end : rows, scratch);
+  const int64_t strips = tile_strips(*job.weight), first = index * job.strips_per_task;
+  const int64_t end = first + job.strips_per_task, last = end < strips ? end : strips;
+  const auto run =
+      job.entry == Entry::kInt8 ? job.kernels->int8_strips : job.kernels->exact_strips;
+  run(*job.weight, job.in, job.out, first, last, scratch);
 }
 
-// Rows per task: whole row blocks, several tasks per thread so that a slow one does not hold up the
-// rest.
-int64_t task_rows(int64_t rows, int64_t block, int32_t threads) {
+// How many of `count` things make a task: several tasks per thread, so that a slow one does not hold
+// up the rest.
+int64_t per_task(int64_t count, int32_t threads) {
   const int64_t tasks = 8 * static_cast<int64_t>(threads);
-  const int64_t blocks = (rows + block - 1) / block;
-  return (blocks + tasks - 1) / tasks * block;
+  return (count + tasks - 1) / tasks;
 }
 
-int32_t run_linear(const LinearKernel& kernel, const QlWeight* weight, const float* x,
-                   int64_t tokens, const float* bias, float* y, int32_t threads) {
-  if (tokens == 0 || weight->rows == 0) return QL_OK;
-  Problem problem{weight, x, bias, y, tokens, nullptr, kernel.token_bytes(*weight, tokens)};
-  problem.token_data = token_buffer.reserve(problem.token_bytes * tokens);
-  if (!problem.token_data) return QL_NO_MEMORY;
+int32_t run_linear(LinearJob& job, int32_t threads) {
+  const TiledWeight& w = *job.weight;
+  ql::TileInput& in = job.in;
+  if (in.tokens == 0 || w.rows == 0) return QL_OK;
+  in.value_stride = token_stride(tile_padded_columns(w));
+  in.sum_stride = job.entry == Entry::kExact ? 0 : tile_sum_count(w);
+  in.scale_stride = tile_scale_count(w, in.act_group);
+  uint8_t* tokens = token_buffer.reserve(place_tokens(job, nullptr));
+  if (!tokens) return QL_NO_MEMORY;
+  place_tokens(job, tokens);
 
-  // A token more costs less than the first one, which pays for decoding.
-  const int64_t work = weight->rows * weight->columns * (8 + tokens) / 9;
-  if (work < kernel.serial_work || threads < 1) threads = 1;
-  PrepareJob prepare{&kernel, &problem};
-  ql::parallel_for((tokens + kTokensPerTask - 1) / kTokensPerTask, threads, prepare_task, &prepare);
-  LinearJob job{&kernel, &problem, task_rows(weight->rows, kernel.row_block, threads),
-                kernel.scratch_bytes(*weight, tokens), false};
-  ql::parallel_for((weight->rows + job.rows_per_task - 1) / job.rows_per_task, threads, linear_task,
-                   &job);
+  // A token more costs less than the first one, which pays for reading the weight.
+  const int64_t work = w.rows * w.columns * (8 + in.tokens) / 9;
+  if (work < kSerialWork || threads < 1) threads = 1;
+  ql::parallel_for((in.tokens + kTokensPerTask - 1) / kTokensPerTask, threads, prepare_task, &job);
+  if (job.entry == Entry::kRounded) in.act_group = 0;  // it is in the values now
+  const auto bytes = job.entry == Entry::kInt8 ? job.kernels->int8_scratch_bytes
+                                               : job.kernels->exact_scratch_bytes;
+  job.scratch_bytes = bytes(w, in.tokens);
+  job.strips_per_task = per_task(tile_strips(w), threads);
+  const int64_t tasks = (tile_strips(w) + job.strips_per_task - 1) / job.strips_per_task;
+  ql::parallel_for(tasks, threads, linear_task, &job);
   token_buffer.trim();
   return job.out_of_memory ? QL_NO_MEMORY : QL_OK;
 }
 
+bool has_int8_mode(const TiledWeight& w) {
+  for (int64_t i = 0; i < w.segment_count; ++i) {
+    if (w.segments[i].float_values && !w.segments[i].integer_values) return false;
+  }
+  return true;
+}
+
 struct DequantizeJob {
-  const IsaKernels* kernels;
-  const QlWeight* weight;
+  const TileKernels* kernels;
+  const TiledWeight* weight;
   const int64_t* ids;
   int64_t first, count;
   float* out;
   int64_t rows_per_task;
-  bool out_of_memory;
 };
 
 void dequantize_task(void* context, int64_t index) {
-  DequantizeJob& job = *static_cast<DequantizeJob*>(context);
-  uint8_t* scratch = scratch_buffer.reserve(job.kernels->dequantize_scratch_bytes(*job.weight));
-  if (!scratch) {
-    __atomic_store_n(&job.out_of_memory, true, __ATOMIC_RELAXED);
-    return;
+  const DequantizeJob& job = *static_cast<const DequantizeJob*>(context);
+  const int64_t begin = index * job.rows_per_task, left = job.count - begin;
+  job.kernels->dequantize_rows(*job.weight, job.ids ? job.ids + begin : nullptr, job.first + begin,
+                               left < job.rows_per_task ? left : job.rows_per_task,
+                               job.out + begin * job.weight->columns);
+}
+
+struct PackJob {
+  const QlWeight* weight;
+  const ql::TileSegment* tiles;
+  void (*move)(const QlSegment&, const ql::TileSegment&, int64_t rows, int64_t strip);
+};
+
+void pack_task(void* context, int64_t strip) {
+  const PackJob& job = *static_cast<const PackJob*>(context);
+  for (int64_t i = 0; i < job.weight->segment_count; ++i) {
+    job.move(job.weight->segments[i], job.tiles[i], job.weight->rows, strip);
   }
-  const int64_t begin = index * job.rows_per_task, end = begin + job.rows_per_task;
-  for (int64_t i = begin; i < end && i < job.count; ++i) {
-    const int64_t row = job.ids ? job.ids[i] : job.first + i;
-    job.kernels->dequantize_row(*job.weight, row, job.out + i * job.weight->columns, scratch);
-  }
+}
+
+const ql::TilePacker* packer_of(int32_t isa) {
+#ifdef QL_X86
+  if (isa == QL_ISA_BEST) isa = ql_chosen_isa();
+  if (isa != QL_ISA_PORTABLE) return ql_supports_isa(isa) ? &ql::bmi2_packer : nullptr;
+#endif
+  return isa == QL_ISA_BEST || ql_supports_isa(isa) ? &ql::portable_packer : nullptr;
+}
+
+int32_t move_strips(const QlWeight* weight, const uint8_t* memory, bool packing, int32_t isa,
+                    int32_t threads) {
+  const ql::TilePacker* packer = packer_of(isa);
+  if (!packer) return QL_NO_SUCH_ISA;
+  Buffer buffer;
+  auto* tiles = reinterpret_cast<ql::TileSegment*>(buffer.reserve(
+      weight->segment_count * static_cast<int64_t>(sizeof(ql::TileSegment))));
+  if (!tiles) return QL_NO_MEMORY;
+  ql_tile_describe(weight, memory, tiles);
+  PackJob job{weight, tiles, packing ? packer->pack : packer->unpack};
+  const int64_t strips = (weight->rows + ql::kStripRows - 1) / ql::kStripRows;
+  ql::parallel_for(strips, threads, pack_task, &job);
+  return QL_OK;
 }
 
 }  // namespace
 
 int32_t ql_abi_version() { return QL_ABI_VERSION; }
 
-int64_t ql_segment_bytes() { return sizeof(QlSegment); }
-
-int32_t ql_best_isa() {
-#ifdef QL_X86
-  static const int32_t best = has_avx512() ? QL_ISA_AVX512
-                              : has_avx2() ? QL_ISA_AVX2
-                                           : QL_ISA_PORTABLE;
-  return best;
-#else
-  return QL_ISA_PORTABLE;
-#endif
+void ql_struct_bytes(int64_t sizes[2]) {
+  sizes[0] = sizeof(QlSegment);
+  sizes[1] = sizeof(ql::TileSegment);
 }
 
-int32_t ql_supports_isa(int32_t isa) { return kernels_of(isa) != nullptr; }
-
-int32_t ql_linear_int8(const QlWeight* weight, const float* x, int64_t tokens, const float* bias,
-                       float* y, int32_t isa, int32_t threads) {
-  const IsaKernels* kernels = kernels_of(isa);
-  return kernels ? run_linear(kernels->int8, weight, x, tokens, bias, y, threads) : QL_NO_SUCH_ISA;
+int32_t ql_tile_pack(const QlWeight* weight, uint8_t* memory, int32_t isa, int32_t threads) {
+  return move_strips(weight, memory, true, isa, threads);
 }
 
-int32_t ql_linear_exact(const QlWeight* weight, const float* x, int64_t tokens, const float* bias,
-                        float* y, int32_t isa, int32_t threads) {
-  const IsaKernels* kernels = kernels_of(isa);
-  return kernels ? run_linear(kernels->exact, weight, x, tokens, bias, y, threads) : QL_NO_SUCH_ISA;
+int32_t ql_tile_unpack(const QlWeight* weight, const uint8_t* memory, int32_t isa,
+                       int32_t threads) {
+  return move_strips(weight, memory, false, isa, threads);
 }
 
-int32_t ql_dequantize(const QlWeight* weight, const int64_t* ids, int64_t first, int64_t count,
-                      float* out, int32_t isa, int32_t threads) {
-  const IsaKernels* kernels = kernels_of(isa);
+int32_t ql_linear_int8(const ql::TiledWeight* weight, const float* x, int64_t tokens,
+                       int64_t act_group, const float* bias, float* y, int32_t isa,
+                       int32_t threads) {
+  LinearJob job = {};
+  job.kernels = ql::kernels_of(isa);
+  if (!job.kernels) return QL_NO_SUCH_ISA;
+  job.weight = weight;
+  job.x = x;
+  job.entry = has_int8_mode(*weight) ? Entry::kInt8 : Entry::kRounded;
+  job.in.tokens = tokens;
+  job.in.act_group = act_group;
+  job.out = {y, weight->rows, bias, false};
+  return run_linear(job, threads);
+}
+
+int32_t ql_linear_exact(const ql::TiledWeight* weight, const float* x, int64_t tokens,
+                        const float* bias, float* y, int32_t isa, int32_t threads) {
+  LinearJob job = {};
+  job.kernels = ql::kernels_of(isa);
+  if (!job.kernels) return QL_NO_SUCH_ISA;
+  job.weight = weight;
+  job.x = x;
+  job.entry = Entry::kExact;
+  job.in.tokens = tokens;
+  job.out = {y, weight->rows, bias, false};
+  return run_linear(job, threads);
+}
+
+int32_t ql_dequantize(const ql::TiledWeight* weight, const int64_t* ids, int64_t first,
+                      int64_t count, float* out, int32_t isa, int32_t threads) {
+  const TileKernels* kernels = ql::kernels_of(isa);
   if (!kernels) return QL_NO_SUCH_ISA;
   for (int64_t i = 0; ids && i < count; ++i) {
     if (ids[i] < 0 || ids[i] >= weight->rows) return QL_ROW_OUT_OF_RANGE;
   }
   if (!ids && (first < 0 || count < 0 || first > weight->rows - count)) return QL_ROW_OUT_OF_RANGE;
-  if (count * weight->columns < kernels->exact.serial_work || threads < 1) threads = 1;
-  DequantizeJob job{kernels, weight, ids, first, count, out, task_rows(count, 1, threads), false};
-  if (count)
+  if (count * weight->columns < kSerialWork || threads < 1) threads = 1;
+  DequantizeJob job{kernels, weight, ids, first, count, out, per_task(count, threads)};
+  if (count) {
     ql::parallel_for((count + job.rows_per_task - 1) / job.rows_per_task, threads, dequantize_task,
                      &job);
-  return job.out_of_memory ? QL_NO_MEMORY : QL_OK;
+  }
+  return QL_OK;
 }

@@ -1,5 +1,5 @@
-// What an instruction set's translation unit offers to the driver: tables of functions, no symbols
-// shared by name.
+// What an instruction set's translation unit offers: one table of functions each (tiles.h), no
+// symbols shared by name.
 //
 // One rule keeps the dispatch safe. A translation unit built with -mavx512* must not emit code that
 // the linker could merge with that of another unit: an inline function or template with external
@@ -12,40 +12,24 @@
 
 namespace ql {
 
-// One call of linear. `tokens_data` holds what `prepare` made of each token, at `token_bytes`
-// intervals.
-struct Problem {
-  const QlWeight* weight;
-  const float* x;     // [tokens, K]
-  const float* bias;  // [N] or null
-  float* y;           // [tokens, N]
-  int64_t tokens;
-  uint8_t* token_data;
-  int64_t token_bytes;
+// The x86 tables exist where build.py compiles them, which it tells driver.cpp by QL_X86.
+extern const TileKernels portable_tiles;
+extern const TileKernels avx2_tiles __attribute__((weak));
+extern const TileKernels avx2vnni_tiles __attribute__((weak));
+extern const TileKernels avx512vnni_tiles __attribute__((weak));
+extern const TileKernels avx512_tiles __attribute__((weak));
+
+// The kernels of a QlIsa; null when this processor does not have it.
+const TileKernels* kernels_of(int32_t isa);
+
+// Between canonical tensors and tiles, one strip of one segment at a time: any thread, any order.
+// `tiles` are those that ql_tile_describe gives; rows is that of the whole weight.
+struct TilePacker {
+  void (*pack)(const QlSegment& segment, const TileSegment& tiles, int64_t rows, int64_t strip);
+  void (*unpack)(const QlSegment& segment, const TileSegment& tiles, int64_t rows, int64_t strip);
 };
 
-// A way of computing y. The driver calls `prepare` once per token, then `rows` on disjoint ranges
-// of output rows, from any number of threads. Ranges begin at multiples of row_block, so a row's
-// result does not depend on the split.
-struct LinearKernel {
-  int64_t row_block;
-  int64_t serial_work;  // multiply-adds that take about 50 us: below it, waking other threads costs
-                        // more than it saves
-  int64_t (*token_bytes)(const QlWeight& weight, int64_t tokens);
-  int64_t (*scratch_bytes)(const QlWeight& weight, int64_t tokens);
-  void (*prepare)(const Problem& problem, int64_t token);
-  void (*rows)(const Problem& problem, int64_t begin, int64_t end, uint8_t* scratch);
-};
-
-struct IsaKernels {
-  LinearKernel int8;
-  LinearKernel exact;
-  int64_t (*dequantize_scratch_bytes)(const QlWeight& weight);
-  void (*dequantize_row)(const QlWeight& weight, int64_t row, float* out, uint8_t* scratch);
-};
-
-extern const IsaKernels portable_kernels;
-extern const IsaKernels avx2_kernels;    // these two only where build.py compiles them,
-extern const IsaKernels avx512_kernels;  // which it tells driver.cpp by QL_X86
+extern const TilePacker portable_packer;
+extern const TilePacker bmi2_packer;  // x86 with BMI2
 
 }  // namespace ql

@@ -27,7 +27,8 @@
 //           t     = fma(-zero, float(sum of a), float(dot))         both exact in float32
 //           [act_group: t *= scale of the activation group]
 //           total = fma(t, scale, total)
-//           y     = fma(total, token scale, bias)      (bias 0 when there is none)
+//           y     = fma(total, token scale, bias)      (bias 0 when there is none; token scale 1
+//                                                       when activation groups have theirs)
 //   exact:  acc   = fma(x[k], value(code) - zero, acc)  from 0, k in order over the piece
 //           total = fma(acc, scale, total)
 //           y     = fma(total, token scale, bias)      (token scale 1: x was not rounded)
@@ -101,12 +102,15 @@ struct TileInput {
   const int8_t* values;   // int8 mode
   const float* floats;    // exact mode
   const float* sums;      // int8 mode: sums of `values`, see sums_of
-  const float* scales;    // one per token, or per token and activation group
+  const float* scales;    // one per token, or per token and activation group; null in exact mode
+                          // when all are 1
   int64_t value_stride;   // of values or floats; an odd multiple of 64 keeps tokens in different
                           // cache sets
   int64_t sum_stride;
   int64_t scale_stride;
-  int64_t act_group;      // 0: one scale per token; else a multiple of 128: of whole padded columns
+  int64_t act_group;      // 0: one scale per token; else a multiple of 128: padded columns that share
+                          // one; groups begin anew with each segment (act_group_count). For int8
+                          // mode: elsewhere the scales of groups are in the floats already
   int64_t tokens;
 };
 
@@ -178,9 +182,25 @@ inline int64_t sum_offset(int64_t padded, int64_t piece) {
   return at;
 }
 
+// Activation groups of a segment. They begin anew with each segment, so that a piece lies in one: the
+// piece at padded column k of a segment has the scale k / act_group of that segment's.
+inline int64_t act_group_count(int64_t padded, int64_t act_group) {
+  return (padded + act_group - 1) / act_group;
+}
+
 inline int64_t tile_padded_columns(const ql::TiledWeight& w) {
   int64_t total = 0;
   for (int64_t i = 0; i < w.segment_count; ++i) total += w.segments[i].padded;
+  return total;
+}
+
+// Scales of a token: one, or one per activation group of all segments.
+inline int64_t tile_scale_count(const ql::TiledWeight& w, int64_t act_group) {
+  if (!act_group) return 1;
+  int64_t total = 0;
+  for (int64_t i = 0; i < w.segment_count; ++i) {
+    total += act_group_count(w.segments[i].padded, act_group);
+  }
   return total;
 }
 

@@ -1,0 +1,88 @@
+"""Timing candidates against each other in one process, in turn, so that a noisy machine disturbs
+all of them alike.
+
+A candidate runs in bursts of a few calls, a pause before each: threads of the one before, which
+spin for a while after their work, have gone to sleep by then, and the first call of a burst, which
+wakes the candidate's own, is not counted. A round's figure is the median of its burst; what is
+reported are the quartiles over rounds.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Candidate = Callable[[int], object]
+"""Runs once. The number grows with every call: it chooses among copies of the weights."""
+
+BURST_SECONDS = 0.006
+"""What a burst should last: long beside a wake-up (50 us), short beside a disturbance."""
+MAX_BURST = 12
+PAUSE_SECONDS = 0.003
+SLOW_SECONDS = 0.02
+"""From here on the first call counts as well: a wake-up is nothing beside it."""
+
+
+class Quartiles(NamedTuple):
+    """A median and its spread."""
+
+    low: float
+    median: float
+    high: float
+
+    def scaled(self, factor: float) -> Quartiles:
+        return Quartiles(self.low * factor, self.median * factor, self.high * factor)
+
+
+def quartiles(values: Sequence[float]) -> Quartiles:
+    """Quartiles of at least one value; nan when one of them is."""
+    low, median, high = np.quantile(np.asarray(values, np.float64), (0.25, 0.5, 0.75)).tolist()
+    return Quartiles(low, median, high)
+
+
+def interleaved(candidates: Mapping[str, Candidate], rounds: int) -> dict[str, Quartiles]:
+    """Quartiles in milliseconds of each candidate over `rounds`, after one round of warm-up.
+
+    What a candidate raises is passed on.
+    """
+    bursts = {name: _Burst(run) for name, run in candidates.items()}
+    for burst in bursts.values():
+        burst.warm_up()
+    for _ in range(rounds):
+        for burst in bursts.values():
+            time.sleep(PAUSE_SECONDS)
+            burst.measure()
+    return {name: quartiles(burst.medians).scaled(1e3) for name, burst in bursts.items()}
+
+
+class _Burst:
+    """One candidate, how often it has been called, and the medians of its bursts in seconds."""
+
+    def __init__(self, run: Candidate) -> None:
+        self.run = run
+        self.calls = 0
+        self.expected = 0.0
+        self.medians: list[float] = []
+
+    def warm_up(self) -> None:
+        """The first call pays for page faults and compiling; the second tells what to expect."""
+        self._call()
+        self.expected = self._call()
+
+    def measure(self) -> None:
+        """Run a burst and keep its median."""
+        slow = self.expected >= SLOW_SECONDS
+        if not slow:
+            self._call()
+        count = min(MAX_BURST, max(1, math.ceil(BURST_SECONDS / max(self.expected, 1e-9))))
+        self.medians.append(float(np.median([self._call() for _ in range(count)])))
+
+    def _call(self) -> float:
+        index, self.calls = self.calls, self.calls + 1
+        started = time.perf_counter()
+        self.run(index)
+        return time.perf_counter() - started

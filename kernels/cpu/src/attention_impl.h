@@ -1,0 +1,414 @@
+// Attention on lanes.h: AttentionKernels (attention.h says what is computed, and in which order),
+// compiled into every instruction set's unit.
+#pragma once
+
+#include "attention.h"
+#include "attention_direct.h"
+#include "attention_tile.h"
+#include "kv_pack.h"
+
+namespace {
+
+// Up to so many queries, blocks are read packed by every tile of rows; more share their numbers.
+constexpr int64_t kDirectRows = 2 * kTileRows;
+
+constexpr float kNothing = -__builtin_inff();
+
+// Sums of a softmax over some positions, for `rows` queries: before division.
+struct Sums {
+  float* highest;  // [rows]
+  float* weights;  // [rows][16]: sums of p over positions i, i + 16, ...
+  float* values;   // [rows][padded]
+};
+
+struct Workspace {
+  Sums total;
+  Sums split;
+  float* queries;  // [rows][padded]
+  float* keys;     // [padded][64]
+  float* values;   // [64][padded]
+  float* weights;  // [kTileRows][64]
+};
+
+// Hands out pieces of the scratch memory, or with a null base counts what it would hand out.
+struct Carver {
+  uint8_t* base;
+  int64_t used;
+
+  float* take(int64_t floats) {
+    uint8_t* at = base ? base + used : nullptr;
+    used += (floats * 4 + 63) / 64 * 64;
+    return reinterpret_cast<float*>(at);
+  }
+  Sums take_sums(int64_t padded) {
+    constexpr int64_t rows = ql::kAttentionRows;
+    return {take(rows), take(rows * 16), take(rows * padded)};
+  }
+  Workspace take_workspace(int64_t padded) {
+    return {
+        take_sums(padded),           take_sums(padded),           take(ql::kAttentionRows * padded),
+        take(ql::kKvBlock * padded), take(ql::kKvBlock * padded), take(kTileRows * ql::kKvBlock)};
+  }
+};
+
+inline Workspace workspace_at(uint8_t* scratch, int64_t padded) {
+  return Carver{scratch, 0}.take_workspace(padded);
+}
+
+int64_t attention_scratch_bytes(const ql::KvLayer& cache) {
+  Carver counter{nullptr, 0};
+  counter.take_workspace(kv_padded(cache.head_dim));
+  return counter.used;
+}
+
+// The query heads of one KV head for some tokens of a sequence: row token * group + head.
+struct Queries {
+  const ql::KvLayer* cache;
+  const ql::AttentionShape* shape;
+  const uint8_t* keys;  // blocks of this sequence and head
+  const uint8_t* values;
+  int64_t padded;
+  int64_t group;  // query heads
+  int64_t rows;
+  int64_t first;  // position of the first token
+
+  int64_t position(int64_t row) const { return first + row / group; }
+};
+
+inline Queries queries_of(const ql::KvLayer& cache, const ql::AttentionShape& shape,
+                          int64_t sequence, int64_t kv_head, int64_t first, int64_t tokens) {
+  const int64_t group = shape.heads / cache.kv_heads;
+  return {&cache,
+          &shape,
+          kv_head_blocks(cache, cache.key, cache.keys, sequence, kv_head),
+          kv_head_blocks(cache, cache.value, cache.values, sequence, kv_head),
+          kv_padded(cache.head_dim),
+          group,
+          tokens * group,
+          first};
+}
+
+// Scaled, rotated and padded copies. `query` points to the first head of the group.
+inline void gather_queries(const Queries& q, const float* query, int64_t stride, float* out) {
+  const int64_t head_dim = q.cache->head_dim;
+  for (int64_t row = 0; row < q.rows; ++row, out += q.padded) {
+    const float* from = query + row / q.group * stride + row % q.group * head_dim;
+    for (int64_t at = 0; at < q.padded; at += 16) {
+      const int64_t left = head_dim - at;
+      const Lanes x = left < 16 ? load_first(from + at, left) : load(from + at);
+      store(out + at, x * broadcast(q.shape->scale));
+    }
+    if (q.cache->key.rotate) rotate_head(out, q.padded, hadamard_size(head_dim));
+  }
+}
+
+// What rows of a tile see of a block: positions [begin, end) of each row, counted from the block.
+struct Sight {
+  int64_t begin[kTileRows];
+  int64_t end[kTileRows];
+  int64_t first;  // of any row
+  int64_t last;
+};
+
+inline int64_t within_block(int64_t position) {
+  return position < 0 ? 0 : position > ql::kKvBlock ? ql::kKvBlock : position;
+}
+
+inline Sight sight_of(const Queries& q, int64_t row, int64_t rows, int64_t block_start) {
+  Sight sight;
+  int64_t position = q.position(row), head = row % q.group;
+  for (int64_t r = 0; r < rows; ++r, ++head) {
+    if (head == q.group) {
+      head = 0;
+      ++position;
+    }
+    sight.begin[r] = within_block(attention_begin(*q.shape, position) - block_start);
+    sight.end[r] = within_block(position + 1 - block_start);
+  }
+  sight.first = sight.begin[0];
+  sight.last = sight.end[rows - 1];
+  return sight;
+}
+
+inline LaneMask between(int64_t vector, int64_t begin, int64_t end) {
+  alignas(64) constexpr float kCount[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  // Lane i is position 16 * vector + i. One comparison: i - begin and i < end share the sign test.
+  const Lanes i = load(kCount) + broadcast(static_cast<float>(16 * vector));
+  const Lanes low = broadcast(static_cast<float>(begin) - 0.5f);
+  const Lanes high = broadcast(static_cast<float>(end) - 0.5f);
+  return less(abs_of(i - (low + high) * broadcast(0.5f)), (high - low) * broadcast(0.5f));
+}
+
+// The highest lane, none of them a NaN: the order does not matter then, and the processor's is
+// faster.
+inline float highest_number(Lanes a) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(a.v);
+#else
+  return highest(a);
+#endif
+}
+
+// Caps and masks the scores of a row; returns the highest.
+inline float finish_scores(float* scores, int64_t vectors, int64_t begin, int64_t end,
+                           float softcap) {
+  Lanes top = broadcast(kNothing);
+  for (int64_t v = 0; v < vectors; ++v) {
+    Lanes x = load(scores + 16 * v);
+    const bool masked = begin > 16 * v || end < 16 * v + 16;
+    if (softcap != 0.0f) {
+      const Lanes e = exp_of(x * broadcast(2.0f / softcap));
+      x = broadcast(softcap) * (broadcast(1.0f) - broadcast(2.0f) / (broadcast(1.0f) + e));
+    }
+    if (masked) x = select(between(v, begin, end), x, broadcast(kNothing));
+    if (masked || softcap != 0.0f) store(scores + 16 * v, x);
+    top = max_of(x, top);  // NaNs do not enter: they come out of the sum of weights
+  }
+  return highest_number(top);
+}
+
+// Scores [rows][64] become weights; `sums` and the factors of what was summed before follow.
+inline void soften(float* scores, int64_t rows, const Sight& sight, float softcap, float* highest,
+                   float* weights, float* carry) {
+  const int64_t vectors = (sight.last + 15) / 16;
+  alignas(64) float before[16] = {}, bases[16] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    const float top =
+        finish_scores(scores + r * ql::kKvBlock, vectors, sight.begin[r], sight.end[r], softcap);
+    before[r] = highest[r];
+    if (top > highest[r]) highest[r] = top;
+    bases[r] = highest[r] > kNothing ? highest[r] : 0.0f;
+  }
+  store(carry, exp_of(load(before) - load(bases)));
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = scores + r * ql::kKvBlock;
+    Lanes sum = zero_lanes();
+    for (int64_t v = 0; v < vectors; ++v) {
+      const Lanes weight = exp_of(load(row + 16 * v) - broadcast(bases[r]));
+      store(row + 16 * v, weight);
+      sum = sum + weight;
+    }
+    store(weights + 16 * r, fma(load(weights + 16 * r), broadcast(carry[r]), sum));
+  }
+}
+
+// A block of the cache: packed, and as numbers where that pays (else null).
+struct Block {
+  int64_t start;  // position
+  const uint8_t* packed_keys;
+  const uint8_t* packed_values;
+  const float* keys;
+  const float* values;
+};
+
+inline void score_rows(const Queries& q, const Block& block, int64_t rows, int64_t positions,
+                       const float* queries, float* scores) {
+  if (!block.keys) {
+    return direct_scores(q.cache->key, q.cache->head_dim, block.packed_keys, rows, positions,
+                         queries, scores);
+  }
+  const Product p = {queries,  block.keys,   scores,       nullptr,
+                     q.padded, ql::kKvBlock, ql::kKvBlock, q.padded};
+  product(p, rows, (positions + 15) / 16 * 16);
+}
+
+inline void add_values(const Queries& q, const Block& block, int64_t rows, const Sight& sight,
+                       const float* weights, const float* carry, float* outputs) {
+  if (!block.values) {
+    return direct_outputs(q.cache->value, q.cache->head_dim, block.packed_values, rows, sight.first,
+                          sight.last, weights, carry, outputs);
+  }
+  const Product p = {weights + sight.first,
+                     block.values + sight.first * q.padded,
+                     outputs,
+                     carry,
+                     ql::kKvBlock,
+                     q.padded,
+                     q.padded,
+                     sight.last - sight.first};
+  product(p, rows, q.padded);
+}
+
+// Adds what `rows` rows from `row` on see of one block.
+inline void attend_tile(const Queries& q, int64_t row, int64_t rows, const Block& block,
+                        const Workspace& work, const Sums& sums) {
+  const Sight sight = sight_of(q, row, rows, block.start);
+  if (sight.first >= sight.last) return;
+  score_rows(q, block, rows, sight.last, work.queries + row * q.padded, work.weights);
+  alignas(64) float carry[16];
+  soften(work.weights, rows, sight, q.shape->softcap, sums.highest + row, sums.weights + 16 * row,
+         carry);
+  add_values(q, block, rows, sight, work.weights, carry, sums.values + row * q.padded);
+}
+
+// The block at position `start`, of which positions before `end` are seen.
+inline Block open_block(const Queries& q, int64_t start, int64_t end, const Workspace& work) {
+  const ql::KvLayer& cache = *q.cache;
+  const int64_t index = start / ql::kKvBlock, seen = within_block(end - start);
+  Block block = {start, q.keys + index * kv_block_bytes(cache.key, cache.head_dim),
+                 q.values + index * kv_block_bytes(cache.value, cache.head_dim), nullptr, nullptr};
+  const bool many = q.rows > kDirectRows;
+  if (many || cache.key.bits == 32) {
+    block.keys = load_keys(cache.key, cache.head_dim, block.packed_keys, seen, work.keys);
+  }
+  if (many || cache.value.bits == 32) {
+    block.values = load_values(cache.value, cache.head_dim, block.packed_values, seen, work.values);
+  }
+  return block;
+}
+
+// One split: `sums` of all rows, from nothing.
+inline void attend_rows(const Queries& q, int64_t split, const Workspace& work, const Sums& sums) {
+  for (int64_t row = 0; row < q.rows; ++row) {
+    sums.highest[row] = kNothing;
+    for (int64_t i = 0; i < 16; ++i) sums.weights[16 * row + i] = 0.0f;
+    for (int64_t i = 0; i < q.padded; ++i) sums.values[row * q.padded + i] = 0.0f;
+  }
+  const int64_t tiles = (q.rows + kTileRows - 1) / kTileRows;
+  const int64_t tile = (q.rows + tiles - 1) / tiles;
+  const int64_t begin = attention_begin(*q.shape, q.first), end = q.position(q.rows - 1) + 1;
+  const int64_t split_end = (split + 1) * ql::kSplitPositions;
+  int64_t start = split * ql::kSplitPositions;
+  if (start < begin) start = begin / ql::kKvBlock * ql::kKvBlock;
+  for (; start < split_end && start < end; start += ql::kKvBlock) {
+    const Block block = open_block(q, start, end, work);
+    for (int64_t row = 0; row < q.rows; row += tile) {
+      const int64_t rows = q.rows - row < tile ? q.rows - row : tile;
+      attend_tile(q, row, rows, block, work, sums);
+    }
+  }
+}
+
+// total += more, for one row: both over different positions.
+inline void merge_row(float* highest, float* weights, float* values, float more_highest,
+                      const float* more_weights, const float* more_values, int64_t padded) {
+  const float top = more_highest > *highest ? more_highest : *highest;
+  const Lanes base = broadcast(top > kNothing ? top : 0.0f);
+  const Lanes a = exp_of(broadcast(*highest) - base), b = exp_of(broadcast(more_highest) - base);
+  store(weights, fma(load(more_weights), b, load(weights) * a));
+  for (int64_t at = 0; at < padded; at += 16) {
+    store(values + at, fma(load(more_values + at), b, load(values + at) * a));
+  }
+  *highest = top;
+}
+
+// out [head_dim] = values / sum of weights, rotated back; destroys `values`.
+inline void finish_row(const ql::KvLayer& cache, const float* weights, float* values, float* out) {
+  const int64_t padded = kv_padded(cache.head_dim);
+  const Lanes sum = broadcast(sum_of(load(weights)));
+  for (int64_t at = 0; at < padded; at += 16) store(values + at, load(values + at) / sum);
+  if (cache.value.rotate) rotate_head(values, padded, hadamard_size(cache.head_dim));
+  memcpy(out, values, static_cast<size_t>(cache.head_dim) * 4);
+}
+
+void attend_tokens(const ql::KvLayer& cache, const ql::AttentionShape& shape, int64_t sequence,
+                   int64_t kv_head, int64_t first, int64_t tokens, const float* query,
+                   int64_t query_stride, float* out, int64_t out_stride, uint8_t* scratch) {
+  const Queries q = queries_of(cache, shape, sequence, kv_head, first, tokens);
+  const Workspace work = workspace_at(scratch, q.padded);
+  const int64_t column = kv_head * q.group * cache.head_dim;
+  gather_queries(q, query + column, query_stride, work.queries);
+  const int64_t first_split = attention_begin(shape, first) / ql::kSplitPositions;
+  const int64_t last_split = (first + tokens - 1) / ql::kSplitPositions;
+  attend_rows(q, first_split, work, work.total);
+  const Sums &total = work.total, &more = work.split;
+  for (int64_t split = first_split + 1; split <= last_split; ++split) {
+    attend_rows(q, split, work, more);
+    for (int64_t row = 0; row < q.rows; ++row) {
+      merge_row(total.highest + row, total.weights + 16 * row, total.values + row * q.padded,
+                more.highest[row], more.weights + 16 * row, more.values + row * q.padded, q.padded);
+    }
+  }
+  for (int64_t row = 0; row < q.rows; ++row) {
+    finish_row(cache, total.weights + 16 * row, total.values + row * q.padded,
+               out + row / q.group * out_stride + column + row % q.group * cache.head_dim);
+  }
+}
+
+// A partial: values [group][padded], weights [group][16], then the highest [group][16], one a row.
+inline Sums partial_at(float* partial, int64_t group, int64_t padded) {
+  return {partial + group * (padded + 16), partial + group * padded, partial};
+}
+
+void attend_split(const ql::KvLayer& cache, const ql::AttentionShape& shape, int64_t sequence,
+                  int64_t kv_head, int64_t position, int64_t split, const float* query,
+                  float* partial, uint8_t* scratch) {
+  const Queries q = queries_of(cache, shape, sequence, kv_head, position, 1);
+  const Workspace work = workspace_at(scratch, q.padded);
+  gather_queries(q, query + kv_head * q.group * cache.head_dim, 0, work.queries);
+  const int64_t first_split = attention_begin(shape, position) / ql::kSplitPositions;
+  attend_rows(q, first_split + split, work, partial_at(partial, q.group, q.padded));
+}
+
+void merge_splits(const ql::KvLayer& cache, const ql::AttentionShape& shape, int64_t kv_head,
+                  int64_t splits, const float* partials, float* out, uint8_t* scratch) {
+  const int64_t padded = kv_padded(cache.head_dim), group = shape.heads / cache.kv_heads;
+  const int64_t floats = partial_floats(cache, shape);
+  const Sums total = workspace_at(scratch, padded).total;
+  for (int64_t row = 0; row < group; ++row) {
+    float highest = kNothing;
+    for (int64_t split = 0; split < splits; ++split) {
+      const Sums more = partial_at(const_cast<float*>(partials) + split * floats, group, padded);
+      const float* more_values = more.values + row * padded;
+      if (split == 0) {
+        memcpy(total.values, more_values, static_cast<size_t>(padded) * 4);
+        memcpy(total.weights, more.weights + 16 * row, 64);
+        highest = more.highest[row];
+      } else {
+        merge_row(&highest, total.weights, total.values, more.highest[row], more.weights + 16 * row,
+                  more_values, padded);
+      }
+    }
+    finish_row(cache, total.weights, total.values, out + (kv_head * group + row) * cache.head_dim);
+  }
+}
+
+void append_positions(const ql::KvLayer& cache, int64_t sequence, int64_t kv_head, int64_t first,
+                      int64_t count, const float* key, int64_t key_stride, const float* value,
+                      int64_t value_stride) {
+  append_side(cache.key, cache.head_dim, true,
+              kv_head_blocks(cache, cache.key, cache.keys, sequence, kv_head), first, count, key,
+              key_stride);
+  append_side(cache.value, cache.head_dim, false,
+              kv_head_blocks(cache, cache.value, cache.values, sequence, kv_head), first, count,
+              value, value_stride);
+}
+
+void dequantize_positions(const ql::KvLayer& cache, int64_t sequence, int64_t kv_head,
+                          int64_t first, int64_t count, float* key, int64_t key_stride,
+                          float* value, int64_t value_stride, uint8_t* scratch) {
+  const int64_t head_dim = cache.head_dim, padded = kv_padded(head_dim);
+  const Workspace work = workspace_at(scratch, padded);
+  const Queries q = {nullptr,
+                     nullptr,
+                     kv_head_blocks(cache, cache.key, cache.keys, sequence, kv_head),
+                     kv_head_blocks(cache, cache.value, cache.values, sequence, kv_head),
+                     padded,
+                     1,
+                     1,
+                     0};
+  const float *keys = nullptr, *values = nullptr;
+  float* row = work.queries;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t block = (first + i) / ql::kKvBlock, at = (first + i) % ql::kKvBlock;
+    if (i == 0 || at == 0) {
+      keys = load_keys(cache.key, head_dim, q.keys + block * kv_block_bytes(cache.key, head_dim),
+                       ql::kKvBlock, work.keys);
+      values = load_values(cache.value, head_dim,
+                           q.values + block * kv_block_bytes(cache.value, head_dim), ql::kKvBlock,
+                           work.values);
+    }
+    for (int64_t c = 0; c < padded; ++c) row[c] = keys[c * ql::kKvBlock + at];
+    if (cache.key.rotate) rotate_head(row, padded, hadamard_size(head_dim));
+    memcpy(key + i * key_stride, row, static_cast<size_t>(head_dim) * 4);
+    memcpy(row, values + at * padded, static_cast<size_t>(padded) * 4);
+    if (cache.value.rotate) rotate_head(row, padded, hadamard_size(head_dim));
+    memcpy(value + i * value_stride, row, static_cast<size_t>(head_dim) * 4);
+  }
+}
+
+constexpr ql::AttentionKernels kAttention = {append_positions, attention_scratch_bytes,
+                                             attend_tokens,    attend_split,
+                                             merge_splits,     dequantize_positions};
+
+}  // namespace

@@ -1,0 +1,10 @@
+// AVX2 with AVX-VNNI (VPDPBUSD in its VEX form): Alder Lake and later, Zen 5.
+#include "kernels.h"
+#include "tile_avx2.h"
+
+namespace ql {
+const TileKernels avx2vnni_tiles = {
+    int8_scratch_bytes, int8_strips, exact_scratch_bytes,
+    exact_strips,       round_token, dequantize_rows,
+};
+}

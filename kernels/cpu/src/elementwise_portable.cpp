@@ -1,0 +1,5 @@
+#include "elementwise.h"
+
+namespace ql {
+const EngineKernels portable_engine = kEngineKernels;
+}

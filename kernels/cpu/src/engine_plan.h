@@ -1,0 +1,65 @@
+// A decoder model as the engine runs it: the caller's description (engine.h), checked and copied,
+// with the linears that read one input put side by side.
+#pragma once
+
+#include <vector>
+
+#include "engine.h"
+
+namespace ql {
+
+// A form in which linears read an input vector. Linears of a group share it when they agree on all
+// of this.
+struct Preparation {
+  const TiledWeight* like;  // whose segments it follows; null: the plain vector, for dense weights
+  int64_t act_group;
+  int32_t mode;      // QlInputMode
+  int64_t elements;  // of a token: int8 or float, segment after segment, padded
+  int64_t stride;    // from token to token, see TileInput
+  int64_t sums;      // of a token; 0 unless int8
+  int64_t scales;    // of a token; 0 when exact
+
+  // Bytes of the prepared inputs of so many tokens, a multiple of 64.
+  int64_t bytes(int64_t tokens) const;
+  // Where they lie in memory that begins at `base`.
+  TileInput input(uint8_t* base, int64_t tokens) const;
+};
+
+struct PlannedLinear {
+  QlLinear source;
+  int64_t strips;       // of 32 rows
+  int64_t preparation;  // index into the group's
+  int64_t first_row;    // in the group's output
+};
+
+// Linears that read the same input; their outputs lie one after the other.
+struct LinearGroup {
+  std::vector<PlannedLinear> linears;
+  std::vector<Preparation> preparations;
+  int64_t columns = 0;  // K
+  int64_t rows = 0;     // of all
+  int64_t strips = 0;   // of all
+
+  int64_t input_bytes(int64_t tokens) const;
+};
+
+struct PlannedLayer {
+  QlLayer source;
+  LinearGroup qkv, o, gate_up, down;
+};
+
+struct Plan {
+  QlModel model;
+  std::vector<PlannedLayer> layers;
+  std::vector<QlRope> ropes;
+  LinearGroup head;
+};
+
+// The smallest odd multiple of 64 elements that holds a row: rows that far apart do not fall into the
+// same cache sets.
+int64_t odd_stride(int64_t elements);
+
+// Fills `plan`; returns null, or what is wrong with the model: a static string.
+const char* make_plan(const QlModel& model, Plan* plan);
+
+}  // namespace ql

@@ -1,0 +1,89 @@
+// The memory a step works in: reserved before its threads start, kept for the next one.
+#pragma once
+
+#include <vector>
+
+#include "attention.h"
+#include "engine_kernels.h"
+#include "engine_plan.h"
+
+namespace ql {
+
+// The kernels of one instruction set.
+struct EngineIsa {
+  const TileKernels* tiles;
+  const EngineKernels* engine;
+  const AttentionKernels* attention;
+};
+
+// 64-byte aligned memory that grows; its contents do not survive that.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(Buffer&& other) noexcept;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer();
+  bool reserve(int64_t bytes);  // false: no memory
+  uint8_t* data() const { return data_; }
+  int64_t size() const { return size_; }
+
+ private:
+  uint8_t* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// Rows for all tokens of a step, shared by its threads.
+struct SharedWork {
+  float* hidden;  // [tokens] at hidden_stride: the residual stream; unused for a single token
+  float* delta;   // [tokens] at hidden_stride: what is to be added to it
+  float* qkv;     // [tokens] at qkv_stride
+  float* heads;   // [tokens] at heads_stride: what attention gives
+  float* gate_up;   // [tokens] at gate_up_stride
+  float* logits;    // [wanted, vocabulary]; null when the caller takes them
+  float* partials;  // of attention splits
+  float* angles;    // per rope, cosines then sines [tokens, count]
+  uint8_t* inputs;  // prepared, of a group
+  int64_t hidden_stride, qkv_stride, heads_stride, gate_up_stride;
+};
+
+// One thread's own.
+struct ThreadWork {
+  float* hidden;  // the residual stream of a single token: every thread keeps it
+  float* row;     // an input vector before it is prepared
+  float* query;   // a row of q, rotated
+  int8_t* rounded;
+  uint8_t* inputs;   // prepared, of a group, for one token
+  uint8_t* scratch;  // of kernels
+  int32_t* best;     // [wanted]
+};
+
+// How much a step needs.
+struct StepSize {
+  int64_t tokens;
+  int64_t wanted;
+  int64_t partials;  // floats
+  int64_t threads;
+  bool own_logits;
+};
+
+class StepWork {
+ public:
+  // False: no memory; then nothing may be used. `cache` is any layer's.
+  bool reserve(const Plan& plan, const EngineIsa& isa, const KvLayer& cache, const StepSize& size);
+  int64_t bytes() const;
+
+  SharedWork shared{};
+  std::vector<ThreadWork> threads;
+
+ private:
+  bool reserve_shared(const Plan& plan, const StepSize& size);
+  bool reserve_threads(const Plan& plan, const EngineIsa& isa, const KvLayer& cache,
+                       const StepSize& size);
+
+  StepSize size_{};
+  Buffer shared_memory_;
+  std::vector<Buffer> thread_memory_;
+};
+
+}  // namespace ql

@@ -1,0 +1,6 @@
+// Rearranging weights with PDEP and PEXT.
+#include "tile_pack.h"
+
+namespace ql {
+const TilePacker bmi2_packer = {pack_strip, unpack_strip};
+}

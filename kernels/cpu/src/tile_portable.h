@@ -1,0 +1,299 @@
+// The arithmetic of tiles.h, executed as it is written there: plain C++, one number at a time. Every
+// other instruction set must give the same bits.
+//
+// A block is decoded once, into scratch, and multiplied with all tokens.
+#pragma once
+
+#include "kernels.h"
+#include "numbers.h"
+
+namespace {
+
+using ql::kBlockRows;
+using ql::kStripRows;
+using ql::TiledWeight;
+using ql::TileInput;
+using ql::TileOutput;
+using ql::TileSegment;
+
+// Scales and zero points of the 16 rows of a block in one piece.
+struct PieceMeta {
+  float scales[kBlockRows];
+  float zeros[kBlockRows];
+};
+
+// One weight in scratch: [pieces] meta, then per column 16 rows.
+struct Scratch {
+  PieceMeta* meta;
+  float* values;
+
+  Scratch(uint8_t* memory, int64_t pieces) : meta(reinterpret_cast<PieceMeta*>(memory)) {
+    values = reinterpret_cast<float*>(meta + pieces);
+  }
+};
+
+inline int64_t total_pieces(const TiledWeight& w) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < w.segment_count; ++i) total += w.segments[i].pieces;
+  return total;
+}
+
+int64_t scratch_bytes(const TiledWeight& w, int64_t) {
+  return total_pieces(w) * static_cast<int64_t>(sizeof(PieceMeta)) +
+         tile_padded_columns(w) * kBlockRows * static_cast<int64_t>(sizeof(float));
+}
+
+// The code of row r and column k of a block of a piece.
+inline uint32_t code_at(const uint8_t* block, int32_t bits, int64_t k, int64_t r) {
+  const int64_t chunk = k / ql::kChunkColumns, byte = 4 * r + k % ql::kChunkColumns;
+  const uint32_t mask = (1u << bits) - 1;
+  if (bits == 8 || bits == 4 || bits == 2) {
+    const int64_t chunks = 8 / bits;  // that share 64 bytes
+    return block[chunk / chunks * 64 + byte] >> (chunk % chunks * bits) & mask;
+  }
+  const int64_t bit = (chunk * 64 + byte) * bits;
+  uint32_t word = block[bit / 8];
+  if (bit % 8 + bits > 8) word |= static_cast<uint32_t>(block[bit / 8 + 1]) << 8;
+  return word >> (bit % 8) & mask;
+}
+
+inline float stored_scale(const TileSegment& s, const uint8_t* meta, int64_t r) {
+  switch (s.scale_kind) {
+    case ql::SCALE_F16: return half_to_float(load<uint16_t>(meta + 2 * r));
+    case ql::SCALE_CODE: return static_cast<float>(meta[r] & ((1u << s.scale_bits) - 1));
+    case ql::SCALE_E8M0: return e8m0_to_float(meta[r]);
+    default: return e4m3_to_float(meta[r]);
+  }
+}
+
+inline float zero_of(const TileSegment& s, const uint8_t* meta, int64_t r) {
+  switch (s.zero_kind) {
+    case ql::ZERO_BYTE:
+      return static_cast<float>(meta[block_meta_bytes(s) - kBlockRows + r]) * s.zero_step;
+    case ql::ZERO_NIBBLE:
+      return static_cast<float>(meta[r] >> s.scale_bits) * s.zero_step;
+    default:
+      return s.zero_constant;
+  }
+}
+
+// Where a piece of a block lies: `blocks` of the strip follow one another in each piece.
+inline const uint8_t* codes_at(const TileSegment& s, int64_t strip, int64_t blocks, int64_t block,
+                               int64_t piece) {
+  return s.codes + strip * s.codes_stride +
+         blocks * block_code_bytes(piece * s.piece, s.bits) +
+         block * block_code_bytes(piece_columns(s, piece), s.bits);
+}
+
+inline const uint8_t* meta_at(const TileSegment& s, int64_t strip, int64_t blocks, int64_t block,
+                              int64_t piece) {
+  return s.meta + strip * s.meta_stride + (blocks * piece + block) * block_meta_bytes(s);
+}
+
+// Decodes a block of a strip: its meta, and the number of every code. For int8 mode these are the
+// bytes that are multiplied, and the unit goes into the scales; for exact mode they are the values
+// less the zero points.
+template <bool int8>
+void decode_block(const TiledWeight& w, int64_t strip, int64_t block, const Scratch& scratch) {
+  const int64_t blocks = tile_blocks(w, strip);
+  PieceMeta* meta = scratch.meta;
+  float* values = scratch.values;
+  for (int64_t i = 0; i < w.segment_count; ++i) {
+    const TileSegment& s = w.segments[i];
+    const float* factors = s.factors + strip * kStripRows + block * kBlockRows;
+    for (int64_t piece = 0; piece < s.pieces; ++piece, ++meta) {
+      const uint8_t* stored = meta_at(s, strip, blocks, block, piece);
+      const uint8_t* codes = codes_at(s, strip, blocks, block, piece);
+      for (int64_t r = 0; r < kBlockRows; ++r) {
+        meta->scales[r] = stored_scale(s, stored, r) * factors[r];
+        if (int8) meta->scales[r] *= s.integer_unit;
+        meta->zeros[r] = s.float_values && !int8 ? 0.0f : zero_of(s, stored, r);
+      }
+      for (int64_t k = 0; k < piece_columns(s, piece); ++k) {
+        for (int64_t r = 0; r < kBlockRows; ++r) {
+          const uint32_t code = code_at(codes, s.bits, k, r);
+          if (int8) {
+            *values++ = static_cast<float>(s.integer_values ? s.integer_values[code] : code);
+          } else {
+            const float value = s.float_values ? s.float_values[code] : static_cast<float>(code);
+            *values++ = value - meta->zeros[r];
+          }
+        }
+      }
+    }
+  }
+}
+
+// Ends the sums of a block's rows for one token: token scale, bias, output.
+inline void finish(const TiledWeight& w, const TileOutput& out, int64_t first_row, int64_t token,
+                   float scale, const float* totals) {
+  for (int64_t r = 0; r < kBlockRows && first_row + r < w.rows; ++r) {
+    const float bias = out.bias ? out.bias[first_row + r] : 0.0f;
+    float* y = out.y + token * out.y_stride + first_row + r;
+    const float value = __builtin_fmaf(totals[r], scale, bias);
+    *y = out.accumulate ? *y + value : value;
+  }
+}
+
+void int8_token(const TiledWeight& w, const TileInput& in, int64_t token, const Scratch& scratch,
+                float* totals) {
+  const int8_t* a = in.values + token * in.value_stride;
+  const float* sums = in.sums + token * in.sum_stride;
+  const float* act_scales = in.scales + token * in.scale_stride;
+  const PieceMeta* meta = scratch.meta;
+  const float* values = scratch.values;
+  for (int64_t r = 0; r < kBlockRows; ++r) totals[r] = 0.0f;
+  for (int64_t i = 0; i < w.segment_count; ++i) {
+    const TileSegment& s = w.segments[i];
+    const float* piece_sums = sums + sum_offset(s.padded, s.piece);
+    for (int64_t piece = 0; piece < s.pieces; ++piece, ++meta) {
+      int32_t dots[kBlockRows] = {};
+      for (int64_t k = 0; k < piece_columns(s, piece); ++k, ++a, values += kBlockRows) {
+        for (int64_t r = 0; r < kBlockRows; ++r) dots[r] += static_cast<int32_t>(values[r]) * *a;
+      }
+      for (int64_t r = 0; r < kBlockRows; ++r) {
+        float t = __builtin_fmaf(-meta->zeros[r], piece_sums[piece], static_cast<float>(dots[r]));
+        if (in.act_group) t *= act_scales[piece * s.piece / in.act_group];
+        totals[r] = __builtin_fmaf(t, meta->scales[r], totals[r]);
+      }
+    }
+    sums += sum_count(s.padded);
+    if (in.act_group) act_scales += act_group_count(s.padded, in.act_group);
+  }
+}
+
+void exact_token(const TiledWeight& w, const TileInput& in, int64_t token, const Scratch& scratch,
+                 float* totals) {
+  const float* x = in.floats + token * in.value_stride;
+  const PieceMeta* meta = scratch.meta;
+  const float* values = scratch.values;
+  for (int64_t r = 0; r < kBlockRows; ++r) totals[r] = 0.0f;
+  for (int64_t i = 0; i < w.segment_count; ++i) {
+    const TileSegment& s = w.segments[i];
+    for (int64_t piece = 0; piece < s.pieces; ++piece, ++meta) {
+      float sums[kBlockRows] = {};
+      for (int64_t k = 0; k < piece_columns(s, piece); ++k, ++x, values += kBlockRows) {
+        for (int64_t r = 0; r < kBlockRows; ++r) {
+          sums[r] = __builtin_fmaf(*x, values[r], sums[r]);
+        }
+      }
+      for (int64_t r = 0; r < kBlockRows; ++r) {
+        totals[r] = __builtin_fmaf(sums[r], meta->scales[r], totals[r]);
+      }
+    }
+  }
+}
+
+template <bool int8>
+void strips(const TiledWeight& w, const TileInput& in, const TileOutput& out, int64_t first,
+            int64_t last, uint8_t* memory) {
+  const Scratch scratch(memory, total_pieces(w));
+  for (int64_t strip = first; strip < last; ++strip) {
+    for (int64_t block = 0; block < tile_blocks(w, strip); ++block) {
+      decode_block<int8>(w, strip, block, scratch);
+      for (int64_t token = 0; token < in.tokens; ++token) {
+        float totals[kBlockRows];
+        if constexpr (int8) {
+          int8_token(w, in, token, scratch, totals);
+        } else {
+          exact_token(w, in, token, scratch, totals);
+        }
+        const bool has_scale = int8 ? in.act_group == 0 : in.scales != nullptr;
+        const float scale = has_scale ? in.scales[token * in.scale_stride] : 1.0f;
+        finish(w, out, strip * kStripRows + block * kBlockRows, token, scale, totals);
+      }
+    }
+  }
+}
+
+// The largest of `former` and the magnitudes of x. Bits of magnitudes order like the magnitudes, with
+// NaNs above infinity.
+inline float largest_of(const float* x, int64_t count, float former) {
+  int32_t largest = load<int32_t>(&former);
+  for (int64_t k = 0; k < count; ++k) {
+    const int32_t bits = load<int32_t>(x + k) & 0x7FFFFFFF;
+    largest = bits > largest ? bits : largest;
+  }
+  return load<float>(&largest);
+}
+
+// amax / 127; NaN when a value is not finite, so that everything computed from it says so.
+inline float scale_of_largest(float largest) {
+  return load<int32_t>(&largest) >= 0x7F800000 ? float_of_bits(0x7FC00000u) : largest / 127.0f;
+}
+
+// x / scale rounded to nearest, ties to even, within +-127; 0 when the scale is 0 or NaN.
+inline int8_t round_value(float x, float scale) {
+  if (!(scale > 0.0f)) return 0;
+  float value = x / scale;
+  value = value > 127.0f ? 127.0f : value;
+  value = value < -127.0f ? -127.0f : value;
+  // Adding 1.5 * 2^23 leaves the rounded integer in the low mantissa bits.
+  const float shifted = value + 0x1.8p23f;
+  return static_cast<int8_t>(load<int32_t>(&shifted) - 0x4B400000);
+}
+
+inline void write_sums(const TileSegment& s, const int8_t* values, float* sums) {
+  for (int64_t span = 16; span <= ql::kMaxPiece; span *= 2) {
+    for (int64_t k = 0; k < s.padded; k += span) {
+      int32_t sum = 0;
+      for (int64_t j = k; j < k + span && j < s.padded; ++j) sum += values[j];
+      *sums++ = static_cast<float>(sum);
+    }
+  }
+}
+
+void round_token(const TiledWeight& w, const float* x, int64_t act_group, int8_t* values,
+                 float* sums, float* scales) {
+  if (!act_group) {
+    float largest = 0.0f;
+    for (int64_t i = 0; i < w.segment_count; ++i) {
+      largest = largest_of(x + w.segments[i].start, w.segments[i].length, largest);
+    }
+    *scales = scale_of_largest(largest);
+  }
+  for (int64_t i = 0; i < w.segment_count; ++i) {
+    const TileSegment& s = w.segments[i];
+    const int64_t span = act_group ? act_group : s.padded;
+    for (int64_t k = 0; k < s.padded; k += span) {
+      const int64_t end = k + span < s.length ? k + span : s.length;
+      if (act_group) *scales = scale_of_largest(largest_of(x + s.start + k, end - k, 0.0f));
+      for (int64_t j = k; j < end; ++j) values[j] = round_value(x[s.start + j], *scales);
+      if (act_group) ++scales;
+    }
+    for (int64_t j = s.length; j < s.padded; ++j) values[j] = 0;
+    write_sums(s, values, sums);
+    values += s.padded;
+    sums += sum_count(s.padded);
+  }
+}
+
+void dequantize_row(const TiledWeight& w, int64_t row, float* out) {
+  const int64_t strip = row / kStripRows, block = row % kStripRows / kBlockRows;
+  const int64_t blocks = tile_blocks(w, strip), r = row % kBlockRows;
+  for (int64_t i = 0; i < w.segment_count; ++i) {
+    const TileSegment& s = w.segments[i];
+    for (int64_t piece = 0; piece < s.pieces; ++piece) {
+      const uint8_t* meta = meta_at(s, strip, blocks, block, piece);
+      const uint8_t* codes = codes_at(s, strip, blocks, block, piece);
+      const float scale = stored_scale(s, meta, r) * s.factors[row];
+      const float zero = s.float_values ? 0.0f : zero_of(s, meta, r);
+      for (int64_t k = 0; k < piece_columns(s, piece); ++k) {
+        const int64_t column = piece * s.piece + k;
+        if (column >= s.length) break;
+        const uint32_t code = code_at(codes, s.bits, k, r);
+        const float value = s.float_values ? s.float_values[code] : static_cast<float>(code);
+        out[s.start + column] = (value - zero) * scale;
+      }
+    }
+  }
+}
+
+void dequantize_rows(const TiledWeight& w, const int64_t* ids, int64_t first, int64_t count,
+                     float* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    dequantize_row(w, ids ? ids[i] : first + i, out + i * w.columns);
+  }
+}
+
+}  // namespace
