@@ -26,13 +26,13 @@ from quantlib.kernels.cpu.engine_library import Decoder
 from quantlib.pipeline import workfiles
 from quantlib.pipeline.apply import apply
 from quantlib.pipeline.compress import measured_table, open_run, reopen_run
-from quantlib.pipeline.latency import LatencyBudget, costs_for
+from quantlib.pipeline.latency import costs_for
 from quantlib.pipeline.plan import Budget, search
 from quantlib.recipe import Recipe
 from quantlib.runtime.load import load
 from quantlib.runtime.stopwatch import latencies
 from quantlib.search.infeasible import least_cost
-from quantlib.search.latency import LatencyCosts
+from quantlib.search.latency import LatencyBudget, LatencyCosts
 from quantlib.search.plan import Plan
 
 CONTEXT, PROMPT = 256, 512

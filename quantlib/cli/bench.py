@@ -36,6 +36,11 @@ def decode(context: typer.Context, debug: Debug = False) -> None:
     _run("decode", context.args)
 
 
+def latency(context: typer.Context, debug: Debug = False) -> None:
+    """Five plans for five latency budgets, predicted and measured (--work, --mode, --threads)."""
+    _run("latency", context.args)
+
+
 def quality(context: typer.Context, debug: Debug = False) -> None:
     """KL against bytes on a real model, against simpler allocations (--part, --work)."""
     _run("quality", context.args)
@@ -46,7 +51,7 @@ def rounding(context: typer.Context, debug: Debug = False) -> None:
     _run("rounding", context.args)
 
 
-for command in (kernels, decode, quality, rounding):
+for command in (kernels, decode, latency, quality, rounding):
     bench.command(context_settings=PASSED_ON)(guarded(command))
 
 

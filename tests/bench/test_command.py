@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from quantlib.cli.app import app
 from quantlib.errors import DataError, UsageError
 
-BENCHMARKS = ("kernels", "decode", "quality", "rounding")
+BENCHMARKS = ("kernels", "decode", "latency", "quality", "rounding")
 
 
 @pytest.fixture

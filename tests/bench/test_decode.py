@@ -13,6 +13,7 @@ from quantlib.bench.checkpoints import Schemes, pack_rounded
 from quantlib.bench.engines import Eager, Quantlib, Sample
 from quantlib.bench.peers.linear import PeerMissing
 from quantlib.bench.peers.llama_cpp import Speed
+from quantlib.errors import CheckpointError
 
 ROW = {
     "model", "engine", "bytes", "decode_tok_s", "prefill_tok_s", "decode_quartiles",
@@ -146,6 +147,20 @@ def test_a_full_run_measures_models_losses_and_footprints(
     assert "decoding against llama.cpp Q4_0" in promised
     assert "KL of llama.cpp Q4_0 over ours" in promised
     assert "twice the time to read over loading, cold" in promised
+
+
+def test_no_room_for_the_largest_model_leaves_it_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Path) -> Path:
+        raise CheckpointError("the checkpoint needs 4.4 GB and 1.0 GB is free")
+
+    monkeypatch.setattr(artifacts, "llama_8b", full)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = decode.Found()
+    decode._llama_8b(found)
+    assert "1.0 GB is free" in found.missing[decode.LLAMA_8B.name]
+    assert found.footprints == []
 
 
 def footprint_bytes(checkpoint: Path) -> int:
