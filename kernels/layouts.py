@@ -82,7 +82,7 @@ def tile(weight: PackedWeight, threads: int | None = None) -> TiledWeight:
     return from_memory(memory, TILES + weight.layout)
 
 
-def can_tile(tensors: Sequence[Tensor | None]) -> bool:
+def can_tile(tensors: Sequence[Tensor]) -> bool:
     """Whether `tile` can be called with these tensors here and now: they lie in main memory, there
     are kernels for it, and nobody is tracing the call."""
     if is_traced():

@@ -90,9 +90,7 @@ def this_machine(threads: int) -> Machine:
             "latency budgets need the compiled kernels, which there are none of on this machine: "
             "install a C++ compiler (on Debian: apt install g++), or give a size instead"
         )
-    return Machine(
-        _processor(), len(os.sched_getaffinity(0)), kernels.isa, build.library_name(), threads
-    )
+    return Machine(_processor(), os.cpu_count() or 1, kernels.isa, build.library_name(), threads)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quantlib.errors import SearchError, UsageError
+from quantlib.kernels.ops import MODES
 
 DECODE_CONTEXT = 256
 """Tokens of context a decode budget is for unless it says: about the middle of a short answer."""
@@ -91,6 +92,36 @@ def parse_latencies(texts: Iterable[str]) -> tuple[Latency, ...]:
         if latency.cost in {other.cost for other in found[:index]}:
             raise UsageError(f"two latencies are for {phase_text(latency.cost)}: give one of them")
     return found
+
+
+@dataclass(frozen=True)
+class LatencyBudget:
+    """What the user asks of the speed.
+
+    texts:   as after --latency. threads: of the engine; None: torch's number.
+    mode:    of its activations, as `quantlib generate --mode`; None: each scheme decides.
+    """
+
+    texts: tuple[str, ...] = ()
+    threads: int | None = None
+    mode: str | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.texts)
+
+    def parsed(self) -> tuple[Latency, ...]:
+        """Raises UsageError for one that is malformed."""
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"{self.threads} threads compute nothing: use --threads 1 or more")
+        if self.mode not in (None, *MODES):
+            raise UsageError(
+                f"{self.mode!r} is not a mode to run in: use one of {', '.join(MODES)}"
+            )
+        return parse_latencies(self.texts)
+
+    def limits(self) -> dict[str, float]:
+        """Cost name -> milliseconds."""
+        return {latency.cost: latency.ms for latency in self.parsed()}
 
 
 @dataclass(frozen=True)

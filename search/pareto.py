@@ -15,17 +15,20 @@ from typing import NamedTuple
 import numpy as np
 
 from quantlib.errors import SearchError
+from quantlib.search.branch import minimise
 from quantlib.search.calibrate import Calibration
 from quantlib.search.problem import Item, Picks, Problem
 from quantlib.search.relaxation import Table
-from quantlib.search.solve import Solver
+from quantlib.search.solve import TIME_LIMIT, Solver
 
 FRONT_GAP = 1e-4
 """Relative gap at which a point of a front counts as optimal."""
 NANO = 1e6
 """Steps of a millisecond in which a front over latency counts."""
-DIRECTIONS = 13
+DIRECTIONS = 7
 """Points on a line of equal loss, from all for size to all for latency."""
+LINE_GAP = 3e-3
+"""Relative gap at which they count as optimal."""
 
 
 @dataclass(frozen=True)
@@ -132,43 +135,35 @@ def _in_place_of_bytes(problem: Problem, name: str) -> Problem:
 def equal_loss(problem: Problem, name: str, loss: float) -> list[Place]:
     """Sizes and costs between which one may choose at this loss, smallest size first.
 
-    They minimise a weighted sum of both for DIRECTIONS weights, with as much of it as the loss
-    allows: points of the convex hull, each within one choice of the loss asked for. Empty when no
-    allocation loses so little, one point when every one does.
+    Each minimises a weighted sum of both, within LINE_GAP, under the loss as its budget. Empty when
+    no allocation loses so little.
     """
     table = Table.of(problem, (name,))
-    allowed = loss - table.base_loss
-    if allowed < 0:
+    allowed = np.array([loss - table.base_loss])
+    if allowed[0] < 0:
         return []
     spans = table.cost.max(axis=1)
-    units = np.where(spans > 0, spans, 1.0)
+    units = np.where(spans > 0, spans, 1.0)[:, None]
     found = set()
     for share in np.linspace(0.0, 1.0, DIRECTIONS):
         # a little of the other one too, so that it is not wasted where it costs nothing
-        weights = np.array([1.0 - share, share]) * 0.999 + 0.0005
-        rows = _cheapest(table, weights @ (table.cost / units[:, None]), allowed)
-        spent = table.base_cost + table.cost[:, rows].sum(axis=1)
-        fixed = problem.fixed_bytes, problem.fixed_costs.get(name, 0.0)
-        found.add(Place(int(spent[0]) + fixed[0], float(spent[1]) + fixed[1]))
+        weights = np.array([1.0 - share, share]) * 0.998 + 0.001
+        swapped = _loss_for_cost(table, weights @ (table.cost / units))
+        picks = minimise(swapped, allowed, LINE_GAP, TIME_LIMIT).picks
+        if picks is not None:
+            chosen = tuple(int(pick) for pick in picks)
+            found.add(Place(problem.bytes(chosen), problem.cost(name, chosen)))
     return _undominated(sorted(found))
 
 
-def _cheapest(table: Table, price: np.ndarray, allowed: float) -> np.ndarray:
-    """Rows of least total `price` [rows] whose loss above base is at most `allowed`, by bisection
-    of the price of loss in powers of two."""
-    rows = table.least(price)
-    if table.loss[rows].sum() <= allowed:
-        return rows
-    low, high = -60.0, 60.0
-    best = table.least(table.loss + 2.0**-60 * price)
-    for _ in range(48):
-        middle = (low + high) / 2
-        rows = table.least(table.loss * 2.0**middle + price)
-        if table.loss[rows].sum() <= allowed:
-            best, high = rows, middle
-        else:
-            low = middle
-    return best
+def _loss_for_cost(table: Table, price: np.ndarray) -> Table:
+    """The table with `price` [rows] to minimise and the loss as the one constraint."""
+    least = np.minimum.reduceat(price, table.starts)
+    above = price - least[table.item]
+    zero = np.zeros(1)
+    return replace(
+        table, loss=above, cost=table.loss[None, :], base_loss=float(least.sum()), base_cost=zero
+    )
 
 
 def _undominated(places: Sequence[Place]) -> list[Place]:

@@ -72,7 +72,7 @@ def find() -> Path | None:
 
 
 def build() -> Path:
-    """Compile into the user's cache and return the library's path; takes some ten seconds.
+    """Compile into the user's cache and return the library's path; takes a minute or two.
 
     Of several processes, one compiles and the others wait. Raises BuildError when there is no
     compiler, it fails, or the cache cannot be written.
@@ -161,7 +161,7 @@ def _digest(unit: str, flags: tuple[str, ...]) -> str:
 def _units(portable_only: bool = False) -> dict[str, tuple[str, ...]]:
     """Translation unit -> its own flags, for this architecture."""
     x86 = platform.machine() in ("x86_64", "AMD64") and not portable_only
-    units = {}
+    units: dict[str, tuple[str, ...]] = {}
     for path in sorted(SOURCES.glob("*.cpp")):
         isa = path.stem.rpartition("_")[2]
         if isa not in _ISA_FLAGS:

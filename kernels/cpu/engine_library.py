@@ -29,7 +29,7 @@ _EXACT, _INT8, _ROUNDED = 0, 1, 2
 """QlInputMode."""
 MODES = {"exact": None, "int8": 0, "int8g128": 128}
 """How activations are taken -> how many columns of a token share a scale: 0: all; None: they are
-not rounded."""
+not rounded. Weights without an integer form (fp8, e3m2) stay exact with groups."""
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
@@ -424,9 +424,10 @@ def _linear(linear: Linear, mode: str | None) -> _Linear:
         return described
     described.tiled = linear.weight.address
     act_group = MODES[mode or linear.mode]
-    if act_group is not None:
-        described.mode = _INT8 if linear.weight.all_integer else _ROUNDED
-        described.act_group = act_group
+    if act_group is not None and linear.weight.all_integer:
+        described.mode, described.act_group = _INT8, act_group
+    elif act_group == 0:  # rounding inputs that are multiplied as floats saves no time
+        described.mode = _ROUNDED
     return described
 
 

@@ -37,9 +37,12 @@ from quantlib.cli.words import latency_rows, next_commands, predicted_text
 from quantlib.errors import UsageError
 
 if TYPE_CHECKING:
+    from quantlib.pipeline.plan import Budget
     from quantlib.pipeline.workfiles import KnownModel
+    from quantlib.search.latency import LatencyBudget, LatencyCosts
     from quantlib.search.pareto import Point
     from quantlib.search.plan import Plan
+    from quantlib.search.sensitivity import Sensitivity
     from quantlib.search.solve import Solution
 
 
@@ -86,24 +89,28 @@ def search(
         quantlib search --work WORK --latency 12ms --size 90MB
         quantlib search --work WORK --pareto
     """
-    from quantlib.pipeline import workfiles
-    from quantlib.pipeline.latency import costs_for
-    from quantlib.pipeline.plan import allocation_problem
-    from quantlib.pipeline.plan import search as solve
-    from quantlib.search.pareto import pareto_front
-
     asked = latency_of(latency, threads, mode)
     budget = budget_of(size, bits, engine, floor, ceiling, pin, asked)
     if pareto and not budget.given and output is not None:
         raise UsageError("a plan needs a budget: add --size or --bits, or leave out --output")
+    _search(work, budget, output, pareto, json)
+
+
+def _search(work: Path, budget: Budget, output: Path | None, pareto: bool, json: bool) -> None:
+    """Find the plan, if there is a budget, and the front, if it is wanted; print them."""
+    from quantlib.pipeline import workfiles
+    from quantlib.pipeline.plan import allocation_problem
+    from quantlib.pipeline.plan import search as solve
+    from quantlib.search.pareto import pareto_front
+
     known = workfiles.load_model(work)
     sensitivity = workfiles.load_table(work, known.model_map)
-    if budget.given or not pareto:
-        budget.in_bytes(known.model_map)
-    schemes = {weight: list(row) for weight, row in sensitivity.rows.items()}
-    costs = costs_for(known.model_map, known.path, schemes, budget.latency, Bars(notes()))
+    planned = budget.given or not pareto
+    if planned:
+        budget.in_bytes(known.model_map)  # before anything is timed
+    costs = _costs(known, sensitivity, budget.latency)
     answer: dict[str, Any] = {}
-    if budget.given or not pareto:
+    if planned:
         plan, problem, solution = solve(known.model_map, sensitivity, budget, costs)
         file = output or work / workfiles.PLAN_FILE
         plan.save(file)
@@ -112,20 +119,19 @@ def search(
         answer = _described(plan, solution, known, file)
     else:
         problem = allocation_problem(known.model_map, sensitivity, budget)
-    limits = asked.limits()
-    front = (
-        pareto_front(problem, calibration=sensitivity.calibration, limits=limits) if pareto else []
-    )
+    front: list[Point] = []
+    if pareto:
+        limits = budget.latency.limits()
+        front = pareto_front(problem, calibration=sensitivity.calibration, limits=limits)
+        answer |= {"front": [_point(point, known) for point in front]} if json else {}
     if json:
-        print_json(
-            answer | ({"front": [_point(point, known) for point in front]} if pareto else {})
-        )
+        print_json(answer)
         return
-    if answer:
+    if planned:
         _print_plan(plan, solution, known, file)
     if pareto:
         _print_front(front, known)
-    if answer:
+    if planned:
         where = "" if output is None else f" --work {shlex.quote(str(work))}"
         next_commands(f"quantlib apply {shlex.quote(str(file))} -o OUT{where}")
 
@@ -188,6 +194,19 @@ def apply(
         print_json(described(result))
     else:
         show(result, str(result.source))
+
+
+def _costs(
+    known: KnownModel, sensitivity: Sensitivity, latency: LatencyBudget
+) -> LatencyCosts | None:
+    """What every candidate takes on this machine; None, and nothing is loaded, where no latency is
+    limited."""
+    if not latency:
+        return None
+    from quantlib.pipeline.latency import costs_for
+
+    schemes = {weight: list(row) for weight, row in sensitivity.rows.items()}
+    return costs_for(known.model_map, known.path, schemes, latency, Bars(notes()))
 
 
 def _described(plan: Plan, solution: Solution, known: KnownModel, file: Path) -> dict[str, Any]:

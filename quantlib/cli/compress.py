@@ -134,21 +134,18 @@ def compress(
     from quantlib.pipeline.compress import compress as run
 
     quiet_transformers()
+    given = {"size": size, "bits": bits, "engine": engine, "threads": threads, "mode": mode}
     result = run(
         model,
         out=output,
         work=work,
-        size=size,
-        bits=bits,
-        engine=engine,
         floors=budget.floors,
         ceilings=budget.ceilings,
         pins=budget.pins,
-        threads=threads,
-        mode=mode,
         overwrite=overwrite,
         download=download,
         progress=Bars(notes()),
+        **given,
         **fields,
     )
     if json:

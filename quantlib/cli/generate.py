@@ -27,7 +27,7 @@ MODES = ("exact", "int8", "int8g128", "scheme")
 Prompts = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="PROMPT...",
+        metavar="PROMPT",
         help="What to answer. Several prompts are answered at once, which takes less time.",
         show_default=False,
     ),
@@ -82,7 +82,7 @@ Mode = Annotated[
     typer.Option(
         metavar="|".join(MODES),
         help="Activations as they are; rounded to 8 bits per token; per token and 128 columns (the "
-        "native engine's way unless said: several times as fast as exact); or as each scheme says.",
+        "native engine's way unless said, much faster than exact); or as each scheme says.",
         rich_help_panel=COMPUTING,
     ),
 ]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from quantlib.errors import UsageError
 
 if TYPE_CHECKING:
-    from quantlib.pipeline.latency import LatencyBudget
     from quantlib.pipeline.plan import Budget
+    from quantlib.search.latency import LatencyBudget
 
 
 def recipe_fields(
@@ -77,8 +77,8 @@ def budget_of(
     latency: LatencyBudget | None = None,
 ) -> Budget:
     """The budgets and the rules of a command line."""
-    from quantlib.pipeline.latency import LatencyBudget
     from quantlib.pipeline.plan import Budget
+    from quantlib.search.latency import LatencyBudget
 
     floors, ceilings, pins = (tuple(given or ()) for given in (floor, ceiling, pin))
     return Budget(size, bits, engine, floors, ceilings, pins, latency or LatencyBudget())
@@ -87,7 +87,7 @@ def budget_of(
 def latency_of(texts: Iterable[str] | None, threads: int | None, mode: str | None) -> LatencyBudget:
     """The latencies of a command line. Raises UsageError for one that is malformed, and for options
     that go with a latency where there is none."""
-    from quantlib.pipeline.latency import LatencyBudget
+    from quantlib.search.latency import LatencyBudget
 
     latency = LatencyBudget(tuple(texts or ()), threads, mode)
     latency.parsed()

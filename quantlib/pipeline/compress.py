@@ -16,7 +16,7 @@ from quantlib.pipeline import estimate as estimates
 from quantlib.pipeline import workfiles
 from quantlib.pipeline.apply import Refinement, apply
 from quantlib.pipeline.calibrate import calibrate
-from quantlib.pipeline.latency import LatencyBudget, measured_ms
+from quantlib.pipeline.latency import measured_ms
 from quantlib.pipeline.measure import measure
 from quantlib.pipeline.opening import load_tokenizer, open_run, reopen_run
 from quantlib.pipeline.plan import Budget, allocation_problem, search
@@ -25,7 +25,7 @@ from quantlib.pipeline.run import Progress, Run
 from quantlib.pipeline.status import already_there
 from quantlib.pipeline.swap import swap
 from quantlib.recipe import FUSED_SCHEMES, Recipe
-from quantlib.search.latency import format_ms, phase_text
+from quantlib.search.latency import LatencyBudget, format_ms, phase_text
 from quantlib.search.plan import Plan
 from quantlib.search.problem import Problem
 from quantlib.search.sensitivity import Sensitivity

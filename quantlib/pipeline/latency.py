@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ import torch
 from quantlib.errors import UsageError
 from quantlib.formats.scheme import Scheme
 from quantlib.kernels import timing
-from quantlib.kernels.ops import MODES
 from quantlib.kernels.timing import Op, TimingTable, this_machine
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.rows import Weight
@@ -36,37 +35,7 @@ from quantlib.runtime.engine import CHUNK
 from quantlib.runtime.engine_spec import EngineSpec, unsupported
 from quantlib.runtime.load import load
 from quantlib.runtime.stopwatch import Fit, latencies, random_model
-from quantlib.search.latency import Latency, LatencyCosts, parse_latencies, phase_of
-
-
-@dataclass(frozen=True)
-class LatencyBudget:
-    """What the user asks of the speed.
-
-    texts:   as after --latency. threads: of the engine; None: torch's number.
-    mode:    of its activations, as `quantlib generate --mode`; None: each scheme decides.
-    """
-
-    texts: tuple[str, ...] = ()
-    threads: int | None = None
-    mode: str | None = None
-
-    def __bool__(self) -> bool:
-        return bool(self.texts)
-
-    def parsed(self) -> tuple[Latency, ...]:
-        """Raises UsageError for one that is malformed."""
-        if self.threads is not None and self.threads < 1:
-            raise UsageError(f"{self.threads} threads compute nothing: use --threads 1 or more")
-        if self.mode not in (None, *MODES):
-            raise UsageError(
-                f"{self.mode!r} is not a mode to run in: use one of {', '.join(MODES)}"
-            )
-        return parse_latencies(self.texts)
-
-    def limits(self) -> dict[str, float]:
-        """Cost name -> milliseconds."""
-        return {latency.cost: latency.ms for latency in self.parsed()}
+from quantlib.search.latency import LatencyBudget, LatencyCosts, phase_of
 
 
 def latency_costs(

@@ -10,10 +10,9 @@ from quantlib.errors import SearchError, UsageError
 from quantlib.formats.scheme import Scheme
 from quantlib.models.modelmap import ModelMap
 from quantlib.pipeline import bytecount
-from quantlib.pipeline.latency import LatencyBudget
 from quantlib.search.budget import parse_bits, parse_size
 from quantlib.search.constraints import KINDS, Rule, parse_rules
-from quantlib.search.latency import LatencyCosts
+from quantlib.search.latency import LatencyBudget, LatencyCosts
 from quantlib.search.plan import Plan
 from quantlib.search.problem import Problem, build_problem
 from quantlib.search.sensitivity import Entry, Sensitivity

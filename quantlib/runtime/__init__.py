@@ -1,6 +1,7 @@
 """Running packed checkpoints: modules that hold packed weights, and the ways into them.
 
-    packed_module.py        packed weights as buffers of a module
+    packed_module.py        packed weights as buffers of a module, or as tiles
+    row_blocks.py           ... of a stack of experts, one by one
     modules.py              linear, embedding, tied head, experts
     assemble.py             putting them into a model, empty or loaded
     prepare.py              ... for a checkpoint that transformers is about to load

@@ -109,6 +109,8 @@ class Engine:
         Returns the logits after the last token of each, float32 [texts, V], in the order of
         `texts`. When it raises, no text has changed.
         """
+        if not all(map(len, texts.values())):
+            raise UsageError("a text was given no tokens: it needs at least one")
         if all(len(ids) == 1 for ids in texts.values()):
             return self.decode([int(ids[0]) for ids in texts.values()], list(texts))
         tokens = {sequence: _int32(ids) for sequence, ids in texts.items()}
@@ -261,4 +263,6 @@ class NativeCheckpoint:
 
 
 def _int32(ids: Tokens) -> Tensor:
-    return torch.as_tensor(ids, dtype=torch.int32, device="cpu").reshape(-1).contiguous()
+    """int32 [tokens]; what does not fit becomes another token that does not exist."""
+    wide = torch.as_tensor(ids, device="cpu").reshape(-1)
+    return wide.clamp(-1, 2**31 - 1).to(torch.int32).contiguous()

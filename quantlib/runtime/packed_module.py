@@ -118,8 +118,7 @@ class PackedModule(nn.Module):
         tiles = self._tiles.get(name)
         if tiles is not None:
             return tiles
-        tensors = [self._buffers[name + suffix] for suffix in self.layout(name)]
-        if can_tile(tensors):
+        if can_tile(list(self._present(name).values())):
             return self._tile(name)
         cached = self._handles.get(name)
         if cached is None or any(
@@ -128,9 +127,15 @@ class PackedModule(nn.Module):
             cached = self._handles[name] = self._make_handles(name)
         return cached[1]
 
+    def _present(self, name: str) -> dict[str, Tensor]:
+        """The buffers of the packed weight `name`, by suffix; none while it is tiled."""
+        found = {suffix: self._buffers.get(name + suffix) for suffix in self.layout(name)}
+        return {suffix: buffer for suffix, buffer in found.items() if buffer is not None}
+
     def _make_handles(self, name: str) -> tuple[dict[str, Tensor], list[PackedWeight]]:
-        tensors, segments = self.packed_tensors(name), self._segments[name]
+        tensors = self._present(name)
         *stack, rows, columns = self._shapes[name]
+        segments = self._segments[name]
         parts = [tensors]
         if stack:
             parts = [row_block(tensors, segments, i * rows, rows) for i in range(stack[0])]
@@ -184,7 +189,9 @@ class PackedModule(nn.Module):
             for name in tuple(self._tiles):
                 self._restore(name)
         packed = {
-            name: self._buffers[name] for name in self.packed_names() if name in self._buffers
+            name + suffix: buffer
+            for name in self._shapes
+            for suffix, buffer in self._present(name).items()
         }
         for name in packed:
             del self._buffers[name]

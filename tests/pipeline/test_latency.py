@@ -17,9 +17,10 @@ from quantlib.kernels.cpu import stopwatch as products
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
 from quantlib.pipeline.compress import Result
-from quantlib.pipeline.latency import LatencyBudget, costs_for, measured_ms
+from quantlib.pipeline.latency import costs_for, measured_ms
 from quantlib.pipeline.run import Silent
 from quantlib.runtime import stopwatch
+from quantlib.search.latency import LatencyBudget
 
 SCHEMES = ("w2g32z4s4", "w4g32", "w8g64zs6")
 DECODE, PREFILL = "decode_ms@8", "prefill_ms@600"

@@ -78,7 +78,8 @@ def test_exact_greedy_tokens_and_logits_are_those_of_transformers(
 def test_weights_that_are_kept_run_too(scheme: str, tmp_path: Path) -> None:
     """All of them, and those of one kind among packed ones: a fused input has both then."""
     for number, schemes in enumerate(({"": scheme}, {"k_proj.weight": scheme, "": "w4g32"})):
-        loaded = quantlib.load(write(build("llama-biases"), tmp_path / str(number), schemes))
+        folder = write(build("llama-biases"), tmp_path / str(number), schemes)
+        loaded = quantlib.load(folder, mode="exact")
         found = loaded.make_engine().prefill(PROMPTS[0])
         same_logits(found, whole_logits(loaded.model, PROMPTS[0])[-1])
 
@@ -233,6 +234,13 @@ def test_a_step_that_fails_changes_no_text(llama: Any) -> None:
     assert engine.lengths == [3, 0]
     with pytest.raises(UsageError, match=r"sequences 0\.\.1"):
         engine.decode([5], [2])
+    for bad in (2**32 + 5, -(2**40), torch.tensor([2**32 + 5])):
+        with pytest.raises(DataError, match=r"outside 0\.\.383"):
+            engine.prefill(bad if isinstance(bad, Tensor) else [bad])
+    for nothing in ({}, {0: []}, {0: [], 1: [5]}):
+        with pytest.raises(UsageError, match="needs"):
+            engine.extend(nothing)
+    assert engine.lengths == [3, 0]
     with pytest.raises(UsageError, match="2 tokens for 1 texts"):
         engine.decode([5, 6], [0])
     assert torch.equal(engine.decode([5])[0], _after(llama, [*PROMPTS[1], 5]))

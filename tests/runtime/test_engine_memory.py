@@ -23,7 +23,7 @@ SHAPE = {
     "max_position_embeddings": 256,
 }
 LOAD = """
-import json, re, resource, sys
+import json, re, sys
 from quantlib.checkpoint.reader import read_layout
 from quantlib.runtime.engine import Engine, NativeCheckpoint
 from transformers import AutoConfig
@@ -46,6 +46,13 @@ print(json.dumps({"resident": after - before, "peak": peak - before}))
 """
 
 
+def repeated(rows: int, columns: int, scheme: Scheme) -> dict[str, torch.Tensor]:
+    """The packed tensors of a matrix that repeats 64 random rows."""
+    matrix = torch.randn(64, columns, generator=torch.Generator().manual_seed(rows)) * 0.02
+    packed = pack(quantize_rtn(matrix, scheme.segments(columns)))
+    return {suffix: tensor.repeat(rows // 64, 1) for suffix, tensor in packed.items()}
+
+
 def write_large(folder: Path) -> Path:
     """A Llama of 134 M weights in 4 bits; layers share their values, which costs the test less."""
     config = LlamaConfig(**SHAPE, tie_word_embeddings=True)
@@ -59,10 +66,7 @@ def write_large(folder: Path) -> Path:
         for module, size in sizes.items()
     }
     names["model.embed_tokens.weight"] = (config.vocab_size, hidden)
-    packed = {
-        size: pack(quantize_rtn(torch.randn(size) * 0.02, scheme.segments(size[1])))
-        for size in set(names.values())
-    }
+    packed = {size: repeated(*size, scheme) for size in set(names.values())}
     tensors = {
         name + suffix: tensor
         for name, size in names.items()

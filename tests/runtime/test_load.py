@@ -71,6 +71,15 @@ def test_the_transformers_model_is_built_when_it_is_asked_for(
     assert isinstance(model.model.model.layers[0].mlp.up_proj, QuantizedLinear)
 
 
+def test_text_comes_from_where_the_model_was_moved(folder: Path) -> None:
+    model = quantlib.load(folder)
+    assert model.engine == "native"
+    assert model.model is not None
+    assert model.engine == "native"
+    model.model.to("meta")  # a device that every machine has
+    assert model.engine == "plain"
+
+
 @pytest.mark.parametrize("engine", ["native", "plain"])
 def test_a_text_ends_where_the_model_or_its_tokenizer_says(folder: Path, engine: str) -> None:
     model = quantlib.load(folder, engine=engine)

@@ -321,7 +321,7 @@ def test_lines_of_equal_loss_pass_through_the_best_of_both_budgets() -> None:
     line = equal_loss(problem, DECODE, loss)
     assert [place.bytes for place in line] == sorted(place.bytes for place in line)
     assert [place.cost for place in line] == sorted((p.cost for p in line), reverse=True)
-    # the smallest of them is what a size alone buys, up to one choice off the hull
+    # the smallest of them is what a size alone buys, within the gap of each
     assert math.isclose(line[0].bytes, budget, rel_tol=5e-3)
     for place in line:
         assert solve(problem, place.bytes, {DECODE: place.cost}).loss <= loss * (1 + 2e-4)

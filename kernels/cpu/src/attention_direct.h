@@ -34,15 +34,7 @@ struct DirectProduct {
   int64_t columns;
   int64_t begin;  // positions, of values
   int64_t end;
-  int64_t block_bytes;  // what is read is fetched ahead for the next block, which is read next
 };
-
-// 16 words of codes. Blocks are too short for the processor to foresee the next one: keys and
-// values take turns.
-inline IntLanes fetch_words(const uint8_t* codes, int64_t ahead) {
-  __builtin_prefetch(codes + ahead, 0, 2);
-  return load_int(reinterpret_cast<const int32_t*>(codes));
-}
 
 template <int kRows, int kVectors>
 struct DirectSums {
@@ -90,7 +82,7 @@ inline void score_tile(const DirectProduct& p, int64_t position, bool fresh) {
     IntLanes words[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      words[v] = fetch_words(codes + 64 * v, p.block_bytes);
+      words[v] = load_int(reinterpret_cast<const int32_t*>(codes + 64 * v));
     }
 #pragma GCC unroll 8
     for (int j = 0; j < kColumns; ++j) {
@@ -135,7 +127,7 @@ inline void output_tile(const DirectProduct& p, int64_t column, const PositionSt
     IntLanes words[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      words[v] = fetch_words(codes + 64 * v, p.block_bytes);
+      words[v] = load_int(reinterpret_cast<const int32_t*>(codes + 64 * v));
     }
 #pragma GCC unroll 8
     for (int j = 0; j < kPositions; ++j) {
@@ -163,11 +155,14 @@ inline void output_columns(const DirectProduct& p, int64_t column, const Positio
   }
 }
 
-template <int kBits, int kRows>
-inline void score_group(const DirectProduct& p, int64_t positions, bool fresh) {
-  constexpr int kVectors = direct_vectors(kRows);
-  for (int64_t position = 0; position < positions; position += 16 * kVectors) {
+// Of positions [position, p.end), rounded up to whole vectors.
+template <int kBits, int kRows, int kVectors>
+inline void score_positions(const DirectProduct& p, int64_t position, bool fresh) {
+  for (; position + 16 * (kVectors - 1) < p.end; position += 16 * kVectors) {
     score_tile<kBits, kRows, kVectors>(p, position, fresh);
+  }
+  if constexpr (kVectors > 1) {
+    score_positions<kBits, kRows, kVectors / 2>(p, position, fresh);
   }
 }
 
@@ -195,33 +190,29 @@ inline void with_rows(int64_t rows, const Function& function) {
 // and some more.
 inline void direct_scores(const ql::KvFormat& f, int64_t head_dim, const uint8_t* block,
                           int64_t rows, int64_t positions, const float* queries, float* scores) {
-  ql::KvGroup g{};
-  for (bool more = kv_next_group(f, head_dim, &g, true); more;
-       more = kv_next_group(f, head_dim, &g, false)) {
+  for_kv_groups(f, head_dim, [&](const ql::KvGroup& g) {
     const DirectProduct p = {
-        queries + g.start, block + g.offset, scores, nullptr,   kv_padded(head_dim),
-        ql::kKvBlock,      g.columns,        0,      positions, kv_block_bytes(f, head_dim)};
+        queries + g.start, block + g.offset, scores, nullptr,  kv_padded(head_dim),
+        ql::kKvBlock,      g.columns,        0,      positions};
     const bool fresh = g.start == 0;
     with_rows(rows, [&](auto count) {
       if (g.bits == 8) {
-        score_group<8, count.value>(p, positions, fresh);
+        score_positions<8, count.value, direct_vectors(count.value)>(p, 0, fresh);
       } else {
-        score_group<4, count.value>(p, positions, fresh);
+        score_positions<4, count.value, direct_vectors(count.value)>(p, 0, fresh);
       }
     });
-  }
+  });
 }
 
 // outputs [rows][padded] = outputs * carry + weights [rows][64] * values of positions [begin, end).
 inline void direct_outputs(const ql::KvFormat& f, int64_t head_dim, const uint8_t* block,
                            int64_t rows, int64_t begin, int64_t end, const float* weights,
                            const float* carry, float* outputs) {
-  ql::KvGroup g{};
-  for (bool more = kv_next_group(f, head_dim, &g, true); more;
-       more = kv_next_group(f, head_dim, &g, false)) {
-    const DirectProduct p = {weights,      block + g.offset,           outputs + g.start, carry,
-                             ql::kKvBlock, kv_padded(head_dim),        g.columns,         begin,
-                             end,          kv_block_bytes(f, head_dim)};
+  for_kv_groups(f, head_dim, [&](const ql::KvGroup& g) {
+    const DirectProduct p = {weights,      block + g.offset,    outputs + g.start, carry,
+                             ql::kKvBlock, kv_padded(head_dim), g.columns,         begin,
+                             end};
     with_rows(rows, [&](auto count) {
       if (g.bits == 8) {
         output_group<8, count.value>(p);
@@ -229,7 +220,7 @@ inline void direct_outputs(const ql::KvFormat& f, int64_t head_dim, const uint8_
         output_group<4, count.value>(p);
       }
     });
-  }
+  });
 }
 
 }  // namespace

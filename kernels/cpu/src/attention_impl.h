@@ -212,21 +212,41 @@ inline void score_rows(const Queries& q, const Block& block, int64_t rows, int64
   product(p, rows, (positions + 15) / 16 * 16);
 }
 
-inline void add_values(const Queries& q, const Block& block, int64_t rows, const Sight& sight,
-                       const float* weights, const float* carry, float* outputs) {
+// outputs = outputs * carry + weights * values of positions [begin, end) of a block.
+inline void add_values(const Queries& q, const Block& block, int64_t rows, int64_t begin,
+                       int64_t end, const float* weights, const float* carry, float* outputs) {
   if (!block.values) {
-    return direct_outputs(q.cache->value, q.cache->head_dim, block.packed_values, rows, sight.first,
-                          sight.last, weights, carry, outputs);
+    return direct_outputs(q.cache->value, q.cache->head_dim, block.packed_values, rows, begin, end,
+                          weights, carry, outputs);
   }
-  const Product p = {weights + sight.first,
-                     block.values + sight.first * q.padded,
-                     outputs,
-                     carry,
-                     ql::kKvBlock,
-                     q.padded,
-                     q.padded,
-                     sight.last - sight.first};
+  const Product p = {weights + begin, block.values + begin * q.padded,
+                     outputs,         carry,
+                     ql::kKvBlock,    q.padded,
+                     q.padded,        end - begin};
   product(p, rows, q.padded);
+}
+
+// The same of the positions that each row sees. What only some rows see is added to these alone: in
+// the others its weight is 0, which makes a NaN of a value that is not finite.
+inline void add_seen_values(const Queries& q, const Block& block, int64_t rows, const Sight& sight,
+                            const float* weights, const float* carry, float* outputs) {
+  float factors[kTileRows];  // of what the outputs are now: 1 from the first addition on
+  for (int64_t r = 0; r < rows; ++r) factors[r] = carry[r];
+  const auto add_row = [&](int64_t r, int64_t begin, int64_t end) {
+    if (begin >= end) return;
+    add_values(q, block, 1, begin, end, weights + r * ql::kKvBlock, factors + r,
+               outputs + r * q.padded);
+    factors[r] = 1.0f;
+  };
+  const int64_t begin = sight.begin[rows - 1], end = sight.end[0];  // seen by all
+  if (begin >= end) {
+    for (int64_t r = 0; r < rows; ++r) add_row(r, sight.begin[r], sight.end[r]);
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r) add_row(r, sight.begin[r], begin);
+  add_values(q, block, rows, begin, end, weights, factors, outputs);
+  for (int64_t r = 0; r < rows; ++r) factors[r] = 1.0f;
+  for (int64_t r = 0; r < rows; ++r) add_row(r, end, sight.end[r]);
 }
 
 // Adds what `rows` rows from `row` on see of one block.
@@ -238,7 +258,7 @@ inline void attend_tile(const Queries& q, int64_t row, int64_t rows, const Block
   alignas(64) float carry[16];
   soften(work.weights, rows, sight, q.shape->softcap, sums.highest + row, sums.weights + 16 * row,
          carry);
-  add_values(q, block, rows, sight, work.weights, carry, sums.values + row * q.padded);
+  add_seen_values(q, block, rows, sight, work.weights, carry, sums.values + row * q.padded);
 }
 
 // The block at position `start`, of which positions before `end` are seen.

@@ -219,22 +219,30 @@ void dequantize_task(void* context, int64_t index) {
 struct PackJob {
   const QlWeight* weight;
   const ql::TileSegment* tiles;
+  int64_t strips;
   void (*move)(const QlSegment&, const ql::TileSegment&, int64_t rows, int64_t strip);
 };
 
-void pack_task(void* context, int64_t strip) {
+constexpr int64_t kStripsPerTask = 8;  // neighbours: one strip's work brings the next one's rows
+
+void pack_task(void* context, int64_t index) {
   const PackJob& job = *static_cast<const PackJob*>(context);
+  const int64_t begin = index * kStripsPerTask, end = begin + kStripsPerTask;
   for (int64_t i = 0; i < job.weight->segment_count; ++i) {
-    job.move(job.weight->segments[i], job.tiles[i], job.weight->rows, strip);
+    for (int64_t strip = begin; strip < end && strip < job.strips; ++strip) {
+      job.move(job.weight->segments[i], job.tiles[i], job.weight->rows, strip);
+    }
   }
 }
 
 const ql::TilePacker* packer_of(int32_t isa) {
-#ifdef QL_X86
   if (isa == QL_ISA_BEST) isa = ql_chosen_isa();
-  if (isa != QL_ISA_PORTABLE) return ql_supports_isa(isa) ? &ql::bmi2_packer : nullptr;
+#ifdef QL_X86
+  if (isa != QL_ISA_PORTABLE && ql_supports_isa(isa)) {
+    return isa == QL_ISA_AVX512 ? &ql::avx512_packer : &ql::bmi2_packer;
+  }
 #endif
-  return isa == QL_ISA_BEST || ql_supports_isa(isa) ? &ql::portable_packer : nullptr;
+  return ql_supports_isa(isa) ? &ql::portable_packer : nullptr;
 }
 
 int32_t move_strips(const QlWeight* weight, const uint8_t* memory, bool packing, int32_t isa,
@@ -246,9 +254,9 @@ int32_t move_strips(const QlWeight* weight, const uint8_t* memory, bool packing,
       weight->segment_count * static_cast<int64_t>(sizeof(ql::TileSegment))));
   if (!tiles) return QL_NO_MEMORY;
   ql_tile_describe(weight, memory, tiles);
-  PackJob job{weight, tiles, packing ? packer->pack : packer->unpack};
   const int64_t strips = (weight->rows + ql::kStripRows - 1) / ql::kStripRows;
-  ql::parallel_for(strips, threads, pack_task, &job);
+  PackJob job{weight, tiles, strips, packing ? packer->pack : packer->unpack};
+  ql::parallel_for((strips + kStripsPerTask - 1) / kStripsPerTask, threads, pack_task, &job);
   return QL_OK;
 }
 

@@ -1,5 +1,5 @@
-// The small operations between the linears of a decoder, and dense linears: EngineKernels on lanes.h,
-// compiled into every instruction set's unit.
+// The small operations between the linears of a decoder, and dense linears: EngineKernels on
+// lanes.h, compiled once for every width of vectors.
 #pragma once
 
 #include "engine.h"
@@ -140,8 +140,8 @@ inline const typename Row::Element* row_of(const ql::DenseWeight& weight, int64_
   return static_cast<const typename Row::Element*>(weight.data) + row * weight.columns;
 }
 
-// kRows rows of the weight times kTokens tokens. A row's sum takes the same steps whatever the sizes
-// of the block.
+// kRows rows of the weight times kTokens tokens. A row's sum takes the same steps whatever the
+// sizes of the block.
 template <typename Row, int kRows, int kTokens>
 inline void dense_block(const ql::DenseProblem& p, int64_t row, int64_t token) {
   Lanes sums[kRows][kTokens];

@@ -1,4 +1,4 @@
-// The engine's C interface (engine.h): models, sequences, and steps that are checked before they run.
+// The engine's C interface (engine.h): models, sequences, and steps, checked before they run.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>

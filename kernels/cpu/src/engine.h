@@ -122,8 +122,8 @@ struct QlModel {
 
 // Tokens to append. Row i of a step is the token tokens[i] of the sequence sequences[i], at the
 // position after all rows of that sequence before it: a prompt, or a part of one, is many rows of
-// one sequence; decoding B sequences is one row of each; both may share a step. Rows of one sequence
-// stand side by side.
+// one sequence; decoding B sequences is one row of each; both may share a step. Rows of one
+// sequence stand side by side.
 struct QlStep {
   const int32_t* tokens;      // [count]
   const int32_t* sequences;   // [count]
@@ -132,8 +132,8 @@ struct QlStep {
   float* logits;              // [wanted_count, vocabulary], or null
   int32_t* best;              // [wanted_count], or null: the first index of the largest logit; of a
                               // NaN where there is one
-  float* hidden_states;       // null, or [layer_count + 1, count, hidden]: what enters each layer and
-                              // what leaves the last one
+  float* hidden_states;       // null, or [layer_count + 1, count, hidden]: what enters each layer,
+                              // and what leaves the last one
   int64_t count;
   int64_t wanted_count;
   int32_t threads;            // at most; never changes a bit of the result
@@ -152,8 +152,8 @@ QL_API void ql_engine_destroy(QlEngine* engine);  // null is allowed
 // What was wrong with the model of this thread's last ql_engine_create; a static string.
 QL_API const char* ql_engine_problem();
 
-// Work space grows with `count` and stays: split long prompts into chunks of some 512 tokens. A step
-// that fails appends nothing. Several threads may call; their steps follow one another.
+// Work space grows with `count` and stays: split long prompts into chunks of some 512 tokens. A
+// step that fails appends nothing. Several threads may call; their steps follow one another.
 QL_API int32_t ql_engine_step(QlEngine* engine, const QlStep* step);
 
 // Tokens of a sequence so far; -1 when there is no such sequence.

@@ -55,8 +55,8 @@ struct Plan {
   LinearGroup head;
 };
 
-// The smallest odd multiple of 64 elements that holds a row: rows that far apart do not fall into the
-// same cache sets.
+// The smallest odd multiple of 64 elements that holds a row: rows that far apart do not fall into
+// the same cache sets.
 int64_t odd_stride(int64_t elements);
 
 // Fills `plan`; returns null, or what is wrong with the model: a static string.

@@ -81,5 +81,5 @@ int32_t ql_chosen_isa() {
 }
 
 int32_t ql_supports_isa(int32_t isa) {
-  return isa > 0 && isa < kIsaCount && kIsas[isa].tiles && kIsas[isa].supported();
+  return isa > 0 && isa < kIsaCount && kIsas[isa].supported();
 }

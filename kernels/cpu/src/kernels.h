@@ -14,10 +14,10 @@ namespace ql {
 
 // The x86 tables exist where build.py compiles them, which it tells driver.cpp by QL_X86.
 extern const TileKernels portable_tiles;
-extern const TileKernels avx2_tiles __attribute__((weak));
-extern const TileKernels avx2vnni_tiles __attribute__((weak));
-extern const TileKernels avx512vnni_tiles __attribute__((weak));
-extern const TileKernels avx512_tiles __attribute__((weak));
+extern const TileKernels avx2_tiles;
+extern const TileKernels avx2vnni_tiles;
+extern const TileKernels avx512vnni_tiles;
+extern const TileKernels avx512_tiles;
 
 // The kernels of a QlIsa; null when this processor does not have it.
 const TileKernels* kernels_of(int32_t isa);
@@ -30,6 +30,7 @@ struct TilePacker {
 };
 
 extern const TilePacker portable_packer;
-extern const TilePacker bmi2_packer;  // x86 with BMI2
+extern const TilePacker bmi2_packer;
+extern const TilePacker avx512_packer;  // with VBMI
 
 }  // namespace ql

@@ -80,35 +80,29 @@ inline int64_t kv_padded(int64_t head_dim) {
   return (head_dim + ql::kKvLanes - 1) / ql::kKvLanes * ql::kKvLanes;
 }
 
-// Walks the groups of a quantized format: `g` is the one before, or null for the first one. False
-// when there is none left.
-inline bool kv_next_group(const ql::KvFormat& f, int64_t head_dim, ql::KvGroup* g, bool first) {
+// Calls body(group) for the groups of a quantized format, in order.
+template <class Body>
+inline void for_kv_groups(const ql::KvFormat& f, int64_t head_dim, const Body& body) {
   const int64_t padded = kv_padded(head_dim);
-  if (first) {
-    g->start = 0;
-    g->offset = 0;
-  } else {
-    g->start += g->columns;
-    g->offset += ql::kKvBlock * (4 + g->columns * g->bits / 8);
+  ql::KvGroup g = {0, 0, 0, 0};
+  while (g.start < padded) {
+    const bool is_wide = g.start < f.wide;
+    const int64_t left = (is_wide ? f.wide : padded) - g.start;
+    g.columns = is_wide || f.group == 0 || f.group > left ? left : f.group;
+    g.bits = is_wide ? 8 : f.bits;
+    body(g);
+    g.start += g.columns;
+    g.offset += ql::kKvBlock * (4 + g.columns * g.bits / 8);
   }
-  if (g->start >= padded) return false;
-  const bool is_wide = g->start < f.wide;
-  const int64_t left = (is_wide ? f.wide : padded) - g->start;
-  const int64_t wanted = is_wide || f.group == 0 ? left : f.group;
-  g->columns = wanted < left ? wanted : left;
-  g->bits = is_wide ? 8 : f.bits;
-  return true;
 }
 
 // Bytes of a block of 64 positions of one KV head; a multiple of 64.
 inline int64_t kv_block_bytes(const ql::KvFormat& f, int64_t head_dim) {
   if (f.bits == 32) return ql::kKvBlock * kv_padded(head_dim) * 4;
-  ql::KvGroup g{};
   int64_t bytes = 0;
-  for (bool more = kv_next_group(f, head_dim, &g, true); more;
-       more = kv_next_group(f, head_dim, &g, false)) {
-    bytes = g.offset + ql::kKvBlock * (4 + g.columns * g.bits / 8);
-  }
+  for_kv_groups(f, head_dim, [&](const ql::KvGroup& g) {
+    bytes += ql::kKvBlock * (4 + g.columns * g.bits / 8);
+  });
   return bytes;
 }
 

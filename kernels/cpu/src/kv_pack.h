@@ -143,16 +143,14 @@ inline void store_value_group(uint8_t* group, const ql::KvGroup& g, int64_t posi
 inline void store_position(const ql::KvFormat& f, int64_t head_dim, bool keys, uint8_t* block,
                            int64_t position, const float* x) {
   RoundedGroup rounded;
-  ql::KvGroup g{};
-  for (bool more = kv_next_group(f, head_dim, &g, true); more;
-       more = kv_next_group(f, head_dim, &g, false)) {
+  for_kv_groups(f, head_dim, [&](const ql::KvGroup& g) {
     round_group(x + g.start, g.columns, g.bits, &rounded);
     if (keys) {
       store_key_group(block + g.offset, g, position, rounded);
     } else {
       store_value_group(block + g.offset, g, position, rounded);
     }
-  }
+  });
 }
 
 inline void store_floats(int64_t head_dim, bool keys, uint8_t* block, int64_t position,
@@ -254,12 +252,10 @@ inline const float* load_keys(const ql::KvFormat& f, int64_t head_dim, const uin
                               int64_t positions, float* panel) {
   if (f.bits == 32) return reinterpret_cast<const float*>(block);
   const int64_t vectors = (positions + 15) / 16;
-  ql::KvGroup g{};
-  for (bool more = kv_next_group(f, head_dim, &g, true); more;
-       more = kv_next_group(f, head_dim, &g, false)) {
+  for_kv_groups(f, head_dim, [&](const ql::KvGroup& g) {
     const auto load_group = g.bits == 8 ? load_key_group<8> : load_key_group<4>;
     load_group(block + g.offset, g.columns, vectors, panel + g.start * ql::kKvBlock);
-  }
+  });
   return panel;
 }
 
@@ -267,12 +263,10 @@ inline const float* load_keys(const ql::KvFormat& f, int64_t head_dim, const uin
 inline const float* load_values(const ql::KvFormat& f, int64_t head_dim, const uint8_t* block,
                                 int64_t positions, float* panel) {
   if (f.bits == 32) return reinterpret_cast<const float*>(block);
-  ql::KvGroup g{};
-  for (bool more = kv_next_group(f, head_dim, &g, true); more;
-       more = kv_next_group(f, head_dim, &g, false)) {
+  for_kv_groups(f, head_dim, [&](const ql::KvGroup& g) {
     const auto load_group = g.bits == 8 ? load_value_group<8> : load_value_group<4>;
     load_group(block + g.offset, g.columns, positions, kv_padded(head_dim), panel + g.start);
-  }
+  });
   return panel;
 }
 

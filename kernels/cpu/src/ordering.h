@@ -6,8 +6,8 @@
 
 namespace {
 
-// order_key(a) < order_key(b) if a < b; equal numbers (also -0 and 0) have equal keys, and every NaN
-// has the largest.
+// order_key(a) < order_key(b) if a < b; equal numbers (also -0 and 0) have equal keys, and every
+// NaN has the largest.
 inline int32_t order_key(float value) {
   value += 0.0f;
   int32_t bits;

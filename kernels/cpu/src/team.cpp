@@ -9,8 +9,58 @@
 #include <system_error>
 #include <thread>
 
+#ifdef __linux__
+#include <sched.h>
+#endif
+
 namespace ql {
 namespace {
+
+// Where the threads of a job run. A thread that is woken is often put on the processor of the one
+// that woke it, and a job is over before the system spreads them: two threads then take turns on one
+// processor while the next one idles. So each claims the processor it is on, and moves where that
+// one is taken.
+class Places {
+ public:
+#ifdef __linux__
+  // By the caller, before the others are called.
+  void begin() {
+    for (std::atomic<uint64_t>& word : taken_) word.store(0, std::memory_order_relaxed);
+    claim(sched_getcpu());
+  }
+
+  // By every other thread of the job.
+  void settle() {
+    cpu_set_t allowed, free;
+    if (claim(sched_getcpu()) || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+    CPU_ZERO(&free);
+    for (int cpu = 0; cpu < kProcessors; ++cpu) {
+      if (CPU_ISSET(cpu, &allowed) && !(taken_[cpu / 64].load() >> cpu % 64 & 1)) {
+        CPU_SET(cpu, &free);
+      }
+    }
+    // Narrowing what is allowed moves the thread at once; it stays there when all is allowed again.
+    if (CPU_COUNT(&free) == 0 || sched_setaffinity(0, sizeof free, &free) != 0) return;
+    sched_setaffinity(0, sizeof allowed, &allowed);
+    claim(sched_getcpu());
+  }
+
+ private:
+  static constexpr int kProcessors = CPU_SETSIZE;
+
+  // Whether nobody had it.
+  bool claim(int cpu) {
+    if (cpu < 0 || cpu >= kProcessors) return true;
+    const uint64_t bit = uint64_t{1} << cpu % 64;
+    return !(taken_[cpu / 64].fetch_or(bit) & bit);
+  }
+
+  std::atomic<uint64_t> taken_[kProcessors / 64]{};
+#else
+  void begin() {}
+  void settle() {}
+#endif
+};
 
 // How long the caller of a region waits for helpers before it starts without the missing ones.
 constexpr std::chrono::microseconds kPatience{1000};
@@ -24,7 +74,10 @@ class Crowding {
   // After a region of so many threads: how long it took and how long they slept at barriers, all
   // together.
   void learn(int32_t threads, int64_t nanoseconds, int64_t slept) {
-    if (slept > nanoseconds / 2 * (threads - 1)) {
+    const bool crowded = slept > nanoseconds / 2 * (threads - 1);
+    crowded_ = crowded ? crowded_ + 1 : 0;
+    if (crowded_ == kInARow) {  // one slow region may be anything
+      crowded_ = 0;
       limit_ = std::max(1, threads / 2);
       left_ = pause_ = std::min(2 * pause_, kLongestPause);
     } else if (limit_ == kNoLimit) {
@@ -37,7 +90,8 @@ class Crowding {
 
  private:
   static constexpr int32_t kNoLimit = INT32_MAX;
-  static constexpr int32_t kShortestPause = 4, kLongestPause = 128;  // in regions
+  static constexpr int32_t kInARow = 8, kShortestPause = 4, kLongestPause = 64;  // in regions
+  int32_t crowded_ = 0;  // regions in a row
   int32_t limit_ = kNoLimit;
   int32_t pause_ = kShortestPause;
   int32_t left_ = 0;
@@ -92,6 +146,7 @@ class Team {
     finished_.store(0, std::memory_order_relaxed);
     if (helpers == 0) return 0;
     std::fegetenv(&float_environment_);
+    places_.begin();
     slots_.store(helpers);  // after everything above: whoever takes a slot sees the job
     generation_.fetch_add(1);
     called_.wake();
@@ -136,6 +191,7 @@ class Team {
   // down, so that the numbers of the members of a region have no gap when some slots stay empty.
   void join(int32_t slot) {
     std::fesetenv(&float_environment_);  // rounding and flush-to-zero as the caller has them
+    places_.settle();
     if (region_body_) {
       started_.wait([&] { return members_.load() > 0; });
       region_body_(context_, Member{&region_, offered_ - slot + 1, members_.load()});
@@ -161,6 +217,7 @@ class Team {
   void (*region_body_)(void*, const Member&) = nullptr;
   void* context_ = nullptr;
   std::fenv_t float_environment_{};
+  Places places_;
   Crowding crowding_;
   Region region_;
 };
@@ -220,7 +277,7 @@ bool Region::next(int64_t count, int64_t most, int64_t* first, int64_t* last) {
   do {
     const int64_t left = count - at;
     if (left <= 0) return false;
-    take = std::min(threads_ == 1 ? left : std::max<int64_t>(left / (2 * threads_), 1), most);
+    take = std::min(threads_ == 1 ? left : std::max<int64_t>(left * 3 / (4 * threads_), 1), most);
   } while (!next_.compare_exchange_weak(at, at + take, std::memory_order_relaxed));
   *first = at;
   *last = at + take;

@@ -43,8 +43,8 @@ struct Member {
 // one another the next ones take fewer, for a while.
 void run_team(int32_t threads, void (*body)(void* context, const Member& member), void* context);
 
-// Where threads wait for something that others bring about: they look for it for some tens of
-// microseconds, then sleep, for where threads outnumber processors the one waited for may need theirs.
+// Where threads wait for something that others bring about. They look for it for some tens of
+// microseconds, then sleep: where threads outnumber processors, the one waited for may need theirs.
 class WaitingRoom {
  public:
   // Returns when done() is true, and how many nanoseconds it slept. done() reads atomics, in
@@ -83,7 +83,7 @@ class WaitingRoom {
   }
 
  private:
-  static constexpr int kSpins = 2000;
+  static constexpr int kSpins = 4000;
   static void pause() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();

@@ -180,20 +180,18 @@ struct SegmentInput {
   const float* scale_at(int64_t k) const { return scales ? scales + k / act_group : nullptr; }
 };
 
-// Walks over the segments: where each one's activations are.
+// Walks over the segments: where the activations of each are, from some token on.
 class InputCursor {
  public:
   InputCursor(const ql::TileInput& in, int64_t token) : in_(in), token_(token) {}
 
   // The activations of `s`, which must be the next segment.
   SegmentInput next(const ql::TileSegment& s) {
-    const SegmentInput input{in_.values + token_ * in_.value_stride + columns_,
-                             in_.sums + token_ * in_.sum_stride + sums_ +
-                                 sum_offset(s.padded, s.piece),
-                             in_.act_group ? in_.scales + token_ * in_.scale_stride + groups_ : nullptr,
-                             in_.value_stride,
-                             in_.sum_stride,
-                             in_.scale_stride,
+    const int8_t* values = in_.values + token_ * in_.value_stride + columns_;
+    const float* sums = in_.sums + token_ * in_.sum_stride + sums_ + sum_offset(s.padded, s.piece);
+    const float* scales = in_.scales + token_ * in_.scale_stride + groups_;
+    const SegmentInput input{values,          sums,           in_.act_group ? scales : nullptr,
+                             in_.value_stride, in_.sum_stride, in_.scale_stride,
                              in_.act_group};
     columns_ += s.padded;
     sums_ += sum_count(s.padded);

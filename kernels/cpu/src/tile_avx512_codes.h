@@ -21,9 +21,9 @@ constexpr int64_t unit_bytes(int bits) { return 2 * kUnitColumns * bits; }
 
 inline __m512i byte_set(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
 
-// Plain widths: fields of a byte. With several chains of sums, chunk c always meeting chain
-// c % chains, a field needs no shift: multiplied by 2^shift_of(chain) where it stands, it makes sums
-// that are shifted back once, exactly.
+// Plain widths: fields of a byte. Where a token has several chains of sums, and chunk c always goes
+// to chain c % chains, most fields need no shift: used where they stand, times 2^shift_of(chain),
+// they make sums that are shifted back once, exactly.
 template <int bits>
 struct Fields {
   static constexpr int kFields = 8 / bits;

@@ -1,8 +1,8 @@
 // int8 activations, few tokens: codes are multiplied as they are unpacked, and never stored.
 //
-// What limits one token is memory: the loops ask for codes well ahead (the hardware's own prefetch
-// stops at every page), and four chains of VPDPBUSD hide its latency. With more tokens, every
-// unpacked vector is used for all of them; a block's sums stay in registers.
+// One token is limited by memory, so what matters is to read it in order and to need few
+// instructions per byte. With more tokens, every unpacked vector is used for all of them, and their
+// sums stay in registers.
 #pragma once
 
 #include "tile_avx512.h"
@@ -11,8 +11,7 @@ namespace vnni {
 namespace {
 
 constexpr int64_t kTileTokens = 8;  // that are multiplied at the same time
-constexpr int64_t kPrefetchBytes = 4096;  // how far ahead codes are asked for
-constexpr int64_t kMetaPrefetchBytes = 256;
+constexpr int64_t kCodesAhead = 8192, kMetaAhead = 256;  // bytes
 
 inline void prefetch(const uint8_t* at) {
   _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
@@ -22,56 +21,48 @@ inline void prefetch_to_l2(const uint8_t* at) {
   _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
 }
 
-// How many chains of VPDPBUSD share the sums of a block and token: enough, with all blocks and tokens
-// at hand, to hide its latency.
-constexpr int chains_of(int tokens) {
-  return tokens <= 2 ? 2 : 1;
+// Whether to ask for codes ahead of their use. Where a core takes them slower than memory can give
+// them, this hides what the hardware's prefetch does not (it begins anew with every page); where it
+// takes them faster, the additional requests cost more than they bring. Measured on Zen 4.
+constexpr bool asks_ahead(int bits, int tokens) {
+  return bits < (tokens <= 2 ? 4 : 2 * tokens);
 }
 
-// Blocks whose sums are kept in registers at the same time.
-constexpr int blocks_together(int tokens) { return tokens <= 6 ? 2 : 1; }
+// Chains of VPDPBUSD that share the sums of a token, to hide its latency.
+constexpr int chains_of(int tokens) { return tokens == 1 ? 4 : tokens < 4 ? 2 : 1; }
 
-// Dot products of `blocks` times 16 rows with some tokens over the columns of a piece.
-template <int tokens, int blocks, class Codes>
+// Dot products of 16 rows with some tokens over the columns of a piece. One block after the other:
+// memory likes to be read in order.
+template <int tokens, class Codes>
 inline void block_dots(const Codes& codes, const uint8_t* packed, const int8_t* values,
-                       int64_t stride, int64_t columns, DotLanes (&dots)[blocks][tokens]) {
+                       int64_t stride, int64_t columns, DotLanes (&dots)[tokens]) {
   constexpr int chains = chains_of(tokens);
   constexpr int64_t bytes = unit_bytes(Codes::kBits);
-  const int64_t block_bytes = block_code_bytes(columns, Codes::kBits);
-  DotLanes parts[blocks][chains][tokens] = {};
+  DotLanes parts[chains][tokens] = {};
   const int8_t* const end = values + columns;
   do {
-    __m512i chunks[blocks][kUnitChunks];
-#pragma GCC unroll 2
-    for (int b = 0; b < blocks; ++b) {
-      const uint8_t* from = packed + b * block_bytes;
-      for (int64_t line = 0; line < bytes; line += 64) prefetch(from + kPrefetchBytes + line);
-      codes.template unpack<chains>(from, chunks[b]);
+    if constexpr (asks_ahead(Codes::kBits, tokens)) {
+      for (int64_t i = 0; i < bytes; i += 64) prefetch_to_l2(packed + kCodesAhead + i);
     }
+    __m512i chunks[kUnitChunks];
+    codes.template unpack<chains>(packed, chunks);
 #pragma GCC unroll 4
     for (int c = 0; c < kUnitChunks; ++c) {
 #pragma GCC unroll 8
       for (int t = 0; t < tokens; ++t) {
-        const __m512i four = four_values(values + t * stride + ql::kChunkColumns * c);
-#pragma GCC unroll 2
-        for (int b = 0; b < blocks; ++b) {
-          DotLanes& part = parts[b][c % chains][t];
-          part = dot4(part, chunks[b][c], four);
-        }
+        DotLanes& part = parts[c % chains][t];
+        part = dot4(part, chunks[c], four_values(values + t * stride + ql::kChunkColumns * c));
       }
     }
     packed += bytes;
     values += kUnitColumns;
   } while (values < end);
-#pragma GCC unroll 2
-  for (int b = 0; b < blocks; ++b) {
 #pragma GCC unroll 8
-    for (int t = 0; t < tokens; ++t) {
-      dots[b][t] = parts[b][0][t];
+  for (int t = 0; t < tokens; ++t) {
+    dots[t] = parts[0][t];
 #pragma GCC unroll 4
-      for (int c = 1; c < chains; ++c) {
-        dots[b][t] += parts[b][c][t] >> Codes::template shift_of<chains>(c);
-      }
+    for (int c = 1; c < chains; ++c) {
+      dots[t] += parts[c][t] >> Codes::template shift_of<chains>(c);
     }
   }
 }
@@ -81,7 +72,6 @@ template <int tokens, int blocks, class Codes, class Meta>
 __attribute__((noinline)) void add_segment(const ql::TileSegment& s, const Codes& codes,
                                            const Meta& reader, const SegmentInput& in,
                                            int64_t strip, __m512 (&sums)[2][tokens]) {
-  constexpr int together = blocks < blocks_together(tokens) ? blocks : blocks_together(tokens);
   const uint8_t* packed = s.codes + strip * s.codes_stride;
   const uint8_t* meta = s.meta + strip * s.meta_stride;
   const int64_t meta_bytes = block_meta_bytes(s);
@@ -92,25 +82,21 @@ __attribute__((noinline)) void add_segment(const ql::TileSegment& s, const Codes
   for (int64_t k = 0; k < s.padded; k += s.piece) {
     const int64_t columns = smaller(s.piece, s.padded - k);
     const float* group = in.scale_at(k);
-    prefetch(meta + kMetaPrefetchBytes);
+    prefetch(meta + kMetaAhead);
 #pragma GCC unroll 2
-    for (int first = 0; first < blocks; first += together) {
-      DotLanes dots[together][tokens];
+    for (int b = 0; b < blocks; ++b) {
+      DotLanes dots[tokens];
       block_dots(codes, packed, in.values + k, in.value_stride, columns, dots);
-#pragma GCC unroll 2
-      for (int b = 0; b < together; ++b) {
-        const BlockMeta own = reader.read(meta, factors + ql::kBlockRows * (first + b));
+      const BlockMeta own = reader.read(meta, factors + ql::kBlockRows * b);
 #pragma GCC unroll 8
-        for (int t = 0; t < tokens; ++t) {
-          const __m512 sum = _mm512_set1_ps(piece_sums[t * in.sum_stride]);
-          __m512 term = _mm512_fnmadd_ps(own.zero, sum, floats_of(dots[b][t]));
-          if (group) term = _mm512_mul_ps(term, _mm512_set1_ps(group[t * in.scale_stride]));
-          __m512& total = totals[first + b][t];
-          total = _mm512_fmadd_ps(term, own.scale, total);
-        }
-        packed += block_code_bytes(columns, Codes::kBits);
-        meta += meta_bytes;
+      for (int t = 0; t < tokens; ++t) {
+        const __m512 sum = _mm512_set1_ps(piece_sums[t * in.sum_stride]);
+        __m512 term = _mm512_fnmadd_ps(own.zero, sum, floats_of(dots[t]));
+        if (group) term = _mm512_mul_ps(term, _mm512_set1_ps(group[t * in.scale_stride]));
+        totals[b][t] = _mm512_fmadd_ps(term, own.scale, totals[b][t]);
       }
+      packed += block_code_bytes(columns, Codes::kBits);
+      meta += meta_bytes;
     }
     ++piece_sums;
   }

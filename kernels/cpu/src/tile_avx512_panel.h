@@ -1,9 +1,9 @@
 // int8 activations, many tokens: a stretch of a strip's columns is unpacked once, into a panel that
-// stays in the L1 cache, and multiplied with six tokens at a time; then comes the next stretch.
+// stays in the cache, and multiplied with six tokens at a time; then comes the next stretch.
 //
-// With very many tokens the panel is longer than the L1 cache: it is read in order, which the L2
-// cache is fast enough for, and totals are loaded and stored less often. With fewer, what comes next
-// is better asked for in smaller portions.
+// With very many tokens the panel is longer than the L1 cache: it is read in order, for which L2 is
+// fast enough, and totals are loaded and stored less often. With fewer tokens, what comes next is
+// better asked for in smaller portions.
 //
 // A panel is laid out as 8-bit codes are, so these need no unpacking. Six tokens x two blocks make
 // twelve chains of VPDPBUSD and twelve totals: 24 of the 32 registers. Where all rows have the same

@@ -186,6 +186,9 @@ inline ExactPanel panel_in(uint8_t* scratch) {
   return panel;
 }
 
+constexpr size_t kPanelBytes =
+    static_cast<size_t>((ql::kMaxPiece + kPanelPieces) * kPanelRows) * sizeof(float);  // but totals
+
 int64_t exact_scratch_bytes(const ql::TiledWeight&, int64_t) {
   return (ql::kMaxPiece + kPanelPieces + kTotalTokens) * kPanelRows *
          static_cast<int64_t>(sizeof(float));
@@ -319,11 +322,10 @@ void exact_strips(const ql::TiledWeight& w, const ql::TileInput& in, const ql::T
   }
   const int64_t end = smaller_of(2 * last, tile_block_count(w));
   const ExactPanel panel = panel_in(scratch);
-  // A panel that lacks its second block, at the very end, multiplies what memory holds: make that
-  // numbers.
-  memset(scratch, 0, static_cast<size_t>(exact_scratch_bytes(w, in.tokens)));
   for (int64_t block = 2 * first; block < end; block += kPanelBlocks) {
     const int64_t blocks = smaller_of(end - block, kPanelBlocks);
+    // A panel that lacks its second block, at the very end, multiplies zeros in its place.
+    if (blocks < kPanelBlocks) memset(panel.values, 0, kPanelBytes);
     for (int64_t token = 0; token < in.tokens; token += kTotalTokens) {
       panel_blocks(w, in, out, block, blocks, token, smaller_of(in.tokens - token, kTotalTokens),
                    panel);

@@ -51,7 +51,7 @@ Extent extent_of(const TileSegment& t, int64_t rows) {
 }  // namespace
 
 namespace ql {
-const TilePacker portable_packer = {pack_strip, unpack_strip};
+const TilePacker portable_packer = {pack_strip<move_any_codes<true>>, unpack_strip};
 }
 
 void ql_tile_describe(const QlWeight* weight, const uint8_t* memory, ql::TileSegment* tiles) {

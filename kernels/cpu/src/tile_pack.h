@@ -62,8 +62,10 @@ inline uint64_t read_bytes(const uint8_t* stream, int64_t bytes, int64_t offset,
   return word;
 }
 
+// Writes `count` bytes, and zeros behind them where there is room: streams are written in order.
 inline void write_bytes(uint8_t* stream, int64_t bytes, int64_t offset, int64_t count,
                         uint64_t word) {
+  if (offset + 8 <= bytes) return store(stream + offset, word);
   const int64_t left = bytes - offset < count ? bytes - offset : count;
   if (left > 0) memcpy(stream + offset, &word, static_cast<size_t>(left));
 }
@@ -107,10 +109,8 @@ struct Chunks {
         words[j] = load<uint64_t>(from + j / per_byte * 64) >> (j % per_byte * bits) & low;
       }
     } else {
-      for (int j = 0; j < 4; ++j) {
-        uint64_t word = 0;
-        memcpy(&word, block + ((chunk + j) * 8 + i) * bits, bits);
-        words[j] = octet.spread(word);
+      for (int j = 0; j < 4; ++j) {  // what is read past the codes is dropped
+        words[j] = octet.spread(load<uint64_t>(block + ((chunk + j) * 8 + i) * bits));
       }
     }
   }
@@ -401,8 +401,11 @@ void unpack_factors(const QlSegment& s, const TileSegment& t, int64_t rows, int6
   }
 }
 
+using Move = void(const QlSegment& s, const TileSegment& t, int64_t rows, int64_t strip);
+
+template <Move* pack_codes>
 void pack_strip(const QlSegment& s, const TileSegment& t, int64_t rows, int64_t strip) {
-  move_any_codes<true>(s, t, rows, strip);
+  pack_codes(s, t, rows, strip);
   pack_meta(s, t, rows, strip);
   pack_factors(s, t, rows, strip);
 }

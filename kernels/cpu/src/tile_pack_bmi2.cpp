@@ -2,5 +2,5 @@
 #include "tile_pack.h"
 
 namespace ql {
-const TilePacker bmi2_packer = {pack_strip, unpack_strip};
+const TilePacker bmi2_packer = {pack_strip<move_any_codes<true>>, unpack_strip};
 }

@@ -5,6 +5,7 @@
 // A model's weights do not stay in the caches from one token to the next, so the same weight in the
 // same place would be timed too fast: as many copies as the caller asks for lie one after the other
 // and are read in turn.
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <new>
@@ -72,31 +73,40 @@ class Copies {
   std::vector<ql::TiledWeight> weights_;
 };
 
-// Inputs that are all alike: what the numbers are does not change how long they take. The stride is
-// an odd multiple of 64 elements, see TileInput.
-struct Inputs {
-  std::vector<int8_t> values;
-  std::vector<float> floats, sums, scales;
-  ql::TileInput input{};
-
-  Inputs(const ql::TiledWeight& weight, int64_t tokens, bool exact) {
-    const int64_t lines = (tile_padded_columns(weight) + 63) / 64;
-    input.value_stride = 64 * (lines | 1);
-    input.sum_stride = tile_sum_count(weight);
-    input.scale_stride = 1;
-    input.tokens = tokens;
+// Inputs that are all alike: what the numbers are does not change how long they take. They lie as
+// the engine's do: aligned, at strides of an odd number of lines.
+class Inputs {
+ public:
+  Inputs(const ql::TiledWeight& weight, int64_t tokens, bool exact)
+      : stride_(64 * ((tile_padded_columns(weight) + 63) / 64 | 1)),
+        sums_(round_up(tile_sum_count(weight), 16)),
+        memory_(round_up(tokens * (4 * stride_ + 4 * sums_ + 4), 64) + 64) {
+    if (!memory_.data()) return;
+    input_.tokens = tokens;
+    input_.value_stride = stride_;
+    input_.sum_stride = sums_;
+    input_.scale_stride = 1;
+    float* floats = reinterpret_cast<float*>(memory_.data());
     if (exact) {
-      floats.assign(static_cast<size_t>(tokens * input.value_stride + 64), 0.25f);
-      input.floats = floats.data();
-    } else {
-      values.assign(static_cast<size_t>(tokens * input.value_stride + 64), 3);
-      sums.assign(static_cast<size_t>(tokens * input.sum_stride), 3.0f);
-      scales.assign(static_cast<size_t>(tokens), 0.01f);
-      input.values = values.data();
-      input.sums = sums.data();
-      input.scales = scales.data();
+      std::fill_n(floats, tokens * stride_, 0.25f);
+      input_.floats = floats;
+      return;
     }
+    std::fill_n(floats, tokens * (sums_ + 1), 3.0f);
+    input_.sums = floats;
+    input_.scales = floats + tokens * sums_;
+    uint8_t* values = memory_.data() + round_up(4 * tokens * (sums_ + 1), 64);
+    memset(values, 3, static_cast<size_t>(tokens * stride_));
+    input_.values = reinterpret_cast<int8_t*>(values);
   }
+
+  bool made() const { return memory_.data() != nullptr; }
+  const ql::TileInput& input() const { return input_; }
+
+ private:
+  int64_t stride_, sums_;
+  Memory memory_;
+  ql::TileInput input_{};
 };
 
 struct Job {
@@ -141,10 +151,10 @@ QL_API int32_t ql_time_strips(const ql::TiledWeight* weight, const uint8_t* tile
   const int64_t scratch_bytes = round_up(scratch_of(*weight, tokens), 64) + 64;
   const Copies made(*weight, tiles, bytes, copies);
   const Memory scratch(scratch_bytes * threads);
-  if (!made.made() || !scratch.data()) return QL_NO_MEMORY;
   const Inputs inputs(*weight, tokens, exact != 0);
+  if (!made.made() || !scratch.data() || !inputs.made()) return QL_NO_MEMORY;
   std::vector<float> y(static_cast<size_t>(tokens * weight->rows));
-  Job job{&made, kernels, &inputs.input, {y.data(), weight->rows, nullptr, false}, scratch.data(),
+  Job job{&made, kernels, &inputs.input(), {y.data(), weight->rows, nullptr, false}, scratch.data(),
           scratch_bytes, tile_strips(*weight), exact != 0};
   ql::run_team(threads, compute, &job);
   for (int64_t pass = 0; pass < passes; ++pass) {

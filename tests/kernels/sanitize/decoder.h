@@ -1,0 +1,145 @@
+// A small random decoder with weights of many formats, for the engine.
+#pragma once
+
+#include <memory>
+
+#include "engine.h"
+#include "weights.h"
+
+constexpr int64_t kHidden = 80, kIntermediate = 100, kHeads = 4, kKvHeadCount = 2, kHeadDim = 32;
+constexpr int64_t kVocabulary = 150, kLayers = 2, kSequenceCount = 3, kEngineCapacity = 400;
+
+class Decoder {
+ public:
+  // `mode` is a QlInputMode of tiled weights.
+  Decoder(int32_t mode, const ql::KvFormat& key, const ql::KvFormat& value) : mode_(mode) {
+    const int64_t q = kHeads * kHeadDim, kv = kKvHeadCount * kHeadDim;
+    for (int64_t i = 0; i < kLayers; ++i) {
+      const bool second = i == 1;
+      QlLinear* qkv = linears_.emplace_back(3).data();
+      qkv[0] = tiled(q, {{"w4g64", 64}, {"w8", kHidden - 64}});
+      qkv[1] = second ? dense(kv, kHidden, QL_DENSE_BF16) : tiled(kv, {{"w3g32z", kHidden}});
+      qkv[2] = tiled(kv, {{second ? "nvfp4" : "w5g32z", kHidden}});
+      QlLinear* gate_up = linears_.emplace_back(2).data();
+      gate_up[0] = tiled(kIntermediate, {{"w2g16z", kHidden}});
+      gate_up[1] = tiled(kIntermediate, {{"w6g256zs7", kHidden}});
+      QlLayer layer = {};
+      layer.input_norm = norm(kHidden);
+      layer.ffn_norm = norm(kHidden);
+      layer.attention_out_norm = second ? norm(kHidden) : nullptr;
+      layer.ffn_out_norm = second ? norm(kHidden) : nullptr;
+      layer.q_norm = second ? norm(kHeadDim) : nullptr;
+      layer.k_norm = second ? norm(kHeadDim) : nullptr;
+      layer.qkv = qkv;
+      layer.qkv_count = 3;
+      layer.gate_up = gate_up;
+      layer.gate_up_count = 2;
+      layer.o = tiled(kHidden, {{second ? "mxfp4" : "w7g128z", q}});
+      layer.down = second ? dense(kHidden, kIntermediate, QL_DENSE_F16)
+                          : tiled(kHidden, {{"fp6g32", kIntermediate}});
+      layer.intermediate = kIntermediate;
+      layer.window = second ? 37 : 0;
+      layer.attention_scale = 0.2f;
+      layer.attention_softcap = second ? 30.0f : 0.0f;
+      layer.rope = second ? -1 : 0;
+      layers_.push_back(layer);
+    }
+    describe(key, value);
+  }
+  Decoder(const Decoder&) = delete;
+  const QlModel& model() const { return model_; }
+
+ private:
+  void describe(const ql::KvFormat& key, const ql::KvFormat& value) {
+    const Exact<float>& frequencies = floats_.emplace_back(exact_floats(kHeadDim / 2 - 3));
+    random_.fill(frequencies, 0.001f, 1.0f);
+    rope_ = {frequencies.get(), frequencies.count(), 1.0f, 0};
+    model_ = {};
+    model_.layers = layers_.data();
+    model_.ropes = &rope_;
+    model_.final_norm = norm(kHidden);
+    model_.embedding = model_.head = tiled(kVocabulary, {{"w4g64", kHidden}});
+    model_.embedding.mode = QL_INPUT_EXACT;  // its rows are looked up
+    model_.embedding.act_group = 0;
+    model_.layer_count = kLayers;
+    model_.rope_count = 1;
+    model_.vocabulary = kVocabulary;
+    model_.hidden = kHidden;
+    model_.heads = kHeads;
+    model_.kv_heads = kKvHeadCount;
+    model_.head_dim = kHeadDim;
+    model_.sequences = kSequenceCount;
+    model_.capacity = kEngineCapacity;
+    model_.embedding_scale = 1.5f;
+    model_.norm_epsilon = 1e-6f;
+    model_.logit_scale = 1.0f;
+    model_.logit_softcap = 30.0f;
+    model_.key = key;
+    model_.value = value;
+    model_.activation = QL_GELU_TANH;
+  }
+
+  const float* norm(int64_t count) {
+    const Exact<float>& values = floats_.emplace_back(exact_floats(count));
+    random_.fill(values, 0.5f, 1.5f);
+    return values.get();
+  }
+
+  QlLinear tiled(int64_t rows, const std::vector<Part>& parts) {
+    const Weight& weight = weights_.emplace_back(rows, parts, ++seed_);
+    const Tiles& tiles = tiles_.emplace_back(weight, QL_ISA_BEST, 1);
+    QlLinear linear = {};
+    linear.tiled = &tiles.view();
+    linear.rows = rows;
+    linear.columns = weight.columns();
+    linear.mode = mode_;
+    bool integers = true;
+    for (int64_t i = 0; i < tiles.view().segment_count; ++i) {
+      const ql::TileSegment& s = tiles.view().segments[i];
+      integers = integers && (!s.float_values || s.integer_values);
+    }
+    if (mode_ == QL_INPUT_INT8 && !integers) linear.mode = QL_INPUT_ROUNDED;
+    if (linear.mode == QL_INPUT_INT8 && seed_ % 2) linear.act_group = 128;
+    linear.bias = seed_ % 3 ? nullptr : norm(rows);
+    return linear;
+  }
+
+  QlLinear dense(int64_t rows, int64_t columns, int32_t type) {
+    const Exact<uint16_t>& values = halves_.emplace_back(rows * columns, 2);
+    for (int64_t i = 0; i < values.count(); ++i) {
+      const uint16_t half = half_of(random_.uniform(0.01f, 0.2f));  // as bfloat16: tiny numbers
+      values[i] = static_cast<uint16_t>(half | random_.below(2) << 15);
+    }
+    QlLinear linear = {};
+    linear.dense = values.get();
+    linear.dense_type = type;
+    linear.rows = rows;
+    linear.columns = columns;
+    return linear;
+  }
+
+  int32_t mode_;
+  uint64_t seed_ = 0;
+  Random random_{17};
+  std::deque<std::vector<QlLinear>> linears_;
+  std::deque<Weight> weights_;
+  std::deque<Tiles> tiles_;
+  std::deque<Exact<float>> floats_;
+  std::deque<Exact<uint16_t>> halves_;
+  std::vector<QlLayer> layers_;
+  QlRope rope_;
+  QlModel model_;
+};
+
+struct EngineDeleter {
+  void operator()(QlEngine* engine) const { ql_engine_destroy(engine); }
+};
+using Engine = std::unique_ptr<QlEngine, EngineDeleter>;
+
+inline Engine make_engine(const Decoder& decoder, int32_t isa) {
+  QlEngine* engine = nullptr;
+  const int32_t status = ql_engine_create(&decoder.model(), isa, &engine);
+  expect(status == QL_ENGINE_OK, "making an engine", ql_engine_problem(), status);
+  if (!engine) abort();
+  return Engine(engine);
+}
