@@ -2,6 +2,7 @@
 #
 #   make demo    compress a real language model to a byte budget and show what it cost
 #   make test    install the development tools and run the tests
+#   make sanitize  run the CPU kernels under the address, undefined behaviour and thread sanitizers
 #   make peers   install what `quantlib bench` compares with: onnxruntime, OpenVINO, llama.cpp
 #
 # PIP_ARGS goes to every pip install. PyTorch's default build for Linux may bring several GB of CUDA
@@ -16,7 +17,7 @@ TEST_ARGS ?=
 BIN := .venv/bin
 PIP_INSTALL = $(BIN)/python -m pip install --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test peers install install-dev lint format constraints
+.PHONY: help demo test sanitize peers install install-dev lint format constraints
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -27,6 +28,10 @@ demo: install
 
 test: install-dev
 	$(BIN)/python -P -m pytest $(TEST_ARGS)
+
+# Needs a C++ compiler and its sanitizers, no package; not part of `make test`: it takes minutes.
+sanitize:
+	$(PYTHON) dev/sanitize.py
 
 # Optional, and each peer for itself: one that cannot be had is named, and left out of benchmarks.
 peers: install

@@ -42,7 +42,8 @@ FASTEST = "llama.cpp Q4_0"
 SIZES_MB = (76.2, None)
 """Budgets of quantlib's checkpoints of SmolLM2; None: the bytes of llama.cpp's Q4_0 file."""
 PROMPT, NEW = 512, 128
-ROUNDS, QUICK_ROUNDS = 7, 2
+ROUNDS, QUICK_ROUNDS = 5, 2
+MODELS = (SMOLLM2, LLAMA_1B.name, LLAMA_8B.name)
 DECODE_TARGETS = {SMOLLM2: 1.5, LLAMA_1B.name: 1.25}
 MODE = "int8"
 
@@ -64,16 +65,25 @@ class Found:
             return None
 
 
-def run(quick: bool, work: Path | None = None) -> dict[str, Any]:
-    """Everything. work: the work directory of the compression, kept in the cache by default."""
+def run(
+    quick: bool, work: Path | None = None, models: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Everything, or of some of MODELS alone.
+
+    work: the work directory of the compression, kept in the cache by default.
+    """
     found = Found()
     llama = found.attempt("llama.cpp", lambda: LlamaCpp(torch.get_num_threads()))
     if quick:
         _smollm2_quick(found, llama)
     else:
-        _smollm2(found, llama, work or artifacts.folder() / "smollm2-work")
-        _llama_1b(found, llama)
-        _llama_8b(found)
+        wanted = models or MODELS
+        if SMOLLM2 in wanted:
+            _smollm2(found, llama, work or artifacts.folder() / "smollm2-work")
+        if LLAMA_1B.name in wanted:
+            _llama_1b(found, llama)
+        if LLAMA_8B.name in wanted:
+            _llama_8b(found)
     judged = targets.of_models(found.rows, FASTEST, DECODE_TARGETS)
     judged += targets.of_footprints(found.footprints, LLAMA_8B.name)
     return {
@@ -271,15 +281,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="SmolLM2 alone; nothing is kept")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     parser.add_argument("--work", type=Path, help="work directory of the compression to use")
+    parser.add_argument(
+        "--model", choices=MODELS, action="append", help="this one alone; kept under its own name"
+    )
     options = parser.parse_args(arguments)
     quiet_transformers()
-    found = run(options.quick, options.work)
+    found = run(options.quick, options.work, options.model)
     if options.json:
         print_json(found)
     else:
         show(found, answers())
     if not options.quick:
-        notes().print(str(record.write("decode", found)))
+        names = ["decode", *(name.lower() for name in options.model or ())]
+        notes().print(str(record.write("_".join(names), found)))
 
 
 if __name__ == "__main__":

@@ -134,7 +134,8 @@ def compress(
     from quantlib.pipeline.compress import compress as run
 
     quiet_transformers()
-    given = {"size": size, "bits": bits, "engine": engine, "threads": threads, "mode": mode}
+    given: dict[str, Any] = {"size": size, "bits": bits, "engine": engine}
+    given |= {"threads": threads, "mode": mode}
     result = run(
         model,
         out=output,

@@ -201,6 +201,25 @@ def test_what_is_not_finite_comes_out_and_only_where_it_is_seen(isa, name, side,
         assert not cache.attend(0, parts["query"], window=50).isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["f32", "int8"])
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_a_bad_token_of_a_prompt_is_felt_by_those_that_see_it(isa, name, group):
+    """Not by its neighbours in the same registers: the rest has the bits it has without."""
+    keys, values = heads(0, 1, 80, 1, 32), heads(1, 1, 80, 1, 32)
+    query = heads(2, 1, 80, group, 32)
+    spoiled = values.clone()
+    spoiled[0, 30, 0, 3] = float("nan")
+    outputs = []
+    for v in (values, spoiled):
+        cache = KVCache(1, 1, 32, 80, 1, name, isa=isa)
+        cache.append(0, keys, v)
+        outputs.append(cache.attend(0, query, window=20)[0])
+    good, bad = outputs
+    assert torch.equal(bad[:30], good[:30])
+    assert bad[30:50, :, 3].isnan().all()
+    assert torch.equal(bad[50:], good[50:])
+
+
 def test_what_was_forgotten_is_not_seen(isa):
     """Old NaNs behind the end of a sequence do not come back."""
     for name in ("f32", "int8", "int4"):

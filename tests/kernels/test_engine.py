@@ -18,6 +18,7 @@ from quantlib.kernels.kv_format import KvFormat
 
 from .engine_reference import Sizes, forward, random_decoder
 
+RAGGED = Sizes(hidden=33, intermediate=50, heads=6, kv_heads=1, head_dim=20)
 CACHES = ["f32", "int8", "int4h16", "int4r/int8g16"]
 
 
@@ -53,7 +54,7 @@ def in_chunks(engine: NativeEngine, tokens: Tensor, size: int, sequence: int = 0
 
 @pytest.mark.parametrize("seed", range(12))
 def test_it_computes_what_plain_torch_does(library, seed):
-    model = random_decoder(seed)
+    model = random_decoder(seed, sizes=(Sizes(), RAGGED)[seed % 2])
     tokens = draw_tokens(90, seed=seed)
     engine = make(library, model)
     logits = torch.empty(90, 150)

@@ -17,9 +17,9 @@ namespace ql {
 namespace {
 
 // Where the threads of a job run. A thread that is woken is often put on the processor of the one
-// that woke it, and a job is over before the system spreads them: two threads then take turns on one
-// processor while the next one idles. So each claims the processor it is on, and moves where that
-// one is taken.
+// that woke it, and a job is over before the system spreads them: two threads then take turns on
+// one processor while the next one idles. So each claims the processor it is on, and moves where
+// that one is taken.
 class Places {
  public:
 #ifdef __linux__
@@ -65,8 +65,8 @@ class Places {
 // How long the caller of a region waits for helpers before it starts without the missing ones.
 constexpr std::chrono::microseconds kPatience{1000};
 
-// How many threads are of use. Where other processes need the processors too, threads that wait for
-// one another take longer than one alone: each waits for the other's turn at every barrier.
+// How many threads are of use. Where other processes need the processors too, threads that wait
+// for one another take longer than one alone: each waits for the other's turn at every barrier.
 class Crowding {
  public:
   int32_t limit(int32_t wanted) const { return std::min(wanted, limit_); }
@@ -127,7 +127,8 @@ class Team {
     members_.store(joined + 1);
     started_.wake();
     body(context, Member{&region_, 0, joined + 1});
-    slept += wait_for_helpers(joined) + region_.slept();
+    slept += wait_for_helpers(joined);
+    slept += region_.slept();
     crowding_.learn(helpers + 1, WaitingRoom::nanoseconds_since(begin), slept);
   }
 

@@ -1,5 +1,5 @@
-// The arithmetic of tiles.h, executed as it is written there: plain C++, one number at a time. Every
-// other instruction set must give the same bits.
+// The arithmetic of tiles.h, executed as it is written there: plain C++, in loops over the 16 rows of
+// a block, which a compiler can vectorize. Every other instruction set must give the same bits.
 //
 // A block is decoded once, into scratch, and multiplied with all tokens.
 #pragma once
@@ -22,13 +22,25 @@ struct PieceMeta {
   float zeros[kBlockRows];
 };
 
-// One weight in scratch: [pieces] meta, then per column 16 rows.
+template <bool int8>
+auto value_type() {
+  if constexpr (int8) {
+    return uint8_t{};
+  } else {
+    return float{};
+  }
+}
+
+// A block in scratch: [pieces] meta, then 16 rows of each column: the bytes that int8 mode
+// multiplies, or the values less the zero points.
+template <bool int8>
 struct Scratch {
+  using Value = decltype(value_type<int8>());
   PieceMeta* meta;
-  float* values;
+  Value* values;
 
   Scratch(uint8_t* memory, int64_t pieces) : meta(reinterpret_cast<PieceMeta*>(memory)) {
-    values = reinterpret_cast<float*>(meta + pieces);
+    values = reinterpret_cast<Value*>(meta + pieces);
   }
 };
 
@@ -90,33 +102,58 @@ inline const uint8_t* meta_at(const TileSegment& s, int64_t strip, int64_t block
   return s.meta + strip * s.meta_stride + (blocks * piece + block) * block_meta_bytes(s);
 }
 
-// Decodes a block of a strip: its meta, and the number of every code. For int8 mode these are the
-// bytes that are multiplied, and the unit goes into the scales; for exact mode they are the values
-// less the zero points.
+// The codes of a chunk to bytes: 4 * r + j is that of row r and column j.
+inline void decode_chunk(const uint8_t* block, int32_t bits, int64_t chunk, uint8_t* codes) {
+  const uint32_t mask = (1u << bits) - 1;
+  if (bits == 8 || bits == 4 || bits == 2) {
+    const int64_t chunks = 8 / bits;
+    const uint8_t* line = block + chunk / chunks * 64;
+    const int shift = static_cast<int>(chunk % chunks) * bits;
+    for (int64_t i = 0; i < 64; ++i) codes[i] = static_cast<uint8_t>(line[i] >> shift & mask);
+    return;
+  }
+  for (int64_t i = 0; i < 8; ++i) {  // what is read past the codes is dropped
+    const uint64_t word = load<uint64_t>(block + (chunk * 8 + i) * bits);
+    for (int64_t j = 0; j < 8; ++j) codes[8 * i + j] = static_cast<uint8_t>(word >> j * bits & mask);
+  }
+}
+
+// The scales and zero points of the rows of a block in one piece. In int8 mode the unit of float
+// elements goes into the scales, and they have zero points.
 template <bool int8>
-void decode_block(const TiledWeight& w, int64_t strip, int64_t block, const Scratch& scratch) {
+void decode_meta(const TileSegment& s, const uint8_t* stored, const float* factors,
+                 PieceMeta* meta) {
+  for (int64_t r = 0; r < kBlockRows; ++r) {
+    meta->scales[r] = stored_scale(s, stored, r) * factors[r];
+    if (int8) meta->scales[r] *= s.integer_unit;
+    meta->zeros[r] = s.float_values && !int8 ? 0.0f : zero_of(s, stored, r);
+  }
+}
+
+template <bool int8>
+void decode_block(const TiledWeight& w, int64_t strip, int64_t block,
+                  const Scratch<int8>& scratch) {
   const int64_t blocks = tile_blocks(w, strip);
   PieceMeta* meta = scratch.meta;
-  float* values = scratch.values;
+  auto* values = scratch.values;
   for (int64_t i = 0; i < w.segment_count; ++i) {
     const TileSegment& s = w.segments[i];
     const float* factors = s.factors + strip * kStripRows + block * kBlockRows;
     for (int64_t piece = 0; piece < s.pieces; ++piece, ++meta) {
-      const uint8_t* stored = meta_at(s, strip, blocks, block, piece);
-      const uint8_t* codes = codes_at(s, strip, blocks, block, piece);
-      for (int64_t r = 0; r < kBlockRows; ++r) {
-        meta->scales[r] = stored_scale(s, stored, r) * factors[r];
-        if (int8) meta->scales[r] *= s.integer_unit;
-        meta->zeros[r] = s.float_values && !int8 ? 0.0f : zero_of(s, stored, r);
-      }
-      for (int64_t k = 0; k < piece_columns(s, piece); ++k) {
-        for (int64_t r = 0; r < kBlockRows; ++r) {
-          const uint32_t code = code_at(codes, s.bits, k, r);
-          if (int8) {
-            *values++ = static_cast<float>(s.integer_values ? s.integer_values[code] : code);
-          } else {
-            const float value = s.float_values ? s.float_values[code] : static_cast<float>(code);
-            *values++ = value - meta->zeros[r];
+      decode_meta<int8>(s, meta_at(s, strip, blocks, block, piece), factors, meta);
+      const uint8_t* stored = codes_at(s, strip, blocks, block, piece);
+      for (int64_t chunk = 0; chunk < piece_columns(s, piece) / ql::kChunkColumns; ++chunk) {
+        uint8_t codes[64];
+        decode_chunk(stored, s.bits, chunk, codes);
+        for (int64_t k = 0; k < ql::kChunkColumns; ++k, values += kBlockRows) {
+          for (int64_t r = 0; r < kBlockRows; ++r) {
+            const uint8_t code = codes[ql::kChunkColumns * r + k];
+            if constexpr (int8) {
+              values[r] = s.integer_values ? s.integer_values[code] : code;
+            } else {
+              const float value = s.float_values ? s.float_values[code] : static_cast<float>(code);
+              values[r] = value - meta->zeros[r];
+            }
           }
         }
       }
@@ -135,13 +172,13 @@ inline void finish(const TiledWeight& w, const TileOutput& out, int64_t first_ro
   }
 }
 
-void int8_token(const TiledWeight& w, const TileInput& in, int64_t token, const Scratch& scratch,
-                float* totals) {
+void multiply(const TiledWeight& w, const TileInput& in, int64_t token,
+              const Scratch<true>& scratch, float* totals) {
   const int8_t* a = in.values + token * in.value_stride;
   const float* sums = in.sums + token * in.sum_stride;
   const float* act_scales = in.scales + token * in.scale_stride;
   const PieceMeta* meta = scratch.meta;
-  const float* values = scratch.values;
+  const uint8_t* values = scratch.values;
   for (int64_t r = 0; r < kBlockRows; ++r) totals[r] = 0.0f;
   for (int64_t i = 0; i < w.segment_count; ++i) {
     const TileSegment& s = w.segments[i];
@@ -149,7 +186,7 @@ void int8_token(const TiledWeight& w, const TileInput& in, int64_t token, const 
     for (int64_t piece = 0; piece < s.pieces; ++piece, ++meta) {
       int32_t dots[kBlockRows] = {};
       for (int64_t k = 0; k < piece_columns(s, piece); ++k, ++a, values += kBlockRows) {
-        for (int64_t r = 0; r < kBlockRows; ++r) dots[r] += static_cast<int32_t>(values[r]) * *a;
+        for (int64_t r = 0; r < kBlockRows; ++r) dots[r] += values[r] * *a;
       }
       for (int64_t r = 0; r < kBlockRows; ++r) {
         float t = __builtin_fmaf(-meta->zeros[r], piece_sums[piece], static_cast<float>(dots[r]));
@@ -162,8 +199,8 @@ void int8_token(const TiledWeight& w, const TileInput& in, int64_t token, const 
   }
 }
 
-void exact_token(const TiledWeight& w, const TileInput& in, int64_t token, const Scratch& scratch,
-                 float* totals) {
+void multiply(const TiledWeight& w, const TileInput& in, int64_t token,
+              const Scratch<false>& scratch, float* totals) {
   const float* x = in.floats + token * in.value_stride;
   const PieceMeta* meta = scratch.meta;
   const float* values = scratch.values;
@@ -187,17 +224,13 @@ void exact_token(const TiledWeight& w, const TileInput& in, int64_t token, const
 template <bool int8>
 void strips(const TiledWeight& w, const TileInput& in, const TileOutput& out, int64_t first,
             int64_t last, uint8_t* memory) {
-  const Scratch scratch(memory, total_pieces(w));
+  const Scratch<int8> scratch(memory, total_pieces(w));
   for (int64_t strip = first; strip < last; ++strip) {
     for (int64_t block = 0; block < tile_blocks(w, strip); ++block) {
-      decode_block<int8>(w, strip, block, scratch);
+      decode_block(w, strip, block, scratch);
       for (int64_t token = 0; token < in.tokens; ++token) {
         float totals[kBlockRows];
-        if constexpr (int8) {
-          int8_token(w, in, token, scratch, totals);
-        } else {
-          exact_token(w, in, token, scratch, totals);
-        }
+        multiply(w, in, token, scratch, totals);
         const bool has_scale = int8 ? in.act_group == 0 : in.scales != nullptr;
         const float scale = has_scale ? in.scales[token * in.scale_stride] : 1.0f;
         finish(w, out, strip * kStripRows + block * kBlockRows, token, scale, totals);

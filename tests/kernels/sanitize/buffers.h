@@ -19,8 +19,8 @@ inline void expect(bool right, const char* what, const char* where, int64_t a = 
           static_cast<long long>(b));
 }
 
-// Numbers of a type on the heap, the last of them at the end of its allocation. `ahead` bytes before
-// the first one spoil the alignment of malloc; `alignment` asks for more than that instead.
+// Numbers of a type on the heap, the last of them at the end of its allocation. `ahead` bytes
+// before the first one spoil the alignment of malloc; `alignment` asks for more than that instead.
 template <typename T>
 class Exact {
  public:

@@ -96,9 +96,9 @@ Exact<float> run(const Sides& sides, int64_t head_dim, int64_t share, float unus
 void check_attention(int32_t threads) {
   for (const Sides& sides : kSides) {
     const bool rotates = sides.key.rotate != 0;
-    for (const int64_t head_dim : {rotates ? 48 : 17, 64}) {
+    for (const int64_t head_dim : {rotates ? 48 : 17, 32}) {
       for (const float unusual : {0.0f, NAN, INFINITY, 3e38f}) {
-        if (unusual != 0.0f && head_dim == 64) continue;
+        if (unusual != 0.0f && head_dim == 32) continue;
         const int64_t share = unusual == 0.0f ? 3 : 1;
         const Exact<float> expected = run(sides, head_dim, share, unusual, QL_ISA_PORTABLE, 1);
         for (const int32_t isa : instruction_sets()) {

@@ -3,8 +3,8 @@
 
 namespace {
 
-// Appends `count` tokens to each of the sequences in `to`, and puts the logits of the last row of
-// each into `logits`. Returns the engine's status.
+// Appends the same `count` tokens to each of the sequences in `to`, and puts the logits of the last
+// row of each into `logits`. Returns the engine's status.
 int32_t append(QlEngine* engine, const std::vector<int32_t>& to, int64_t count, int32_t threads,
                const Exact<float>& logits, int32_t token = -1) {
   const int64_t rows = count * static_cast<int64_t>(to.size());
@@ -13,7 +13,8 @@ int32_t append(QlEngine* engine, const std::vector<int32_t>& to, int64_t count, 
   const Exact<float> states = exact_floats((kLayers + 1) * rows * kHidden);
   for (int64_t row = 0; row < rows; ++row) {
     sequences[row] = to[static_cast<size_t>(row / count)];
-    tokens[row] = token >= 0 ? token : static_cast<int32_t>((row * 37 + count) % kVocabulary);
+    const int64_t drawn = (row % count * 37 + count) % kVocabulary;
+    tokens[row] = token >= 0 ? token : static_cast<int32_t>(drawn);
     wanted[row / count] = row;
   }
   QlStep step = {};
