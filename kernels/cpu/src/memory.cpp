@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <mutex>
+#include <new>
 
 #include "abi.h"
 
@@ -52,9 +53,13 @@ Slab* slabs = nullptr;  // the first one is filled
 
 uint8_t* take_from_slab(int64_t bytes) {
   if (!slabs || slabs->used + bytes > kSlabBytes) {
-    uint8_t* memory = map_memory(kSlabBytes);
-    if (!memory) return nullptr;
-    slabs = new Slab{memory, 0, 0, slabs};
+    Slab* slab = new (std::nothrow) Slab{map_memory(kSlabBytes), 0, 0, slabs};
+    if (!slab) return nullptr;
+    if (!slab->memory) {
+      delete slab;
+      return nullptr;
+    }
+    slabs = slab;
   }
   uint8_t* piece = slabs->memory + slabs->used;
   slabs->used += bytes;
