@@ -264,8 +264,8 @@ class Library:
         if not address:
             raise QuantlibError(f"no memory for {nbytes} bytes of weights: use a smaller model")
         buffer = (ctypes.c_uint8 * nbytes).from_address(address)
-        # Tensors over the buffer keep it alive, and it keeps the memory: not given back at the end of
-        # the process, when other threads may still compute with it.
+        # Tensors over the buffer keep it alive, and it keeps the memory. Not given back when the
+        # process ends: other threads may still compute with it.
         weakref.finalize(buffer, self.functions.ql_free, address, nbytes).atexit = False
         return torch.frombuffer(buffer, dtype=torch.uint8)
 

@@ -225,8 +225,14 @@ def test_options_of_the_compression_reach_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(decode, "run", lambda quick, work: asked.update(quick=quick, work=work))
+    monkeypatch.setattr(
+        decode,
+        "run",
+        lambda quick, work, models: asked.update(quick=quick, work=work, models=models),
+    )
     monkeypatch.setattr(decode, "print_json", lambda _: None)
     monkeypatch.setattr(decode.record, "write", lambda name, _: asked.update(kept=name))
     decode.main(["--json", "--work", str(tmp_path)])
-    assert asked == {"quick": False, "work": tmp_path, "kept": "decode"}
+    assert asked == {"quick": False, "work": tmp_path, "models": None, "kept": "decode"}
+    decode.main(["--json", "--model", decode.SMOLLM2])
+    assert (asked["models"], asked["kept"]) == ([decode.SMOLLM2], "decode_smollm2-135m")
