@@ -292,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         show(found, answers())
     if not options.quick:
-        names = ["decode", *(name.lower() for name in options.model or ())]
+        names = ["decode", *(name.lower().replace(" ", "-") for name in options.model or ())]
         notes().print(str(record.write("_".join(names), found)))
 
 
