@@ -105,7 +105,7 @@ def _after(loaded: QuantizedModel, ids: list[int]) -> Tensor:
 
 
 def test_prompts_longer_than_a_step_are_cut(llama: Any) -> None:
-    """Three prompts of 1400 tokens in steps of 512; the plain model takes each at once."""
+    """Two prompts, 1400 tokens together, in steps of 512; the plain model takes each at once."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(2, VOCABULARY, (2, 700), generator=generator)
     found = llama.make_engine(2, 700).extend({0: prompts[0], 1: prompts[1]})
