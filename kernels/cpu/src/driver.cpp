@@ -2,6 +2,7 @@
 #include <cstdlib>
 
 #include "kernels.h"
+#include "parts.h"
 #include "team.h"
 
 namespace {
@@ -62,29 +63,12 @@ struct LinearJob {
   bool out_of_memory;
 };
 
-// Hands out 64-byte aligned parts of a buffer; counts bytes when the buffer is null.
-class Parts {
- public:
-  explicit Parts(uint8_t* base) : base_(base) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* part = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return part;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  uint8_t* base_;
-  int64_t used_ = 0;
-};
-
 // An odd multiple of 64 keeps tokens in different cache sets.
 int64_t token_stride(int64_t columns) { return ((columns + 63) / 64 | 1) * 64; }
 
 // Where the prepared tokens of a job lie; null members when the base is null. Returns the bytes.
 int64_t place_tokens(LinearJob& job, uint8_t* base) {
-  Parts parts(base);
+  ql::Parts parts(base);
   ql::TileInput& in = job.in;
   if (job.entry != Entry::kExact) in.values = parts.take<int8_t>(in.tokens * in.value_stride);
   if (job.entry != Entry::kInt8) in.floats = parts.take<float>(in.tokens * in.value_stride);

@@ -4,25 +4,10 @@
 #include <cstdlib>
 #include <utility>
 
+#include "parts.h"
+
 namespace ql {
 namespace {
-
-// Hands out parts of a block of memory; with no memory yet, only counts them.
-class Carver {
- public:
-  explicit Carver(uint8_t* memory) : memory_(memory) {}
-  template <typename T>
-  T* take(int64_t count) {
-    T* part = memory_ ? reinterpret_cast<T*>(memory_ + used_) : nullptr;
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return part;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  uint8_t* memory_;
-  int64_t used_ = 0;
-};
 
 // Calls visit(group, tokens) for every group of linears of a step.
 template <typename Visit>
@@ -116,17 +101,17 @@ bool StepWork::reserve_shared(const Plan& plan, const StepSize& size) {
   work.gate_up_stride = odd_stride(widest_gate_up(plan));
   // First to count, then, with the memory, to hand out.
   for (int pass = 0; pass < 2; ++pass) {
-    Carver carver(pass == 0 ? nullptr : shared_memory_.data());
-    work.hidden = carver.take<float>(size.tokens * work.hidden_stride);
-    work.delta = carver.take<float>(size.tokens * work.hidden_stride);
-    work.qkv = carver.take<float>(size.tokens * work.qkv_stride);
-    work.heads = carver.take<float>(size.tokens * work.heads_stride);
-    work.gate_up = carver.take<float>(size.tokens * work.gate_up_stride);
-    work.logits = carver.take<float>(size.own_logits ? size.wanted * model.vocabulary : 0);
-    work.partials = carver.take<float>(size.partials);
-    work.angles = carver.take<float>(angles);
-    work.inputs = carver.take<uint8_t>(inputs);
-    if (pass == 0 && !shared_memory_.reserve(carver.used())) return false;
+    Parts parts(pass == 0 ? nullptr : shared_memory_.data());
+    work.hidden = parts.take<float>(size.tokens * work.hidden_stride);
+    work.delta = parts.take<float>(size.tokens * work.hidden_stride);
+    work.qkv = parts.take<float>(size.tokens * work.qkv_stride);
+    work.heads = parts.take<float>(size.tokens * work.heads_stride);
+    work.gate_up = parts.take<float>(size.tokens * work.gate_up_stride);
+    work.logits = parts.take<float>(size.own_logits ? size.wanted * model.vocabulary : 0);
+    work.partials = parts.take<float>(size.partials);
+    work.angles = parts.take<float>(angles);
+    work.inputs = parts.take<uint8_t>(inputs);
+    if (pass == 0 && !shared_memory_.reserve(parts.used())) return false;
   }
   shared = work;
   return true;
@@ -146,15 +131,15 @@ bool StepWork::reserve_threads(const Plan& plan, const EngineIsa& isa, const KvL
   threads.assign(static_cast<size_t>(size.threads), ThreadWork{});
   for (size_t i = 0; i < threads.size(); ++i) {
     for (int pass = 0; pass < 2; ++pass) {
-      Carver carver(pass == 0 ? nullptr : thread_memory_[i].data());
-      threads[i].hidden = carver.take<float>(model.hidden);
-      threads[i].row = carver.take<float>(widest_input(plan));
-      threads[i].query = carver.take<float>(model.heads * model.head_dim);
-      threads[i].rounded = carver.take<int8_t>(widest_preparation(plan));
-      threads[i].inputs = carver.take<uint8_t>(inputs);
-      threads[i].best = carver.take<int32_t>(size.wanted);
-      threads[i].scratch = carver.take<uint8_t>(scratch);
-      if (pass == 0 && !thread_memory_[i].reserve(carver.used())) return false;
+      Parts parts(pass == 0 ? nullptr : thread_memory_[i].data());
+      threads[i].hidden = parts.take<float>(model.hidden);
+      threads[i].row = parts.take<float>(widest_input(plan));
+      threads[i].query = parts.take<float>(model.heads * model.head_dim);
+      threads[i].rounded = parts.take<int8_t>(widest_preparation(plan));
+      threads[i].inputs = parts.take<uint8_t>(inputs);
+      threads[i].best = parts.take<int32_t>(size.wanted);
+      threads[i].scratch = parts.take<uint8_t>(scratch);
+      if (pass == 0 && !thread_memory_[i].reserve(parts.used())) return false;
     }
   }
   return true;
