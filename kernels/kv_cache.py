@@ -17,7 +17,7 @@ from torch import Tensor
 from quantlib.errors import DataError, FormatError, UsageError
 from quantlib.kernels import kv_reference
 from quantlib.kernels.cpu import attention_library
-from quantlib.kernels.kv_format import BLOCK, KvFormat, SideFormat
+from quantlib.kernels.kv_format import BLOCK, KvFormat, SideFormat, padded_columns
 
 MAX_QUERY_GROUP = 96
 """Query heads that may share a KV head."""
@@ -61,17 +61,26 @@ class KVCache:
         self.lengths = torch.zeros(layers, batch, dtype=torch.int64, device="cpu")
         self._keys = self._allocate(self.form.key)
         self._values = self._allocate(self.form.value)
+        self._sink_keys = self._allocate_sinks(self.form.key)
+        self._sink_values = self._allocate_sinks(self.form.value)
         self._isa, self._threads = isa, threads
         self._library = attention_library.load()
         self._layers = [
-            attention_library.describe_layer(self.form, head_dim, keys, values)
-            for keys, values in zip(self._keys, self._values)
+            attention_library.describe_layer(self.form, head_dim, *tensors)
+            for tensors in zip(self._keys, self._values, self._sink_keys, self._sink_values)
         ]
 
     def _allocate(self, side: SideFormat) -> Tensor:
         block = BLOCK * side.bytes_per_position(self.head_dim)
         shape = (len(self.lengths), self.batch, self.kv_heads, self.capacity // BLOCK, block)
         return torch.zeros(shape, dtype=torch.uint8, device="cpu")
+
+    def _allocate_sinks(self, side: SideFormat) -> Tensor:
+        """float32 [layers, batch, kv_heads, floats]: padded columns x positions in whole vectors,
+        keys column by column, values position by position."""
+        floats = padded_columns(self.head_dim) * padded_columns(self.form.sinks)
+        shape = (len(self.lengths), self.batch, self.kv_heads, 0 if side.bits == 32 else floats)
+        return torch.zeros(shape, dtype=torch.float32, device="cpu")
 
     @property
     def stored(self) -> tuple[Tensor, Tensor]:
@@ -81,11 +90,12 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the cache when every sequence is full."""
-        return self._keys.nbytes + self._values.nbytes
+        sinks = self._sink_keys.nbytes + self._sink_values.nbytes
+        return self._keys.nbytes + self._values.nbytes + sinks
 
     @property
     def bytes_per_token(self) -> int:
-        """Exact bytes that one position takes in all layers."""
+        """Exact bytes that one position takes in all layers, unless it is kept in float32."""
         per_head = self.form.bytes_per_position(self.head_dim)
         return len(self.lengths) * self.kv_heads * per_head
 
@@ -135,13 +145,17 @@ class KVCache:
         scale: float | None = None,
         window: int = 0,
         softcap: float = 0.0,
+        integer: bool = False,
     ) -> Tensor:
         """Causal attention for the last T positions of n sequences (default: all).
 
         query [n, T, heads, head_dim] -> float32 of the same shape; query heads share KV heads in
         order. `scale` is 1 / sqrt(head_dim) by default; `window` is how many positions a token
         sees, itself included (0: all); scores are softcap * tanh(score / softcap) unless softcap
-        is 0. The same bits for any number of threads, and for a token alone or among others.
+        is 0. With `integer`, queries and weights are rounded to 16 bits and multiplied with packed
+        keys and values in integers (cpu/src/attention.h): faster, and as exact as any 16 bits; the
+        reference, where there are no compiled kernels, computes in float32 all the same.
+        The same bits for any number of threads, and for a token alone or among others.
         """
         rows = self._rows(layer, sequences)
         self._check_query(layer, rows, query)
@@ -165,6 +179,7 @@ class KVCache:
             scale,
             window,
             softcap,
+            integer,
             self._isa,
             self._threads,
         )
@@ -177,16 +192,30 @@ class KVCache:
             return self._library.dequantize(self._layers[layer], sequence, length, self._isa)
         blocks = -(-length // BLOCK)
         sides = (
-            (self.form.key, self._keys, True),
-            (self.form.value, self._values, False),
+            (self.form.key, self._keys, self._sink_keys, True),
+            (self.form.value, self._values, self._sink_values, False),
         )
         keys, values = (
             kv_reference.dequantize(
                 stored[layer, sequence, :, :blocks], side, is_key, self.head_dim
-            )
-            for side, stored, is_key in sides
+            )[:length]
+            for side, stored, _, is_key in sides
         )
-        return keys[:length], values[:length]
+        for x, (side, _, sinks, is_key) in zip((keys, values), sides):
+            kept = self._sinks_of(sinks[layer, sequence], side, is_key)[:length, :, : self.head_dim]
+            if len(kept):
+                x[: len(kept)] = _in_basis(kept, side)
+        return keys, values
+
+    def _sinks_of(self, stored: Tensor, side: SideFormat, is_key: bool) -> Tensor:
+        """A view [sinks, kv_heads, padded columns] of sinks [kv_heads, floats] of a sequence; empty
+        for a side of float32."""
+        if side.bits == 32:
+            return stored.new_empty(0, self.kv_heads, padded_columns(self.head_dim))
+        shape = (padded_columns(self.head_dim), padded_columns(self.form.sinks))
+        if is_key:
+            return stored.unflatten(1, shape).permute(2, 0, 1)[: self.form.sinks]
+        return stored.unflatten(1, shape[::-1]).transpose(0, 1)[: self.form.sinks]
 
     def reset(self) -> None:
         """Forget all sequences."""
@@ -213,6 +242,8 @@ class KVCache:
         for stored in (self._keys, self._values):
             for layer in stored:
                 layer[:, :, :blocks] = layer[order, :, :blocks]
+        for sinks in (self._sink_keys, self._sink_values):
+            sinks.copy_(sinks[:, order])
         self.lengths.copy_(self.lengths[:, order])
 
     def _rows(self, layer: int, sequences: Sequence[int] | None) -> Tensor:
@@ -251,13 +282,24 @@ class KVCache:
         self, layer: int, rows: Tensor, firsts: Tensor, keys: Tensor, values: Tensor
     ) -> None:
         sides = (
-            (self.form.key, self._keys[layer], keys, True),
-            (self.form.value, self._values[layer], values, False),
+            (self.form.key, self._keys[layer], self._sink_keys[layer], keys, True),
+            (self.form.value, self._values[layer], self._sink_values[layer], values, False),
         )
-        for side, stored, new, is_key in sides:
+        for side, stored, sinks, new, is_key in sides:
             for row, first, tokens in zip(rows.tolist(), firsts.tolist(), new):
-                kv_reference.store(stored[row], side, is_key, first, tokens)
+                kept = self._sinks_of(sinks[row], side, is_key)[first : first + len(tokens)]
+                exact, others = tokens[: len(kept)], tokens[len(kept) :]
+                if len(kept):
+                    kept[..., : self.head_dim] = _in_basis(exact, side)
+                if len(others):
+                    first += len(kept)
+                    kv_reference.store(stored[row], side, is_key, first, others)
 
 
 def _floats(x: Tensor) -> Tensor:
     return x.detach().to(device="cpu", dtype=torch.float32).contiguous()
+
+
+def _in_basis(x: Tensor, side: SideFormat) -> Tensor:
+    """Into the basis that a side is kept in, and out of it."""
+    return kv_reference.rotate(x) if side.rotate else x

@@ -10,14 +10,17 @@ Grammar of a name (`KvFormat.parse` reads it, `str` writes it; the two are inver
     int4r           ... of heads rotated by a Hadamard matrix, and their queries with them: no
                     outliers, at no cost in bytes
     int8/int4r      keys / values, where they differ
+    int4rk4         ... the first 4 positions of every sequence (up to 64) in float32: attention
+                    looks at them from everywhere, and their numbers are unlike all others
 
-Suffixes come in the order g, h, r; what they mean in bytes is said in cpu/src/kv_cache.h.
+Suffixes come in the order g, h, r; k is said once, at the end, for keys and values. What they mean
+in bytes is said in cpu/src/kv_cache.h.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantlib.errors import FormatError
 
@@ -26,6 +29,8 @@ BLOCK = 64
 LANES = 16
 """Columns of a head are padded to a multiple of it, in memory."""
 MAX_HEAD_DIM = 256
+MAX_SINKS = 64
+"""First positions that can be kept in float32."""
 
 _META_BYTES = 4
 _PATTERN = re.compile(r"f32|int(?P<bits>[48])(?:g(?P<group>\d+))?(?:h(?P<wide>\d+))?(?P<turn>r)?")
@@ -134,25 +139,56 @@ class SideFormat:
 
 @dataclass(frozen=True)
 class KvFormat:
-    """The formats of keys and of values."""
+    """The formats of keys and of values, and how many first positions are kept in float32
+    instead."""
 
     key: SideFormat
     value: SideFormat
+    sinks: int = 0
 
     @classmethod
     def parse(cls, name: str) -> KvFormat:
         """Raises FormatError for a name outside the grammar."""
-        key, slash, value = name.partition("/")
-        return cls(SideFormat.parse(key), SideFormat.parse(value if slash else key))
+        sides, kept, count = name.partition("k")
+        key, slash, value = sides.partition("/")
+        form = cls(SideFormat.parse(key), SideFormat.parse(value if slash else key))
+        if not kept:
+            return form
+        if not re.fullmatch(r"[1-9]\d*", count):
+            raise FormatError(
+                f"{name!r} is not a format of a KV cache: after the k comes how many first "
+                "positions are kept in float32, as in int4k4"
+            )
+        return form.with_sinks(int(count))
+
+    def with_sinks(self, count: int) -> KvFormat:
+        """The same with so many first positions in float32. Raises FormatError for more than
+        MAX_SINKS, or none at all to keep so."""
+        if not 0 <= count <= MAX_SINKS:
+            raise FormatError(
+                f"{count} first positions cannot be kept in float32: keep 0 to {MAX_SINKS}"
+            )
+        if count and self.key.bits == self.value.bits == 32:
+            raise FormatError(
+                f"a KV cache of f32 has all positions in float32, not only {count}: drop the k"
+            )
+        return replace(self, sinks=count)
 
     def __str__(self) -> str:
-        return str(self.key) if self.key == self.value else f"{self.key}/{self.value}"
+        sides = str(self.key) if self.key == self.value else f"{self.key}/{self.value}"
+        return f"{sides}k{self.sinks}" if self.sinks else sides
 
     def bytes_per_position(self, head_dim: int) -> int:
-        """Exact bytes of the key and the value of one position of one head."""
+        """Exact bytes of the key and the value of one position of one head; first positions in
+        float32 come on top (`sink_bytes`)."""
         return self.key.bytes_per_position(head_dim) + self.value.bytes_per_position(head_dim)
+
+    def sink_bytes(self, head_dim: int) -> int:
+        """Bytes of the first positions of one sequence and head, in memory."""
+        floats = padded_columns(head_dim) * padded_columns(self.sinks)
+        return 4 * floats * sum(side.bits != 32 for side in (self.key, self.value))
 
 
 def padded_columns(head_dim: int) -> int:
-    """Columns of a head in memory."""
+    """Columns of a head in memory: a multiple of LANES."""
     return -(-head_dim // LANES) * LANES

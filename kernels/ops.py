@@ -17,12 +17,18 @@ Modes of `linear`:
              and multiplied in integers. Weights with an element that has none (e4m3, e5m2, e3m2)
              are multiplied with the rounded activations in float32.
 
+Or `activations` say how the columns are rounded, segment by segment (`formats.activation`). What
+the integer kernels can take (`cpu.forms`) they round and multiply in integers; otherwise the
+rounded numbers are multiplied in mode "exact".
+
 The C++ kernels give the same bits for any instruction set and number of threads.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -30,10 +36,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from quantlib import formats
 from quantlib.errors import FormatError, UsageError
+from quantlib.formats.activation import ActivationSegment, check_activations, fake_quantize
 from quantlib.kernels import reference
+from quantlib.kernels.cpu import forms
 from quantlib.kernels.cpu import library as cpu
 from quantlib.kernels.layouts import MAX_PIECE, TILES, TiledWeight, is_traced
-from quantlib.kernels.packed import PackedWeight, parse_layout, suffixes_of
+from quantlib.kernels.packed import (
+    PackedWeight,
+    activations_of,
+    parse_activations,
+    parse_layout,
+    suffixes_of,
+)
 
 __all__ = ["MODES", "PackedWeight", "TiledWeight", "backend", "dequantize", "embedding", "linear"]
 
@@ -50,15 +64,19 @@ def linear(
     bias: Tensor | None = None,
     mode: str = "exact",
     act_group: int = 0,
+    activations: str | Sequence[ActivationSegment] = "",
 ) -> Tensor:
     """x [..., K] times the transposed weight [N, K], plus bias [N]: [..., N] in x's dtype.
 
-    x is float32, bfloat16 or float16; sums are float32 or wider. act_group: in mode "int8", columns
-    that are rounded with a scale of their own (a multiple of 128; groups begin anew with each
-    segment); 0: all columns of a token. Raises FormatError on another K or dtype, and UsageError on
-    an unknown mode or group.
+    x is float32, bfloat16 or float16; sums are float32 or wider.
+    act_group:   in mode "int8", columns that are rounded with a scale of their own (a multiple of
+                 128; groups begin anew with each segment); 0: all columns of a token.
+    activations: how x is rounded, or the text `packed.activations_of` makes of that; mode and
+                 act_group are then left at "exact" and 0. None: as the mode says.
+    Raises FormatError on another K or dtype, and UsageError on an unknown mode or group.
     """
-    arguments = (x, _tensors(weight), weight.layout, bias, mode, act_group)
+    text = activations if isinstance(activations, str) else activations_of(activations)
+    arguments = (x, _tensors(weight), weight.layout, bias, mode, act_group, text)
     if _is_plain(x, bias):
         return _compute_linear(*arguments)
     return torch.ops.quantlib.linear(*arguments)
@@ -91,19 +109,36 @@ def backend() -> str:
 
 
 def _compute_linear(
-    x: Tensor, weight: list[Tensor], layout: str, bias: Tensor | None, mode: str, act_group: int
+    x: Tensor,
+    weight: list[Tensor],
+    layout: str,
+    bias: Tensor | None,
+    mode: str,
+    act_group: int,
+    activations: str = "",
 ) -> Tensor:
-    _check_linear(x, layout, bias, mode, act_group)
+    _check_linear(x, layout, bias, mode, act_group, activations)
     library = _library([x, *weight])
     if library is None:
         bits = 8 if mode == "int8" else 16
         quantized = _packed(weight, layout).to_quantized()
-        return reference.linear(x, quantized, bias, bits, act_group=act_group)
+        rounding = parse_activations(activations)
+        return reference.linear(x, quantized, bias, bits, torch.float32, act_group, rounding)
     described = _describe(library, weight, layout)
     flat = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
+    form = _form(layout.removeprefix(TILES), activations) if activations else None
+    if activations and form is None:
+        flat = fake_quantize(flat, parse_activations(activations))
     wide_bias = bias if bias is None else bias.to(torch.float32).contiguous()
-    out = library.linear(described, flat, wide_bias, mode, act_group=act_group)
+    out = library.linear(described, flat, wide_bias, mode, act_group=act_group, form=form)
     return out.to(x.dtype).view(*x.shape[:-1], described.rows)
+
+
+@lru_cache(maxsize=4096)
+def _form(layout: str, activations: str) -> forms.Form | None:
+    """How the kernels round the inputs of a weight; None when they cannot."""
+    (_, segments), rounding = parse_layout(layout), parse_activations(activations)
+    return None if forms.why_not(segments, rounding) else forms.form(segments, rounding)
 
 
 @torch.library.custom_op("quantlib::linear", mutates_args=())
@@ -114,8 +149,9 @@ def _linear(
     bias: Tensor | None,
     mode: str,
     act_group: int = 0,
+    activations: str = "",
 ) -> Tensor:
-    return _compute_linear(x, weight, layout, bias, mode, act_group)
+    return _compute_linear(x, weight, layout, bias, mode, act_group, activations)
 
 
 @_linear.register_fake
@@ -126,9 +162,10 @@ def _linear_fake(
     bias: Tensor | None,
     mode: str,
     act_group: int = 0,
+    activations: str = "",
 ) -> Tensor:
     (rows, _), _ = parse_layout(layout.removeprefix(TILES))
-    _check_linear(x, layout, bias, mode, act_group)
+    _check_linear(x, layout, bias, mode, act_group, activations)
     return x.new_empty(*x.shape[:-1], rows)
 
 
@@ -217,7 +254,9 @@ def _packed(tensors: list[Tensor], layout: str) -> PackedWeight:
     return PackedWeight.from_tensors(dict(zip(suffixes_of(layout), tensors)), shape, segments)
 
 
-def _check_linear(x: Tensor, layout: str, bias: Tensor | None, mode: str, act_group: int) -> None:
+def _check_linear(
+    x: Tensor, layout: str, bias: Tensor | None, mode: str, act_group: int, activations: str
+) -> None:
     (rows, columns), _ = parse_layout(layout.removeprefix(TILES))
     if mode not in MODES:
         raise UsageError(
@@ -228,6 +267,12 @@ def _check_linear(x: Tensor, layout: str, bias: Tensor | None, mode: str, act_gr
             f"activation groups of {act_group} in mode {mode!r}: they are for mode int8, and have "
             f"a multiple of {MAX_PIECE} columns"
         )
+    if activations:
+        if mode != "exact" or act_group:
+            raise UsageError(
+                f"a linear is given activations and mode {mode!r} too: give it one of the two"
+            )
+        check_activations(columns, parse_activations(activations))
     if x.dim() == 0 or x.shape[-1] != columns:
         raise FormatError(
             f"the input has shape {list(x.shape)}, but a weight of {rows} x {columns} takes "

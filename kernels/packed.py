@@ -9,13 +9,14 @@ segments, formats) travels as one short string, the layout, because that is what
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from quantlib.errors import FormatError
+from quantlib.formats.activation import ActivationFormat, ActivationSegment
 from quantlib.formats.packing import pack_zeros, unpack_zeros
 from quantlib.formats.scheme import TENSOR, Segment, WeightFormat
 from quantlib.formats.weight import (
@@ -141,6 +142,33 @@ def parse_layout(layout: str) -> tuple[tuple[int, int], tuple[Segment, ...]]:
 def suffixes_of(layout: str) -> tuple[str, ...]:
     """Suffixes of the tensors of a layout, in the order an operator takes them."""
     return tuple(packed_layout(*parse_layout(layout)))
+
+
+def activations_of(segments: Sequence[ActivationSegment]) -> str:
+    """How inputs are rounded as text, for example `0:448:4z:0.9|448:64:8:1.0`; "": not at all.
+
+    A segment is start, length, format and clip factor.
+    """
+    return "|".join(
+        f"{part.start}:{part.length}:{part.format}:{part.format.clip!r}" for part in segments
+    )
+
+
+@lru_cache(maxsize=4096)
+def parse_activations(text: str) -> tuple[ActivationSegment, ...]:
+    """The inverse of `activations_of`. Raises FormatError when the text is not one."""
+    segments = []
+    for part in text.split("|") if text else ():
+        fields = part.split(":")
+        try:
+            start, length, clip = int(fields[0]), int(fields[1]), float(fields[3])
+        except (ValueError, IndexError) as error:
+            raise FormatError(
+                f"{text!r} does not say how inputs are rounded: take it from activations_of"
+            ) from error
+        form = replace(ActivationFormat.parse(fields[2]), clip=clip)
+        segments.append(ActivationSegment(start, length, form))
+    return tuple(segments)
 
 
 def _select_zeros(words: Tensor, form: WeightFormat, count: int, rows: Tensor) -> Tensor:

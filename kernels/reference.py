@@ -8,18 +8,23 @@ which is slow and uses the memory that packing saved.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from quantlib.errors import FormatError
+from quantlib.formats.activation import (
+    ActivationFormat,
+    ActivationSegment,
+    check_activations,
+    fake_quantize,
+    quantize,
+    scale_columns,
+)
 from quantlib.formats.scheme import Segment
 from quantlib.formats.weight import QuantizedWeight, dequantize
-
-INT8_LIMIT = 127
-"""Largest magnitude of a rounded activation. -128 is left out: the range is symmetric, as the scale
-is."""
 
 
 def linear(
@@ -29,38 +34,40 @@ def linear(
     activation_bits: int = 16,
     compute_dtype: torch.dtype = torch.float32,
     act_group: int = 0,
+    activations: Sequence[ActivationSegment] = (),
 ) -> Tensor:
     """x [..., K] times the transposed weight [N, K], plus bias [N]: [..., N] in x's dtype.
 
     activation_bits 16: `x` is used as it is, in `compute_dtype` (float32 or float64).
     activation_bits 8: every token is first rounded by `round_activations`, or `act_group` columns
-    of it at a time (groups begin anew with each segment). The products of integers are summed in
-    float64, where they are exact, so the result is that of integer arithmetic.
+    of it at a time (groups begin anew with each segment).
+    activations: `x` is rounded so instead (`formats.activation`).
+    The products of rounded numbers are summed in float64, where those of integers are exact, so the
+    result is that of integer arithmetic.
     """
     if activation_bits not in (8, 16):
         raise FormatError(f"activations have 8 or 16 bits here, not {activation_bits}")
-    wide = torch.float64 if activation_bits == 8 else compute_dtype
+    if activation_bits == 8 and not activations:
+        activations = int8_activations([part.segment for part in weight.segments], act_group)
+    wide = torch.float64 if activations else compute_dtype
     matrix = dequantize(weight, torch.float32).to(wide)
-    if activation_bits == 16:
-        out = functional.linear(x.to(wide), matrix)
-    elif act_group:
-        segments = [part.segment for part in weight.segments]
-        parts = [round_activations(x[..., columns]) for columns in act_groups(segments, act_group)]
-        rounded = torch.cat([codes.to(wide) * scale.to(wide) for codes, scale in parts], dim=-1)
-        out = functional.linear(rounded, matrix)
-    else:
-        codes, scale = round_activations(x)
-        out = functional.linear(codes.to(wide), matrix) * scale.to(wide)
+    out = functional.linear(_rounded(x, activations) if activations else x.to(wide), matrix)
     return (out if bias is None else out + bias.to(wide)).to(x.dtype)
+
+
+def int8_activations(segments: Sequence[Segment], act_group: int) -> tuple[ActivationSegment, ...]:
+    """What mode "int8" of a weight's segments is: one scale per token, or per `act_group` columns
+    of each segment."""
+    if act_group:
+        form = ActivationFormat(8, group=act_group)
+        return tuple(ActivationSegment(part.start, part.length, form) for part in segments)
+    length = sum(part.length for part in segments)
+    return (ActivationSegment(0, length, ActivationFormat(8)),)
 
 
 def act_groups(segments: Sequence[Segment], act_group: int) -> list[slice]:
     """The columns of each activation group."""
-    return [
-        slice(start, min(start + act_group, segment.start + segment.length))
-        for segment in segments
-        for start in range(segment.start, segment.start + segment.length, act_group)
-    ]
+    return scale_columns(int8_activations(segments, act_group))
 
 
 def round_activations(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,11 +78,26 @@ def round_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     one so small that its scale is, has codes 0. A token with a value that is not finite has codes 0
     and the scale nan, so that nothing computed from it looks like a number.
     """
-    x = x.to(torch.float32)
-    amax = x.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
-    scale = torch.where(torch.isfinite(amax), amax / INT8_LIMIT, torch.nan)
-    codes = torch.where(scale > 0, x / scale, 0.0).round().clamp(-INT8_LIMIT, INT8_LIMIT)
-    return codes.to(torch.int8), scale
+    if not x.shape[-1]:
+        return x.to(torch.int8), x.new_zeros(*x.shape[:-1], 1, dtype=torch.float32)
+    return quantize(x, (ActivationSegment(0, x.shape[-1], ActivationFormat(8)),))
+
+
+def _rounded(x: Tensor, activations: Sequence[ActivationSegment]) -> Tensor:
+    """x [..., K], rounded: float64, where a code times its scale is exact."""
+    check_activations(x.shape[-1], activations)
+    parts = []
+    for segment in activations:
+        own = (replace(segment, start=0),)
+        columns = x[..., segment.start : segment.start + segment.length]
+        if not segment.format.is_integer:
+            parts.append(fake_quantize(columns, own).double())
+            continue
+        codes, scales = quantize(columns, own)
+        widths = [group.stop - group.start for group in scale_columns(own)]
+        by_column = scales.repeat_interleave(torch.tensor(widths, device=x.device), dim=-1)
+        parts.append(codes.double() * by_column.double())
+    return torch.cat(parts, dim=-1)
 
 
 def embedding(

@@ -29,6 +29,10 @@ class DataError(QuantlibError):
     """Calibration or evaluation data."""
 
 
+class TransformError(QuantlibError):
+    """A change of basis: of another model, not orthogonal, or of a size nothing constructs."""
+
+
 class RoundingError(QuantlibError):
     """A rounding method was given tensors it cannot work with."""
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from quantlib.errors import FormatError, UsageError
 from quantlib.formats.scheme import Scheme
+from quantlib.kernels.kv_format import KvFormat
 from quantlib.search.latency import parse_latencies
 
 # fmt: off
@@ -27,9 +28,22 @@ NATIVE_SCHEMES = (
 points of 4..8 bits. All lie on the front of weighted error against bits per weight on SmolLM2
 (bench/results/rounding.json). Symmetric formats do not; groups of 128 do, as smaller steps between
 these widths; they are left out only to round less."""
+_RESQ_LINEARS = (
+    ("w3g64z4s4", ("", "g128"), ("h8/16", "h8/8")),
+    ("w4g64z5s5", ("", "g128", "g64"), ("", "h8/32", "h8/16", "h8/8", "h8x3/16", "h8/4", "h8/2")),
+    ("w5g64zs5", ("g128", "g64"), ("h8/16",)),
+)
+"""Weights whose inputs are rounded to few bits: their formats, groups of inputs that share a scale,
+and shares of columns at 8 bits."""
+_RESQ_WIDE = ("w4g64z5s5", "w5g64zs5", "w8g64zs6")
+"""Weights whose inputs all have 8 bits."""
+_RESQ_EMBEDDINGS = ("w3g32z4s4", "w4g32zs4", "w5g32zs5", "w6g64zs6", "w8g64zs6")
 FUSED_SCHEMES = ("w4g32", "w4g64", "w4g128", "w8g32", "w8g128", "w8")
 """Candidates that engines with fused linears (vLLM's Marlin path) run: symmetric 4 and 8 bits,
 float16 scales."""
+
+METHODS = ("resq",)
+"""What --scheme knows: candidates, a rotation and a KV cache under one name (`method_fields`)."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "best": {"windows": 40, "passes": 3, "probes": 8, "probe_windows": 8, "refine": False},
@@ -42,6 +56,37 @@ PRESETS: dict[str, dict[str, Any]] = {
         "schemes": ("w2g32z4s4", "w3g32z4s4", "w4g32zs4", "w5g32zs5", "w6g32zs6"),
     },
 }
+
+
+def method_fields(method: str, activations: float | None = None) -> dict[str, Any]:
+    """The fields of a recipe that a method of METHODS stands for.
+
+    activations: mean bits that are asked for; low columns get the whole bits in it (4 by default).
+    Raises UsageError where no candidate has so few.
+    """
+    assert method in METHODS
+    low = 4 if activations is None else int(activations)
+    if not 2 <= low <= 8:
+        raise UsageError(f"activations can have 2 to 8 bits, not {activations:g}")
+    zero = "" if low == 8 else "z"
+    linears = [
+        f"{weight}a{low}{zero}{group}{high}"
+        for weight, groups, shares in _RESQ_LINEARS
+        for group in groups
+        for high in shares
+    ]
+    linears += [f"{weight}a8g128" for weight in _RESQ_WIDE]
+    return {
+        "rotation": "gradients",
+        "kv": "int4",
+        "schemes": tuple(dict.fromkeys((*linears, *_RESQ_EMBEDDINGS))),
+    }
+
+
+def kv_name(text: str | None) -> str | None:
+    """What --kv says as the name of a KV cache format: bits, or already a name."""
+    names = {"16": "f32", "8": "int8", "4": "int4"}
+    return None if text is None else names.get(text, text)
 
 
 class Recipe(BaseModel):
@@ -59,8 +104,14 @@ class Recipe(BaseModel):
     refine:        re-round the chosen plan block by block with quantized inputs.
     swaps:         exchanges between weights to try on true KL after solving (`search.refine`); 0
                    for none.
-    strength:      how far re-rounding moves towards the least-squares target
-                   (`rounding.asymmetric`).
+    strength:      the longest step that re-rounding takes towards least-squares targets, 1 for all
+                   of it (`rounding.asymmetric`); 0 for none.
+    learning:      steps of learned rounding for each block that is re-rounded (`rounding.learned`);
+                   0 for none.
+    rotation:      the basis the model is changed to before anything is measured: "none"; "pca",
+                   ResQ's; "weights" or "gradients", which also weigh what an error costs
+                   (`transforms.bases`).
+    kv:            the format of the KV cache the checkpoint is made for (`kernels.kv_format`).
     latency:       latency budgets on this machine, as --latency takes them (`search.latency`).
     """
 
@@ -79,8 +130,11 @@ class Recipe(BaseModel):
     probe_windows: int = Field(8, ge=1)
     swaps: int = Field(0, ge=0, le=10_000)
     refine: bool = False
-    strength: float = Field(0.5, ge=0, le=1)
+    strength: float = Field(1.0, ge=0, le=1)
+    learning: int = Field(0, ge=0, le=10_000)
     latency: tuple[str, ...] = ()
+    rotation: Literal["none", "pca", "weights", "gradients"] = "none"
+    kv: str = "f32"
 
     @field_validator("schemes")
     @classmethod
@@ -99,13 +153,16 @@ class Recipe(BaseModel):
                     f"{name} leaves a weight as it is and cannot be a candidate; the most exact "
                     "one is w8g32"
                 )
-            if scheme.activation_bits != 16:
-                raise ValueError(
-                    f"{name} rounds activations, which calibration does not score yet; write "
-                    f"{scheme.weight}"
-                )
             parsed.append(str(scheme))
         return tuple(dict.fromkeys(parsed))
+
+    @field_validator("kv")
+    @classmethod
+    def _known_kv(cls, kv: str) -> str:
+        try:
+            return str(KvFormat.parse(kv))
+        except FormatError as error:
+            raise ValueError(str(error)) from error
 
     @field_validator("latency")
     @classmethod
@@ -115,6 +172,25 @@ class Recipe(BaseModel):
         except UsageError as error:
             raise ValueError(str(error)) from error
         return latency
+
+    def candidates(self, kind: str) -> tuple[str, ...]:
+        """Candidate schemes of weights of a kind ("linear", "experts", "embedding", "head").
+
+        Where some candidates round activations or have wider columns, those are the linears', and
+        the others are for embeddings and heads, which look rows up or read the residual stream as
+        it is; if there are no others, the linears' formats without that.
+        """
+        parsed = {name: Scheme.parse(name) for name in self.schemes}
+        for_linears = [name for name, s in parsed.items() if s.activation.rounds or s.high]
+        if not for_linears or kind in ("linear", "experts"):
+            return tuple(for_linears) or self.schemes
+        others = [name for name in parsed if name not in for_linears]
+        return tuple(others or dict.fromkeys(str(Scheme(s.weight)) for s in parsed.values()))
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether some candidate rounds the inputs of linears."""
+        return any(Scheme.parse(name).activation.rounds for name in self.schemes)
 
     @model_validator(mode="after")
     def _enough_to_measure(self) -> Recipe:

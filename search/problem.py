@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from quantlib.errors import SearchError, UsageError
+from quantlib.search.activations import rounds_inputs
 from quantlib.search.constraints import Rule, allowed, check_matches
 from quantlib.search.sensitivity import Sensitivity
 from quantlib.search.weights import ENGINES, GroupInfo, WeightInfo, units
@@ -259,7 +260,8 @@ def build_problem(
     check_matches(rules, infos)
     items: list[Item] = []
     rule_bytes: dict[str, int] = {}
-    for name, members in units(infos, engine, groups).items():
+    rounded = {info.name for info in infos if rounds_inputs(table.rows[info.name])}
+    for name, members in units(infos, engine, groups, rounded).items():
         parts = [_weight_item(table, info, task, costs or {}) for info in members]
         item = fuse(name, parts) if len(parts) > 1 else parts[0]
         items.append(_constrain(item, members, rules, rule_bytes))

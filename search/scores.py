@@ -41,6 +41,23 @@ def output_score(weight: Tensor, error: Tensor, statistics: MatrixStatistics) ->
     return float(_row_energy(error, statistics.hessian).sum() / energy)
 
 
+def activation_score(
+    weight: Tensor, inputs: Tensor, statistics: MatrixStatistics, name: str
+) -> float:
+    """What rounding its inputs costs `weight` [N, K] as it will be multiplied.
+
+    inputs: the error of the sampled inputs [S, K], rounded less exact. Predicted KL per token in
+    nats where there are gradients; else squared output error relative to the outputs.
+    """
+    fisher = statistics.fisher.get(name)
+    if fisher is None:
+        energy = _row_energy(weight, statistics.hessian).sum().clamp_(min=1e-30)
+        return float((inputs @ weight.T).square().sum(1).mean() / energy)
+    tokens = torch.stack([g.float().square().sum(1) for g in statistics.sample_g.values()]).sum(0)
+    share = tokens / tokens.sum().clamp(min=1e-30)
+    return 0.5 * float(((inputs @ weight.T).square() * share[:, None]).sum(0) @ fisher)
+
+
 def embedding_score(
     error: Tensor, statistics: EmbeddingStatistics, head: bool, lookup: bool
 ) -> float:

@@ -51,6 +51,7 @@ class Sensitivity:
     rows:        weight -> scheme -> Entry, weights in model order, schemes in candidate order.
     provenance:  what this was computed from: name -> hash (calibration data, bank, ...).
     calibration: predicted sums against measured KL, when probes were measured.
+    extra_bytes: of a checkpoint, for what these losses need beside the weights: a rotation's bases.
     """
 
     model: str
@@ -58,6 +59,7 @@ class Sensitivity:
     rows: Mapping[str, Mapping[str, Entry]]
     provenance: Mapping[str, str] = field(default_factory=dict)
     calibration: Calibration | None = None
+    extra_bytes: int = 0
 
     def __post_init__(self) -> None:
         _check(self)
@@ -95,6 +97,8 @@ class Sensitivity:
             "units": units,
             "provenance": dict(self.provenance),
         }
+        if self.extra_bytes:
+            head["extra_bytes"] = self.extra_bytes
         if self.calibration is not None:
             head["calibration"] = self.calibration.to_dict()
         lines = [f"  {jsonfile.dump(key)}: {jsonfile.dump(value)}," for key, value in head.items()]
@@ -110,7 +114,8 @@ class Sensitivity:
         data = jsonfile.parse_object(text, source)
         jsonfile.check_header(data, FORMAT, VERSION, source)
         required = {"format", "version", "model", "tasks", "weights"}
-        jsonfile.check_keys(data, required, {"units", "provenance", "calibration"}, source)
+        optional = {"units", "provenance", "calibration", "extra_bytes"}
+        jsonfile.check_keys(data, required, optional, source)
         tasks = jsonfile.field(data, "tasks", list, source)
         if not all(isinstance(task, str) for task in tasks):
             raise SearchError(f"{source}: 'tasks' must list the names of the loss columns")
@@ -128,6 +133,7 @@ class Sensitivity:
                 rows,
                 jsonfile.texts(data, "provenance", source),
                 calibration,
+                jsonfile.field(data, "extra_bytes", int, source) if "extra_bytes" in data else 0,
             )
         except SearchError as error:
             raise SearchError(f"{source}: {error}") from error

@@ -6,7 +6,7 @@ problem can be built, and tested, without a model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Protocol
 
 ENGINES = {"quantlib": False, "vllm": True}
@@ -35,6 +35,10 @@ class WeightInfo(Protocol):
     def group(self) -> str | None: ...
     @property
     def aliases(self) -> Sequence[str]: ...
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
 
 
 class GroupInfo(Protocol):
@@ -47,17 +51,22 @@ class GroupInfo(Protocol):
 
 
 def units(
-    weights: Iterable[WeightInfo], engine: str, groups: Iterable[GroupInfo] | None = None
+    weights: Iterable[WeightInfo],
+    engine: str,
+    groups: Iterable[GroupInfo] | None = None,
+    shared_inputs: Container[str] = (),
 ) -> dict[str, list[WeightInfo]]:
     """Name -> the weights that need one scheme for `engine`, in order of first appearance.
 
     For an engine that fuses, those are the groups marked `fused` in `groups` (all, when it is
-    None); every other weight is a unit of its own.
+    None). shared_inputs: weights whose inputs are rounded; those of one group read one input, which
+    is rounded once. Every other weight is a unit of its own.
     """
     fused = {group.name for group in groups if group.fused} if groups is not None else None
     found: dict[str, list[WeightInfo]] = {}
     for weight in weights:
-        together = ENGINES[engine] and weight.group and (fused is None or weight.group in fused)
+        fuses = ENGINES[engine] and (fused is None or weight.group in fused)
+        together = weight.group and (fuses or weight.name in shared_inputs)
         name = weight.group if together and weight.group else weight.name
         found.setdefault(name, []).append(weight)
     return {

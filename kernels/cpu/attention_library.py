@@ -43,6 +43,9 @@ class Layer(ctypes.Structure):
         ("capacity", ctypes.c_int64),
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
+        ("sinks", ctypes.c_int64),
+        ("sink_keys", ctypes.c_void_p),
+        ("sink_values", ctypes.c_void_p),
     )
 
 
@@ -54,11 +57,21 @@ class _Shape(ctypes.Structure):
         ("window", ctypes.c_int64),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
+        ("integer", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
     )
 
 
-def describe_layer(form: KvFormat, head_dim: int, keys: Tensor, values: Tensor) -> Layer:
-    """A layer from uint8 keys and values [batch, kv_heads, blocks, bytes of a block]."""
+def describe_layer(
+    form: KvFormat,
+    head_dim: int,
+    keys: Tensor,
+    values: Tensor,
+    sink_keys: Tensor,
+    sink_values: Tensor,
+) -> Layer:
+    """A layer from uint8 keys and values [batch, kv_heads, blocks, bytes of a block] and float32
+    sinks [batch, kv_heads, floats], as src/kv_cache.h has them."""
     batch, kv_heads, blocks, _ = keys.shape
     return Layer(
         _side(form.key),
@@ -69,6 +82,9 @@ def describe_layer(form: KvFormat, head_dim: int, keys: Tensor, values: Tensor) 
         blocks * 64,
         keys.data_ptr(),
         values.data_ptr(),
+        form.sinks,
+        sink_keys.data_ptr(),
+        sink_values.data_ptr(),
     )
 
 
@@ -141,14 +157,18 @@ class AttentionLibrary:
         scale: float,
         window: int,
         softcap: float,
+        integer: bool = False,
         isa: str = "best",
         threads: int | None = None,
     ) -> Tensor:
-        """query [n, T, heads, head_dim] at positions firsts[i] and on -> the same shape."""
+        """query [n, T, heads, head_dim] at positions firsts[i] and on -> the same shape.
+
+        integer: multiply packed keys and values in integers (src/attention.h).
+        """
         out = torch.empty_like(query)
         status = self._c.ql_attend(
             layer,
-            _Shape(query.shape[2], window, scale, softcap),
+            _Shape(query.shape[2], window, scale, softcap, int(integer)),
             *query.shape[:2],
             sequences.data_ptr(),
             firsts.data_ptr(),

@@ -31,13 +31,14 @@ from quantlib.formats.weight import (
     packed_layout,
 )
 from quantlib.kernels.cpu import build
+from quantlib.kernels.cpu.forms import Form, TileForm, TileRounding
 from quantlib.kernels.packed import parse_layout
 
 ISAS = ("best", "portable", "avx2", "avx2vnni", "avx512vnni", "avx512")
 """Instruction sets, in the order of `QlIsa` in src/abi.h. "best" is what the environment variable
 QUANTLIB_ISA names, else the best that the processor has."""
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _NO_MEMORY, _NO_SUCH_ISA, _ROW_OUT_OF_RANGE = 1, 2, 3
 """QlStatus; 0 is success."""
 _SCALE_KINDS = {"f16": 0, "e8m0": 2, "e4m3": 3}
@@ -106,6 +107,8 @@ class TileSegment(ctypes.Structure):
         ("scale_kind", ctypes.c_int32),
         ("scale_bits", ctypes.c_int32),
         ("zero_kind", ctypes.c_int32),
+        ("code_units", ctypes.c_int32),
+        ("zero_units", ctypes.c_int32),
         ("zero_constant", ctypes.c_float),
         ("zero_step", ctypes.c_float),
     )
@@ -225,10 +228,11 @@ class Library:
     def __init__(self, path: Path) -> None:
         """Load a file that `build` made. Raises OSError when the system or its version forbids."""
         self.functions = c = ctypes.CDLL(str(path))
-        sizes = (ctypes.c_int64 * 2)()
+        structures = (_Segment, TileSegment, TileForm, TileRounding)
+        sizes = (ctypes.c_int64 * len(structures))()
         if c.ql_abi_version() == _ABI_VERSION:
             c.ql_struct_bytes(sizes)
-        if list(sizes) != [ctypes.sizeof(_Segment), ctypes.sizeof(TileSegment)]:
+        if list(sizes) != [ctypes.sizeof(structure) for structure in structures]:
             raise OSError(f"{path} has another interface than this version of quantlib: delete it")
         pointer, size, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
         weight, tiled = ctypes.POINTER(_Weight), ctypes.POINTER(_TiledWeight)
@@ -241,6 +245,8 @@ class Library:
         c.ql_tile_pack.argtypes = c.ql_tile_unpack.argtypes = [weight, pointer, *tail]
         c.ql_linear_int8.argtypes = [tiled, pointer, size, size, pointer, pointer, *tail]
         c.ql_linear_exact.argtypes = [tiled, pointer, size, pointer, pointer, *tail]
+        form = ctypes.POINTER(TileForm)
+        c.ql_linear_as.argtypes = [tiled, form, pointer, size, pointer, pointer, *tail]
         c.ql_dequantize.argtypes = [tiled, pointer, size, size, pointer, *tail]
 
     @property
@@ -319,21 +325,30 @@ class Library:
         isa: str = "best",
         threads: int | None = None,
         act_group: int = 0,
+        form: Form | None = None,
     ) -> Tensor:
         """x [M, K] -> [M, N] in mode "int8" or "exact".
 
-        act_group: in mode "int8", columns of x that share a scale, a multiple of 128; 0: all.
+        act_group: in mode "int8", columns of x that share a scale (16, 32, 64 or a multiple of
+                   128); 0: all.
+        form:      of tokens for this weight's segments (`forms.form`); it takes the place of mode
+                   and act_group.
         `threads` (default: torch's number) never changes a bit of the result.
         """
         out = x.new_empty(x.shape[0], weight.rows)
-        function = self.functions.ql_linear_int8
-        sizes: tuple[int, ...] = (x.shape[0], act_group)
-        if mode == "exact":
-            function, sizes = self.functions.ql_linear_exact, (x.shape[0],)
+        tokens: tuple[object, ...]
+        if form is not None:
+            _check_form(form, weight)
+            function = self.functions.ql_linear_as
+            tokens = (form.described, x.data_ptr(), x.shape[0])
+        elif mode == "exact":
+            function, tokens = self.functions.ql_linear_exact, (x.data_ptr(), x.shape[0])
+        else:
+            function = self.functions.ql_linear_int8
+            tokens = (x.data_ptr(), x.shape[0], act_group)
         status = function(
             weight.weight,
-            x.data_ptr(),
-            *sizes,
+            *tokens,
             None if bias is None else bias.data_ptr(),
             out.data_ptr(),
             ISAS.index(isa),
@@ -378,6 +393,16 @@ class Library:
         return UsageError(
             f"this processor has no instruction set {name!r}: unset QUANTLIB_ISA, or use one of "
             f"{known}"
+        )
+
+
+def _check_form(form: Form, weight: Description) -> None:
+    """Raise FormatError unless the form is one of this weight's segments."""
+    segments = weight.weight.segments[: weight.weight.segment_count]
+    if form.spans != tuple((part.start, part.length) for part in segments):
+        raise FormatError(
+            "the form of the inputs belongs to a weight with other segments: make it from this "
+            "weight's own"
         )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +112,12 @@ class Accumulator:
         )
 
 
+class LinearObserver(Protocol):
+    """What `observed` shows every matrix of a block to."""
+
+    def seen(self, group: str, member: str, x: Tensor, y: Tensor, expert: int = 0) -> None: ...
+
+
 class BlockObserver:
     """Accumulators of every linear group of one block; `window` is the index of the one being run.
 
@@ -145,7 +151,7 @@ class BlockObserver:
 
 @contextmanager
 def observed(
-    model: nn.Module, model_map: ModelMap, block: str, observer: BlockObserver
+    model: nn.Module, model_map: ModelMap, block: str, observer: LinearObserver
 ) -> Iterator[None]:
     """Hook the block's linears (and replace the forward of its experts) while the context lasts."""
     handles = []
@@ -174,7 +180,7 @@ def observed(
             del module.forward
 
 
-def _linear_hook(observer: BlockObserver, group: str, name: str) -> Callable[..., None]:
+def _linear_hook(observer: LinearObserver, group: str, name: str) -> Callable[..., None]:
     def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         observer.seen(group, name, inputs[0], output)
 
@@ -199,7 +205,7 @@ def _check_experts(path: str, module: nn.Module, members: Mapping[str, object]) 
 def _experts_forward(
     module: Any,
     members: dict[str, tuple[str, str]],
-    observer: BlockObserver,
+    observer: LinearObserver,
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
@@ -207,7 +213,7 @@ def _experts_forward(
     """The experts' forward, one by one, showing each matrix's input and output to the observer.
 
     hidden_states [T, D]; top_k_index, top_k_weights [T, top_k]. The contract of transformers 5's
-    expert modules: `gate_up_proj` [E, 2I, D], `down_proj` [E, D, I], `act_fn`.
+    expert modules: `gate_up_proj` [E, 2I, D], `down_proj` [E, D, I], `_apply_gate`.
     """
 
     def matrix(leaf: str, expert: int, x: Tensor) -> Tensor:
@@ -219,8 +225,9 @@ def _experts_forward(
     out = torch.zeros_like(hidden_states)
     for expert in torch.unique(top_k_index).tolist():
         token, position = torch.where(top_k_index == expert)
-        gate, up = matrix("gate_up_proj", expert, hidden_states[token]).chunk(2, dim=-1)
-        y = matrix("down_proj", expert, module.act_fn(gate) * up)
+        # the module's own method: a rotation of the hidden layer is attached to it
+        hidden = module._apply_gate(matrix("gate_up_proj", expert, hidden_states[token]))
+        y = matrix("down_proj", expert, hidden)
         y = y * top_k_weights[token, position, None]
         out = out.index_add(0, token, y.to(out.dtype))
     return out

@@ -16,7 +16,7 @@ dominate the Hessian. Without gradients (block-local statistics) w_t = 1 and `fi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,11 @@ class MatrixStatistics:
     @property
     def has_gradients(self) -> bool:
         return bool(self.fisher)
+
+    def reordered(self, order: Tensor) -> MatrixStatistics:
+        """Of the inputs in another order: column j is what was column `order[j]`, int64 [K]."""
+        hessian = self.hessian[order][:, order] if len(self.hessian) else self.hessian
+        return replace(self, hessian=hessian, sample_x=self.sample_x[:, order])
 
 
 @dataclass

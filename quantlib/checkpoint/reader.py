@@ -18,13 +18,17 @@ from typing import Any
 
 import torch
 
+from quantlib.checkpoint import surroundings
 from quantlib.checkpoint.disk import read_json
 from quantlib.checkpoint.provenance import file_sha256
+from quantlib.checkpoint.surroundings import Surroundings
 from quantlib.checkpoint.tensorfile import TensorFile
-from quantlib.checkpoint.writer import CONFIG_FILE, PROVENANCE_FILE, QUANT_METHOD, VERSION
+from quantlib.checkpoint.writer import CONFIG_FILE, PROVENANCE_FILE, QUANT_METHOD, VERSIONS
 from quantlib.errors import CheckpointError, FormatError
+from quantlib.formats.activation import ActivationSegment
 from quantlib.formats.scheme import Scheme, Segment
 from quantlib.formats.weight import (
+    ORDER,
     PACKED,
     ROW_SCALE,
     SCALE,
@@ -36,9 +40,12 @@ from quantlib.formats.weight import (
 )
 from quantlib.models.headers import TORCH_DTYPES, TensorHeader
 from quantlib.models.source import INDEX_FILE, SINGLE_FILE
+from quantlib.transforms.rotation import Rotation
 
 _KEPT_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-_PACKED_NAME = re.compile(rf"(.+)(?:{PACKED}|{ROW_SCALE}|{SCALE}|{ZERO_POINT})(?:_\d+)?")
+_PACKED_NAME = re.compile(
+    rf"(.+)(?:(?:{PACKED}|{ROW_SCALE}|{SCALE}|{ZERO_POINT})(?:_\d+)?|{ORDER})"
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class PackedCheckpoint:
     headers:     every tensor of the files by name.
     total_bytes: sizes of the safetensors files, headers included: what budgets and comparisons
                  count.
+    around:      clip factors, orders and a rotation, as config.json has them.
     """
 
     path: Path
@@ -59,6 +67,7 @@ class PackedCheckpoint:
     shapes: dict[str, tuple[int, ...]]
     headers: dict[str, TensorHeader]
     total_bytes: int
+    around: Surroundings
     _files: dict[str, TensorFile]
 
     def __iter__(self) -> Iterator[str]:
@@ -98,13 +107,39 @@ class PackedCheckpoint:
             )
         return scheme.segments(self.shapes[weight][-1])
 
+    def activations(self, weight: str) -> tuple[ActivationSegment, ...]:
+        """How the inputs of a weight are rounded, clip factors included; none: not at all."""
+        scheme = self._scheme(weight)
+        return surroundings.activations(self.around, weight, scheme, self.shapes[weight][-1])
+
+    def order(self, weight: str) -> torch.Tensor | None:
+        """int32 [K], memory-mapped: which input each column of a packed weight takes; None: its
+        own. Raises CheckpointError when it is no order."""
+        if weight not in self.around.orders:
+            return None
+        order = self._read(weight + ORDER)
+        surroundings.check_order(weight, order)
+        return order
+
+    def rotation(self) -> Rotation | None:
+        """What is applied while the model runs (`transforms.online.attach`), if anything is.
+
+        Raises CheckpointError when it is damaged; whether it fits the model is `attach`'s to check.
+        """
+        if self.around.settings is None:
+            return None
+        tensors = {name: self._read(stored) for name, stored in self.around.tensors.items()}
+        return surroundings.make_rotation(tensors, self.around.settings)
+
     @property
     def kept_names(self) -> list[str]:
         """Tensors stored as they are: norms, biases, weights whose scheme is a kept one."""
-        packed = {
+        others = {
             weight + suffix for weight in self.schemes for suffix in self.layout(weight) if suffix
         }
-        return [name for name in self.headers if name not in packed]
+        others |= {weight + ORDER for weight in self.around.orders}
+        others |= set(self.around.tensors.values())
+        return [name for name in self.headers if name not in others]
 
     def kept(self, name: str) -> torch.Tensor:
         """A parameter stored as it is, memory-mapped. Raises CheckpointError when there is none."""
@@ -146,6 +181,7 @@ def read_layout(path: str | os.PathLike[str]) -> PackedCheckpoint:
         raise CheckpointError(f"there is no checkpoint folder {path}")
     config = read_json(path / CONFIG_FILE)
     schemes, shapes = _quantization(path, config)
+    around = _surroundings(path, config, schemes, shapes)
     files, headers = _open_files(path)
     checkpoint = PackedCheckpoint(
         path=path,
@@ -154,6 +190,7 @@ def read_layout(path: str | os.PathLike[str]) -> PackedCheckpoint:
         shapes=shapes,
         headers=headers,
         total_bytes=sum(file.path.stat().st_size for file in files.values()),
+        around=around,
         _files=files,
     )
     _check_tensors(checkpoint)
@@ -167,10 +204,10 @@ def _quantization(path: Path, config: Any) -> tuple[dict[str, Scheme], dict[str,
     if not isinstance(described, dict) or method != QUANT_METHOD:
         made_by = f"was quantized by {method!r}" if method else "is not quantized"
         raise CheckpointError(f"the model in {path} {made_by}: give a folder that quantlib wrote")
-    if described.get("version") != VERSION:
+    if described.get("version") not in VERSIONS:
         raise CheckpointError(
             f"{path} has version {described.get('version')} of quantlib's layout and this quantlib "
-            f"reads version {VERSION}: update quantlib, or make the checkpoint again"
+            f"reads up to {max(VERSIONS)}: update quantlib, or make the checkpoint again"
         )
     schemes: dict[str, Scheme] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -188,6 +225,15 @@ def _quantization(path: Path, config: Any) -> tuple[dict[str, Scheme], dict[str,
             f"{error}): make the checkpoint again"
         ) from error
     return schemes, shapes
+
+
+def _surroundings(
+    path: Path, config: Any, schemes: dict[str, Scheme], shapes: dict[str, tuple[int, ...]]
+) -> Surroundings:
+    try:
+        return surroundings.read(config["quantization_config"], schemes, shapes)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path / CONFIG_FILE}: {error}") from error
 
 
 def _open_files(path: Path) -> tuple[dict[str, TensorFile], dict[str, TensorHeader]]:
@@ -249,6 +295,7 @@ def _check_tensors(checkpoint: PackedCheckpoint) -> None:
                     f"{list(shape)}: config.json and the files do not belong together, or one is "
                     "damaged"
                 )
+    _check_surroundings(checkpoint)
     for name in checkpoint.kept_names:
         match = _PACKED_NAME.fullmatch(name)
         weight = match[1] if match else name
@@ -256,6 +303,30 @@ def _check_tensors(checkpoint: PackedCheckpoint) -> None:
             raise CheckpointError(
                 f"{path} has the tensor {name}, which {checkpoint.schemes[weight]} has no use for: "
                 "config.json and the files do not belong together"
+            )
+
+
+def _check_surroundings(checkpoint: PackedCheckpoint) -> None:
+    """Raise CheckpointError unless orders and the rotation's tensors are there, and of their
+    dtypes."""
+    path, around = checkpoint.path, checkpoint.around
+    wanted: dict[str, tuple[torch.dtype, list[int] | None]] = {
+        weight + ORDER: (torch.int32, [checkpoint.shapes[weight][-1]]) for weight in around.orders
+    }
+    wanted |= dict.fromkeys(around.tensors.values(), (surroundings.STORED, None))
+    for name, (dtype, shape) in wanted.items():
+        header = checkpoint.headers.get(name)
+        if header is None:
+            raise CheckpointError(
+                f"{path} lacks the tensor {name}, which config.json names: make the checkpoint "
+                "again"
+            )
+        found = list(header.shape)
+        if TORCH_DTYPES[header.dtype] != dtype or found != (found if shape is None else shape):
+            raise CheckpointError(
+                f"{name} in {path} is {header.dtype} {found}, expected {dtype}"
+                f"{'' if shape is None else f' {shape}'}: config.json and the files do not belong "
+                "together, or one is damaged"
             )
 
 

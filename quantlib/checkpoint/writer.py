@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from quantlib.checkpoint import surroundings
 from quantlib.checkpoint.disk import (
     Content,
     Sink,
@@ -33,13 +34,18 @@ from quantlib.checkpoint.disk import (
 )
 from quantlib.checkpoint.provenance import digest, file_sha256, versions
 from quantlib.checkpoint.staging import LOCK_NAME, resolved, staged
+from quantlib.checkpoint.surroundings import CacheSettings
 from quantlib.checkpoint.tensorfile import LazyTensor, header_bytes, tensor_content
 from quantlib.errors import CheckpointError
+from quantlib.formats.scheme import Scheme
+from quantlib.formats.weight import ORDER
 from quantlib.models.source import INDEX_FILE, SINGLE_FILE
+from quantlib.transforms.rotation import Rotation
 
 QUANT_METHOD = "quantlib"
-VERSION = 1
-"""Of the checkpoint's layout. A reader refuses versions it does not know."""
+VERSIONS = (1, 2)
+"""Of the checkpoint's layout. A reader refuses versions it does not know. Version 2 is 1 and what
+`surroundings` and schemes with several formats add: a checkpoint that has none of it says 1."""
 CONFIG_FILE = "config.json"
 PLAN_FILE = "quantlib_plan.json"
 PROVENANCE_FILE = "quantlib_provenance.json"
@@ -55,22 +61,34 @@ _OTHER_ROOM = 1 << 20
 
 
 def quantization_config(
-    schemes: Mapping[str, str], shapes: Mapping[str, Sequence[int]]
+    schemes: Mapping[str, str],
+    shapes: Mapping[str, Sequence[int]],
+    clips: Mapping[str, Sequence[float]] | None = None,
+    orders: Collection[str] = (),
+    rotation: Rotation | None = None,
+    caches: Mapping[str, CacheSettings] | None = None,
 ) -> dict[str, Any]:
-    """What `config.json` says of the weights: the scheme and the shape ([N, K], [E, N, K]) of each.
+    """What `config.json` says of the weights: the scheme and the shape ([N, K], [E, N, K]) of each,
+    and what is around them (`surroundings`).
 
     The shape is there because packed tensors do not tell it: codes are padded to whole words.
+    Raises CheckpointError when a weight has a scheme or a shape only, or surroundings do not fit.
     """
     if schemes.keys() != shapes.keys():
         names = ", ".join(sorted(schemes.keys() ^ shapes.keys())[:3])
         raise CheckpointError(
             f"every weight needs a scheme and a shape: {names} has only one of them"
         )
+    parsed = {name: Scheme.parse(str(scheme)) for name, scheme in schemes.items()}
+    around = surroundings.entries(clips or {}, orders, rotation, caches or {})
+    surroundings.read(around, parsed, {name: tuple(shapes[name]) for name in shapes})
+    plain = not around and all(map(surroundings.is_known_to_version_1, parsed.values()))
     return {
         "quant_method": QUANT_METHOD,
-        "version": VERSION,
+        "version": 1 if plain else 2,
         "schemes": {name: str(schemes[name]) for name in sorted(schemes)},
         "shapes": {name: list(shapes[name]) for name in sorted(shapes)},
+        **around,
     }
 
 
@@ -161,6 +179,9 @@ def write_checkpoint(
     schemes: Mapping[str, str],
     shapes: Mapping[str, Sequence[int]],
     *,
+    clips: Mapping[str, Sequence[float]] | None = None,
+    rotation: Rotation | None = None,
+    caches: Mapping[str, CacheSettings] | None = None,
     files: Mapping[str, bytes | Path] | None = None,
     provenance: Mapping[str, Any] | None = None,
     identity: str | None = None,
@@ -169,10 +190,14 @@ def write_checkpoint(
 ) -> Path:
     """Write a checkpoint and return its folder.
 
-    tensors:    by the name they have in the file: `X.weight_packed`, ..., and kept parameters under
-                their own names.
+    tensors:    by the name they have in the file: `X.weight_packed`, ..., `X.weight_order` for
+                weights whose columns are in another order, and kept parameters under their own
+                names.
     config:     the source's config.json; its `quantization_config` becomes
-                `quantization_config(schemes, shapes)`.
+                `quantization_config(schemes, shapes, ...)`.
+    clips:      weight -> clip factors of its activation segments.
+    rotation:   what of the model's rotation is applied while it runs (`Rotation.online`).
+    caches:     attention module -> what is done to its keys and values.
     files:      further files by name, as bytes or as a file to copy: `source_files(folder)`,
                 PLAN_FILE.
     provenance: JSON values on where it comes from (hashes and versions: no dates, no paths).
@@ -188,11 +213,14 @@ def write_checkpoint(
     if identity is not None and _is_complete(path, identity):
         (path / LOCK_NAME).unlink(missing_ok=True)
         return path
+    tensors = {**tensors, **surroundings.rotation_tensors(rotation)}
     lazy = {n: LazyTensor.of(t) if isinstance(t, torch.Tensor) else t for n, t in tensors.items()}
     shards = {
         name: {n: lazy[n] for n in names} for name, names in shard_names(lazy, shard_bytes).items()
     }
-    whole_config = {**config, "quantization_config": quantization_config(schemes, shapes)}
+    orders = [name for name in schemes if name + ORDER in lazy]
+    described = quantization_config(schemes, shapes, clips, orders, rotation, caches)
+    whole_config = {**config, "quantization_config": described}
     contents: dict[str, Content | Path] = dict(files or {})
     contents |= {name: tensor_content(part, METADATA) for name, part in shards.items()}
     if len(shards) > 1:

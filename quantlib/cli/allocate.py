@@ -15,6 +15,7 @@ from quantlib.cli.options import (
     FILES,
     OTHER,
     RECIPE,
+    Activations,
     Bits,
     Ceiling,
     Debug,
@@ -53,6 +54,7 @@ def search(
     latency: Latency = None,
     threads: Threads = None,
     mode: Mode = None,
+    activations: Activations = None,
     engine: Engine = "quantlib",
     floor: Floor = None,
     ceiling: Ceiling = None,
@@ -90,7 +92,7 @@ def search(
         quantlib search --work WORK --pareto
     """
     asked = latency_of(latency, threads, mode)
-    budget = budget_of(size, bits, engine, floor, ceiling, pin, asked)
+    budget = budget_of(size, bits, engine, floor, ceiling, pin, asked, activations)
     if pareto and not budget.given and output is not None:
         raise UsageError("a plan needs a budget: add --size or --bits, or leave out --output")
     _search(work, budget, output, pareto, json)
@@ -121,7 +123,7 @@ def _search(work: Path, budget: Budget, output: Path | None, pareto: bool, json:
         problem = allocation_problem(known.model_map, sensitivity, budget)
     front: list[Point] = []
     if pareto:
-        limits = budget.latency.limits()
+        limits = budget.limits()
         front = pareto_front(problem, calibration=sensitivity.calibration, limits=limits)
         answer |= {"front": [_point(point, known) for point in front]} if json else {}
     if json:

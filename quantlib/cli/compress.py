@@ -13,6 +13,7 @@ from quantlib.cli.options import (
     FILES,
     OTHER,
     RECIPE,
+    Activations,
     Bits,
     Ceiling,
     Data,
@@ -22,7 +23,9 @@ from quantlib.cli.options import (
     Fast,
     Floor,
     Json,
+    Kv,
     Latency,
+    Method,
     Mode,
     Model,
     Output,
@@ -30,6 +33,7 @@ from quantlib.cli.options import (
     Pin,
     Preset,
     RecipeFile,
+    Rotation,
     Schemes,
     Seed,
     Seqlen,
@@ -81,6 +85,7 @@ def compress(
     latency: Latency = None,
     threads: Threads = None,
     mode: Mode = None,
+    activations: Activations = None,
     data: Data = None,
     work: WorkBeside = None,
     overwrite: Overwrite = False,
@@ -88,7 +93,10 @@ def compress(
     preset: Preset = None,
     fast: Fast = False,
     recipe: RecipeFile = None,
+    scheme: Method = None,
     schemes: Schemes = None,
+    kv: Kv = None,
+    rotation: Rotation = None,
     seqlen: Seqlen = None,
     windows: Windows = None,
     seed: Seed = None,
@@ -112,6 +120,7 @@ def compress(
         quantlib compress MODEL -o OUT --size 30% --data text.txt --floor q_proj=4
         quantlib compress MODEL -o OUT --bits 5 --data text.txt --pin lm_head=w8g64
         quantlib compress MODEL -o OUT --data text.txt --latency 12ms --size 90MB
+        quantlib compress MODEL -o OUT --data text.txt --bits 4.4 --scheme resq --activations 4.5
         quantlib compress path/to/model --bits 4 --data text.txt -o OUT --dry-run
     """
     fields = recipe_fields(
@@ -125,9 +134,13 @@ def compress(
         seed=seed,
         refine=refine,
         latency=latency,
+        method=scheme,
+        activations=activations,
+        kv=kv,
+        rotation=rotation,
     )
     asked = latency_of(fields.get("latency"), threads, mode)
-    budget = budget_of(size, bits, engine, floor, ceiling, pin, asked)
+    budget = budget_of(size, bits, engine, floor, ceiling, pin, asked, activations)
     if dry_run:
         _dry_run(model, budget, fields, download, json)
         return
@@ -135,7 +148,7 @@ def compress(
 
     quiet_transformers()
     given: dict[str, Any] = {"size": size, "bits": bits, "engine": engine}
-    given |= {"threads": threads, "mode": mode}
+    given |= {"threads": threads, "mode": mode, "activations": activations}
     result = run(
         model,
         out=output,
@@ -163,7 +176,11 @@ def measure(
     preset: Preset = None,
     fast: Fast = False,
     recipe: RecipeFile = None,
+    scheme: Method = None,
     schemes: Schemes = None,
+    activations: Activations = None,
+    kv: Kv = None,
+    rotation: Rotation = None,
     seqlen: Seqlen = None,
     windows: Windows = None,
     seed: Seed = None,
@@ -181,7 +198,7 @@ def measure(
         quantlib measure path/to/model --data text.txt --work WORK --fast
         quantlib search --work WORK --bits 4.25
     """
-    from quantlib.pipeline.compress import measured_table, open_run, prepare, recipe_for
+    from quantlib.pipeline.compress import measured_table, open_run, prepare, recipe_for, rotated
     from quantlib.pipeline.plan import Budget
     from quantlib.pipeline.workfiles import SENSITIVITY_FILE
 
@@ -194,11 +211,16 @@ def measure(
         seqlen=seqlen,
         windows=windows,
         seed=seed,
+        method=scheme,
+        activations=activations,
+        kv=kv,
+        rotation=rotation,
     )
     settings = recipe_for(Budget(engine=engine), **fields)
     quiet_transformers()
     with open_run(model, work, settings, download=download, progress=Bars(notes())) as run:
         prepare(run)
+        run = rotated(run)
         found = measured_table(run)
         seconds = dict(run.seconds)
     file = work / SENSITIVITY_FILE

@@ -87,11 +87,12 @@ Mode = Annotated[
     ),
 ]
 Kv = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="FORMAT",
         help="How the native engine keeps keys and values: f32, int8, int4, int4g32r (4 bits, a "
-        "scale per 32 columns, rotated), int8/int4r (keys and values apart).",
+        "scale per 32 columns, rotated), int8/int4rk4 (keys and values apart, the first 4 tokens "
+        "in float32); as the checkpoint says unless said.",
         rich_help_panel=COMPUTING,
     ),
 ]
@@ -114,7 +115,7 @@ def generate(
     no_chat: NoChat = False,
     engine: Engine = "auto",
     mode: Mode = None,
-    kv: Kv = "f32",
+    kv: Kv = None,
     threads: Threads = None,
     json: Json = False,
     debug: Debug = False,

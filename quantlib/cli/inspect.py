@@ -42,13 +42,14 @@ def inspect(
     from quantlib.models.source import Source
     from quantlib.pipeline.estimate import for_recipe
     from quantlib.pipeline.plan import Budget, sizes_only
+    from quantlib.pipeline.run import candidates
     from quantlib.recipe import Recipe
 
     source = Source.open(model, allow_download=download)
     model_map = ModelMap.from_source(source)
     recipe = Recipe.create(data="any text", preset=preset)
     estimate = for_recipe(model_map, recipe)
-    problem = sizes_only(model_map, recipe.schemes, Budget())
+    problem = sizes_only(model_map, candidates(model_map, recipe), Budget())
     smallest = problem.bytes(problem.smallest())
     largest = problem.fixed_bytes + sum(
         max(choice.bytes for choice in item.choices) for item in problem.items

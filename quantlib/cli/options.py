@@ -71,6 +71,15 @@ Mode = Annotated[
     ),
 ]
 
+Activations = Annotated[
+    float | None,
+    typer.Option(
+        metavar="BITS",
+        help="The most mean bits of the inputs of linears, where candidates round them: 4, 4.5.",
+        rich_help_panel=BUDGET,
+    ),
+]
+
 Engine = Annotated[
     str,
     typer.Option(
@@ -177,6 +186,35 @@ Schemes = Annotated[
         metavar="A,B,C",
         help="Candidate schemes, such as w3g64,w4g64z,w8g64zs6: integers w2..w8, fp8, mxfp4, nvfp4;"
         " g: group size, z: zero point, s: two-level scales.",
+        rich_help_panel=RECIPE,
+    ),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        "--scheme",
+        metavar="resq",
+        help="Round activations and the KV cache too: resq changes the model's basis, keeps the "
+        "columns that matter at 8 bits, and rounds the others to the bits of --activations.",
+        rich_help_panel=RECIPE,
+    ),
+]
+Kv = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        metavar="BITS",
+        help="KV cache that the checkpoint is made for: 16 (as it is), 8, 4, or a format's name "
+        "such as int4h16.",
+        rich_help_panel=RECIPE,
+    ),
+]
+Rotation = Annotated[
+    str | None,
+    typer.Option(
+        metavar="none|pca|weights|gradients",
+        help="Basis the model is changed to before anything is measured; --scheme resq takes "
+        "gradients.",
         rich_help_panel=RECIPE,
     ),
 ]

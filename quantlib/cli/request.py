@@ -25,12 +25,16 @@ def recipe_fields(
     seed: int | None,
     refine: bool | None = None,
     latency: list[str] | None = None,
+    method: str | None = None,
+    activations: float | None = None,
+    kv: str | None = None,
+    rotation: str | None = None,
 ) -> dict[str, Any]:
     """The fields that were given, those of the recipe file first; `data` is among them.
 
     A relative path to the data in a recipe file counts from the file's folder.
     """
-    from quantlib.recipe import read_fields
+    from quantlib.recipe import kv_name, read_fields
 
     if fast and preset not in (None, "fast"):
         raise UsageError(f"--fast and --preset {preset} contradict each other: give one of them")
@@ -47,6 +51,8 @@ def recipe_fields(
         "refine": refine,
         "latency": tuple(latency) if latency else None,
     }
+    fields |= _method_fields(method, activations)
+    options |= {"kv": kv_name(kv), "rotation": rotation}
     fields |= {name: value for name, value in options.items() if value is not None}
     if not isinstance(fields.get("data"), str):
         raise UsageError(
@@ -54,6 +60,20 @@ def recipe_fields(
             "hub:name)"
         )
     return fields
+
+
+def _method_fields(method: str | None, activations: float | None) -> dict[str, Any]:
+    """The fields of a recipe that --scheme stands for."""
+    from quantlib.recipe import METHODS, method_fields
+
+    if method is None:
+        return {}
+    if method not in METHODS:
+        raise UsageError(
+            f"unknown --scheme {method!r}: use {', '.join(METHODS)}; to name candidates one by "
+            "one, use --schemes"
+        )
+    return method_fields(method, activations)
 
 
 def _is_relative_path(data: Any, file: Path) -> bool:
@@ -75,13 +95,15 @@ def budget_of(
     ceiling: list[str] | None = None,
     pin: list[str] | None = None,
     latency: LatencyBudget | None = None,
+    activations: float | None = None,
 ) -> Budget:
     """The budgets and the rules of a command line."""
     from quantlib.pipeline.plan import Budget
     from quantlib.search.latency import LatencyBudget
 
     floors, ceilings, pins = (tuple(given or ()) for given in (floor, ceiling, pin))
-    return Budget(size, bits, engine, floors, ceilings, pins, latency or LatencyBudget())
+    latency = latency or LatencyBudget()
+    return Budget(size, bits, engine, floors, ceilings, pins, latency, activations)
 
 
 def latency_of(texts: Iterable[str] | None, threads: int | None, mode: str | None) -> LatencyBudget:

@@ -1,6 +1,15 @@
 """What a number is: element types, schemes, packing, quantized weights, plain rounding and exact
 byte counts."""
 
+from quantlib.formats.activation import (
+    ActivationFormat,
+    ActivationSegment,
+    check_activations,
+    fake_quantize,
+    scale_columns,
+    with_clips,
+)
+from quantlib.formats.activation import quantize as quantize_activations
 from quantlib.formats.elements import (
     FLOATS,
     FloatElement,
@@ -21,12 +30,21 @@ from quantlib.formats.packing import (
     unpack_zeros,
 )
 from quantlib.formats.rtn import choose_scales, encode, quantize_rtn, store_scales
-from quantlib.formats.scheme import CHANNEL, KEPT, TENSOR, Scheme, Segment, WeightFormat
+from quantlib.formats.scheme import (
+    CHANNEL,
+    KEPT,
+    TENSOR,
+    HighColumns,
+    Scheme,
+    Segment,
+    WeightFormat,
+)
 from quantlib.formats.size import (
     bits_per_weight,
     kept_bytes,
     payload_bytes,
     safetensors_file_bytes,
+    true_bits,
 )
 from quantlib.formats.weight import (
     QuantizedSegment,
@@ -47,8 +65,11 @@ __all__ = [
     "FLOATS",
     "KEPT",
     "TENSOR",
+    "ActivationFormat",
+    "ActivationSegment",
     "FloatElement",
     "GroupBlock",
+    "HighColumns",
     "QuantizedSegment",
     "QuantizedWeight",
     "Scheme",
@@ -56,6 +77,7 @@ __all__ = [
     "TensorLayout",
     "WeightFormat",
     "bits_per_weight",
+    "check_activations",
     "check_segments",
     "choose_scales",
     "code_book",
@@ -66,6 +88,7 @@ __all__ = [
     "effective_scale",
     "encode",
     "encode_float",
+    "fake_quantize",
     "float_element",
     "group_blocks",
     "kept_bytes",
@@ -77,11 +100,15 @@ __all__ = [
     "packed_layout",
     "packed_words",
     "payload_bytes",
+    "quantize_activations",
     "quantize_rtn",
     "safetensors_file_bytes",
+    "scale_columns",
     "store_scales",
+    "true_bits",
     "unpack",
     "unpack_bits",
     "unpack_codes",
     "unpack_zeros",
+    "with_clips",
 ]

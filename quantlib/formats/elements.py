@@ -73,6 +73,10 @@ FLOATS: dict[str, FloatElement] = {
 """Element name -> its parameters. The names and widths are those of `scheme.FLOAT_ELEMENTS`."""
 
 
+FLOAT_NAMES = {"fp8": "e4m3", "fp8e5m2": "e5m2", "fp6": "e3m2", "fp6e2m3": "e2m3", "fp4": "e2m1"}
+"""What schemes call a float element -> the element."""
+
+
 def float_element(name: str) -> FloatElement:
     """The parameters of a float element. Raises FormatError for any other name."""
     if name not in FLOATS:

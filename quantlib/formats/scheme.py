@@ -15,7 +15,26 @@ Grammar of a scheme's name (`Scheme.parse` reads it, `str(scheme)` writes it; th
                     OCP microscaling: groups of 32 with an e8m0 scale
     nvfp4           e2m1 in groups of 16 with an e4m3 scale and one float32 per tensor
     bf16 f16 f32    kept as it is
-    ...a8           after any of these: activations rounded to 8 bits per token
+
+after any of these, how the layer's inputs are rounded (`activation.py`; left out: not at all):
+
+    a8 a4           integers of 2..8 bits, symmetric, one scale per token
+    a4z             asymmetric (2..7 bits)
+    a8g128          ... one scale per token and 128 columns
+    amxfp4 anvfp4 afp8
+                    floating point, under any float name above and with its groups and scales
+
+after these (but not after a kept weight), a share of wider columns, the last ones:
+
+    h8/8            the last 1/8 of the input features have 8 bits: weights in the style of the
+                    others, activations (if they are rounded) symmetric
+    h8x3/16         ... the last 3/16
+    hfp8/8 hmxfp6/8 ... weights in another float format, and activations too if they are floats;
+                    integer activations get as many bits
+
+So `w4g64zs4a4zh8/8` multiplies 7/8 of the columns as w4g64zs4a4z does and 1/8 as w8g64zs4a8 does.
+Columns are stored in ascending importance. The number of wide ones is the share of K rounded to the
+nearest multiple of 4, and at least 4; a layer of fewer columns is wide altogether.
 
 Group size is written in weights along K (input features). A row whose K is not a multiple of the
 group has a shorter last group; shapes are never refused.
@@ -24,9 +43,21 @@ group has a shorter last group; shapes are never refused.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import product
 
 from quantlib.errors import FormatError
+from quantlib.formats.activation import (
+    AS_THEY_ARE,
+    INTEGER,
+    UNROUNDED,
+    ActivationFormat,
+    ActivationSegment,
+)
+from quantlib.formats.elements import FLOAT_NAMES
 
 CHANNEL = 0
 """`group_size` of one scale per output channel."""
@@ -41,8 +72,9 @@ SCALES = ("f16", "e8m0", "e4m3", *TWO_LEVEL_SCALES)
 KEPT = {"bf16": 2, "f16": 2, "f32": 4}
 """Names of the schemes that leave a weight unquantized, and their bytes per element."""
 
-_FLOAT_NAMES = {"fp8": "e4m3", "fp8e5m2": "e5m2", "fp6": "e3m2", "fp6e2m3": "e2m3", "fp4": "e2m1"}
-_ELEMENT_NAMES = {element: name for name, element in _FLOAT_NAMES.items()}
+_ELEMENT_NAMES = {element: name for name, element in FLOAT_NAMES.items()}
+_FLOAT_OF_BITS = {8: "e4m3", 6: "e3m2", 4: "e2m1"}
+"""The element that stands for a width where only the width is given."""
 _PATTERN = re.compile(
     r"(?P<kept>bf16|f16|f32)"
     r"|nv(?P<nv>fp4)"
@@ -50,6 +82,13 @@ _PATTERN = re.compile(
     r"|(?:w(?P<bits>[2-8])|(?P<fp>fp8e5m2|fp8|fp6e2m3|fp6|fp4))"
     r"(?:g(?P<group>\d+)|(?P<tensor>t))?(?P<zero>z(?P<zero_bits>[2-8])?)?(?:s(?P<scale>[4-8]))?"
 )
+_NAME = re.compile(r"(?P<weight>[^ah]+)(?:a(?P<activation>[^ah]+))?(?:h(?P<high>[^ah]+))?")
+_HIGH = re.compile(
+    r"(?P<format>[2-8]|nvfp4|(?:mx)?(?:fp8e5m2|fp8|fp6e2m3|fp6|fp4))"
+    r"(?:x(?P<count>[1-9]\d*))?/(?P<parts>[1-9]\d*)"
+)
+_COLUMN_STEP = 4
+"""Wide columns are counted in these: whole dot products of four int8."""
 
 
 @dataclass(frozen=True, order=True)
@@ -148,46 +187,206 @@ class Segment:
     format: WeightFormat
 
 
+@dataclass(frozen=True, order=True)
+class HighColumns:
+    """The last `share` of the columns, in wider formats: `name` is a number of bits, "8", or a
+    float format, "mxfp6"."""
+
+    name: str
+    share: Fraction
+
+    def __post_init__(self) -> None:
+        if not _HIGH.fullmatch(f"{self.name}/8"):
+            raise FormatError(f"{self.name!r} is no number of bits and no float format: write h8/8")
+        if not 0 < self.share < 1:
+            raise FormatError(
+                f"a share of {self.share} of the columns: write a part of them, such as h8/8 or "
+                "h8x3/16"
+            )
+
+    def count(self, length: int) -> int:
+        """How many of `length` columns these are."""
+        steps = (2 * length * self.share + _COLUMN_STEP) // (2 * _COLUMN_STEP)
+        return min(length, max(1, int(steps)) * _COLUMN_STEP)
+
+    def __str__(self) -> str:
+        count = "" if self.share.numerator == 1 else f"x{self.share.numerator}"
+        return f"h{self.name}{count}/{self.share.denominator}"
+
+
 @dataclass(frozen=True)
 class Scheme:
-    """What is done to a weight: its format (None: kept as `kept`), and the bits of its inputs."""
+    """What is done to a weight and to its inputs.
+
+    weight:     format of the weight, of its low columns if some are high; None: kept as `kept`.
+    activation: format of the inputs, likewise.
+    high:       the columns that are wider, if any.
+    """
 
     weight: WeightFormat | None
     kept: str | None = None
-    activation_bits: int = 16
+    activation: ActivationFormat = AS_THEY_ARE
+    high: HighColumns | None = None
+
+    def __post_init__(self) -> None:
+        if self.activation.clip != 1:
+            raise FormatError("a clip factor belongs to one weight's activations, not to a scheme")
+        if self.high is None:
+            return
+        if self.weight is None:
+            raise FormatError(f"a weight kept as {self.kept} has no wider columns")
+        if (
+            min(
+                self.high_weight.bits - self.weight.bits,
+                self.high_activation.bits - self.activation.bits,
+            )
+            < 0
+        ):
+            raise FormatError(
+                f"{self}: the last columns matter most and must not be narrower than the others"
+            )
 
     @staticmethod
     def parse(name: str) -> Scheme:
         """Read a scheme's short name. Raises FormatError with examples when it is not one."""
-        base, marker, activation = name.partition("a")
-        match = _PATTERN.fullmatch(base)
-        if match is None or (marker and activation not in ("8", "16")):
+        match = _NAME.fullmatch(name)
+        base = _PATTERN.fullmatch(match["weight"]) if match else None
+        high = _HIGH.fullmatch(match["high"]) if match and match["high"] else None
+        if match is None or base is None or (match["high"] and high is None):
             raise FormatError(
-                f"{name!r} is not a scheme: write for example w4g64, w3g32z, w4g64zs6, w8a8, fp8, "
-                "mxfp4, nvfp4 or bf16"
+                f"{name!r} is not a scheme: write for example w4g64, w3g32z, w4g64zs6, w8a8, "
+                "w4a4zh8/8, fp8, mxfp4, nvfp4 or bf16"
             )
-        activation_bits = int(activation) if activation else 16
-        if match["kept"]:
-            return Scheme(None, match["kept"], activation_bits)
-        if match["nv"]:
-            return Scheme(WeightFormat("e2m1", 16, scale="e4m3"), None, activation_bits)
-        if match["mx"]:
-            return Scheme(
-                WeightFormat(_FLOAT_NAMES[match["mx"]], 32, scale="e8m0"), None, activation_bits
-            )
-        element = f"int{match['bits']}" if match["bits"] else _FLOAT_NAMES[match["fp"]]
-        group = int(match["group"]) if match["group"] else TENSOR if match["tensor"] else CHANNEL
-        scale = f"u{match['scale']}" if match["scale"] else "f16"
-        zero_bits = int(match["zero_bits"] or 0)
-        weight = WeightFormat(element, group, not match["zero"], scale, zero_bits)
-        return Scheme(weight, None, activation_bits)
+        try:
+            activation = ActivationFormat.parse(match["activation"] or str(UNROUNDED))
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from error
+        columns = None
+        if high:
+            share = Fraction(int(high["count"] or 1), int(high["parts"]))
+            columns = HighColumns(high["format"], share)
+        if base["kept"]:
+            return Scheme(None, base["kept"], activation, columns)
+        return Scheme(_weight_format(base), None, activation, columns)
 
-    def segments(self, length: int) -> tuple[Segment, ...]:
-        """The K segments of a weight with `length` input features: one, for a uniform scheme."""
+    @staticmethod
+    def of(segments: Sequence[Segment], activations: Sequence[ActivationSegment] = ()) -> Scheme:
+        """The scheme that has these segments and activations; their clip factors do not count.
+
+        Raises FormatError when no scheme does.
+        """
+        length = sum(part.length for part in segments)
+        rounded = [replace(part, format=replace(part.format, clip=1.0)) for part in activations]
+        low = segments[0].format
+        activation = rounded[0].format if rounded else AS_THEY_ARE
+        candidates = [Scheme(low, None, activation)]
+        if len(segments) == 2:
+            high, count = segments[1].format, segments[1].length
+            # Sixteenths are what a search chooses among; the first that gives this count is taken.
+            shares = [*(Fraction(part, 16) for part in range(1, 16)), Fraction(count, length)]
+            for name, share in product((str(high.bits), str(high)), shares):
+                with suppress(FormatError):
+                    columns = HighColumns(name, share)
+                    candidates.append(Scheme(low, None, activation, columns))
+        for scheme in candidates:
+            same = scheme.segments(length) == tuple(segments)
+            if same and scheme.activations(length) == tuple(rounded):
+                return scheme
+        raise FormatError(
+            f"no scheme has the formats {'+'.join(str(part.format) for part in segments)} on "
+            f"{'+'.join(str(part.length) for part in segments)} columns"
+            + (
+                f" with inputs in {'+'.join(str(part.format) for part in rounded)}"
+                if rounded
+                else ""
+            )
+        )
+
+    @property
+    def activation_bits(self) -> int:
+        """Bits of an input in the low columns; 16: not rounded."""
+        return self.activation.bits
+
+    @property
+    def high_weight(self) -> WeightFormat:
+        """Format of the weight's high columns; that of all of them when none are higher."""
         if self.weight is None:
             raise FormatError(f"a weight kept as {self.kept} has no segments")
-        return (Segment(0, length, self.weight),)
+        if self.high is None:
+            return self.weight
+        if self.high.name.isdigit():
+            return _restyled(self.weight, int(self.high.name))
+        return Scheme.parse(self.high.name).high_weight
+
+    @property
+    def high_activation(self) -> ActivationFormat:
+        """Format of the inputs in the high columns."""
+        low = self.activation
+        if self.high is None or not low.rounds:
+            return low
+        if low.element == INTEGER:
+            return replace(low, bits=max(low.bits, self.high_weight.bits), symmetric=True)
+        if not self.high.name.isdigit():
+            return ActivationFormat(element=self.high.name)
+        bits = max(low.bits, self.high_weight.bits)
+        return ActivationFormat(element=low.element if bits == low.bits else _wider(low, bits))
+
+    def segments(self, length: int) -> tuple[Segment, ...]:
+        """The K segments of a weight with `length` input features: low columns, then high ones.
+
+        One, for a uniform scheme. Raises FormatError for a weight that is kept.
+        """
+        if self.weight is None:
+            raise FormatError(f"a weight kept as {self.kept} has no segments")
+        low = self.low_columns(length)
+        parts = Segment(0, low, self.weight), Segment(low, length - low, self.high_weight)
+        return tuple(part for part in parts if part.length)
+
+    def activations(self, length: int) -> tuple[ActivationSegment, ...]:
+        """How `length` input features are rounded, in the same segments; none: not at all."""
+        if not self.activation.rounds:
+            return ()
+        low = self.low_columns(length)
+        high = ActivationSegment(low, length - low, self.high_activation)
+        return tuple(p for p in (ActivationSegment(0, low, self.activation), high) if p.length)
+
+    def low_columns(self, length: int) -> int:
+        """How many of `length` input features come before the high ones: all, if there are none."""
+        return length - (self.high.count(length) if self.high else 0)
 
     def __str__(self) -> str:
         base = str(self.weight) if self.weight is not None else str(self.kept)
-        return base + (f"a{self.activation_bits}" if self.activation_bits != 16 else "")
+        activation = f"a{self.activation}" if self.activation.rounds else ""
+        return base + activation + (str(self.high) if self.high else "")
+
+
+def _weight_format(match: re.Match[str]) -> WeightFormat:
+    if match["nv"]:
+        return WeightFormat("e2m1", 16, scale="e4m3")
+    if match["mx"]:
+        return WeightFormat(FLOAT_NAMES[match["mx"]], 32, scale="e8m0")
+    element = f"int{match['bits']}" if match["bits"] else FLOAT_NAMES[match["fp"]]
+    group = int(match["group"]) if match["group"] else TENSOR if match["tensor"] else CHANNEL
+    scale = f"u{match['scale']}" if match["scale"] else "f16"
+    return WeightFormat(element, group, not match["zero"], scale, int(match["zero_bits"] or 0))
+
+
+def _restyled(format: WeightFormat, bits: int) -> WeightFormat:
+    """The format with codes of `bits` bits: groups and scales are kept, and zero points have as
+    many bits as codes, whatever they had. NVFP4 has no wider kin: fp8 and fp6 take its place."""
+    if format.is_integer:
+        return replace(format, element=f"int{bits}", zero_bits=0)
+    if bits not in _FLOAT_OF_BITS:
+        raise FormatError(f"there are no floats of {bits} bits: give {format} columns of 8 or 6")
+    if bits == format.bits:
+        return format
+    if format.scale == "e4m3":
+        return WeightFormat(_FLOAT_OF_BITS[bits], CHANNEL)
+    return replace(format, element=_FLOAT_OF_BITS[bits])
+
+
+def _wider(format: ActivationFormat, bits: int) -> str:
+    """The name of the float activations of `bits` bits in the style of `format`."""
+    if bits not in _FLOAT_OF_BITS:
+        raise FormatError(f"there are no float activations of {bits} bits: use 8 or 6")
+    return ("mx" if format.is_mx else "") + f"fp{bits}"

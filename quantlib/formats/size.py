@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from quantlib.errors import FormatError
-from quantlib.formats.scheme import KEPT, Segment
+from quantlib.formats.activation import UNROUNDED
+from quantlib.formats.scheme import KEPT, Scheme, Segment
 from quantlib.formats.weight import packed_layout
 
 TensorForm = tuple[torch.dtype, Sequence[int]]
@@ -68,6 +69,22 @@ def kept_bytes(shape: Sequence[int], kept: str) -> int:
 def bits_per_weight(shape: Sequence[int], segments: Sequence[Segment]) -> float:
     """True bits per weight of a packed weight [N, K], scales, zero points and padding included."""
     return 8 * payload_bytes(shape, segments) / math.prod(shape)
+
+
+def true_bits(scheme: Scheme, shape: Sequence[int]) -> tuple[float, float]:
+    """(bits per weight, bits per activation) of a weight [N, K] or a stack [E, N, K] in `scheme`.
+
+    Both are means over all segments. A weight's count scales, zero points and padding; an
+    activation's only its codes (its scales, one per token and segment or group, exist only while
+    the model runs). Columns that are not rounded count 16 bits.
+    """
+    matrix = math.prod(shape[:-1]), shape[-1]
+    rounded = scheme.activations(matrix[1])
+    codes = sum(segment.format.bits * segment.length for segment in rounded)
+    activation_bits = codes / matrix[1] if rounded else float(UNROUNDED)
+    if scheme.weight is None:
+        return 8.0 * KEPT[str(scheme.kept)], activation_bits
+    return bits_per_weight(matrix, scheme.segments(matrix[1])), activation_bits
 
 
 def safetensors_order(tensors: Mapping[str, TensorForm]) -> list[str]:

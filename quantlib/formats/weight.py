@@ -53,6 +53,9 @@ _E4M3_LARGEST = 0x7E
 PACKED, SCALE, ROW_SCALE, ZERO_POINT = "_packed", "_scale", "_row_scale", "_zero_point"
 """Suffixes of the stored tensors, appended to the weight's name: `X.weight` + `_packed` is
 `X.weight_packed`."""
+ORDER = "_order"
+"""Suffix of a tensor that may stand beside those: int32 [K], column j of the stored weight takes
+the layer's input `order[j]`."""
 
 TensorLayout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Name or suffix -> dtype and shape: what a tensor will be, without its values."""

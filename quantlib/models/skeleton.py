@@ -25,14 +25,17 @@ from quantlib.models.source import Source
 def build(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The source's module in eval mode: parameters on meta in `dtype`, buffers computed.
 
-    Embedding and head are tied as the config says, unless two different tensors are on disk.
+    Embedding and head are tied as the config says, unless two different tensors are on disk. A
+    source in another basis attaches what its parameters need beside them.
     Raises ModelError when transformers cannot build the architecture without remote code.
     """
     model = from_config(source.config, dtype)
     stored = source.parameters
     for target, origin in model.all_tied_weights_keys.items():
         if target in stored and origin in stored and not source.same_data(target, origin):
-            return from_config({**source.config, "tie_word_embeddings": False}, dtype)
+            model = from_config({**source.config, "tie_word_embeddings": False}, dtype)
+            break
+    source.attach(model)
     return model
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantlib.errors import ModelError
 from quantlib.models.families import DiskRules
@@ -139,6 +139,10 @@ class Source:
             return False
         pieces = zip(self._pieces(a), self._pieces(b), strict=True)
         return all(torch.equal(left, right) for left, right in pieces)
+
+    def attach(self, model: nn.Module) -> None:
+        """Add to the module what these parameters need beside them: nothing. A source in another
+        basis overrides it."""
 
     def _pieces(self, header: TensorHeader) -> Iterator[Tensor]:
         for offset in range(0, header.nbytes, _COMPARED_BYTES):

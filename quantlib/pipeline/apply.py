@@ -12,14 +12,20 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from quantlib.checkpoint.provenance import digest, file_sha256
 from quantlib.checkpoint.tensorfile import LazyTensor
 from quantlib.checkpoint.writer import PLAN_FILE, source_files, write_checkpoint
 from quantlib.errors import CheckpointError
 from quantlib.evaluation.language import LanguageResult
+from quantlib.formats.weight import ORDER
 from quantlib.models.headers import TORCH_DTYPES
 from quantlib.pipeline.dense import Trials, measured_kl, plan_keys
+from quantlib.pipeline.inputs import bank_clips, cache_settings
 from quantlib.pipeline.reround import reround
+from quantlib.pipeline.rotate import online_rotation
 from quantlib.pipeline.run import Run
 from quantlib.search.plan import Plan
 
@@ -58,7 +64,7 @@ def apply(
     Returns its folder, and what refinement gave when it was asked for. Raises SearchError for a
     plan of another model, CheckpointError when the bank lacks an entry or `out` cannot be written.
     """
-    plan.check(run.source.fingerprint, run.model_map.weights, run.model_map.groups)
+    plan.check(run.model_map.fingerprint, run.model_map.weights, run.model_map.groups)
     keys = plan_keys(run, plan.schemes)
     _require_entries(run, plan, keys)
     refinement = None
@@ -76,6 +82,9 @@ def apply(
             run.source.config,
             plan.schemes,
             {weight.name: weight.shape for weight in run.model_map.weights},
+            clips={name: clips for name, key in keys.items() if (clips := bank_clips(run, key))},
+            rotation=online_rotation(run),
+            caches=cache_settings(run),
             files={**small, PLAN_FILE: plan_text.encode()},
             provenance={"source": run.source_hash, "recipe": recipe},
             identity=digest([run.source_hash, recipe, plan_text, keys, hashes]),
@@ -106,10 +115,18 @@ def checkpoint_tensors(run: Run, keys: Mapping[str, str]) -> dict[str, LazyTenso
     tensors: dict[str, LazyTensor] = {}
     for name, key in keys.items():
         tensors |= {name + suffix: value for suffix, value in run.bank.lazy(key).items()}
+        if name in run.orders:
+            tensors[name + ORDER] = LazyTensor.of(run.orders[name].to(torch.int32))
     for row in run.model_map.kept:
-        read = partial(run.source.read, row.name)
-        tensors[row.name] = LazyTensor(TORCH_DTYPES[row.dtype], row.shape, read)
+        dtype = TORCH_DTYPES[row.dtype]
+        read = partial(_read_kept, run, row.name, dtype)
+        tensors[row.name] = LazyTensor(dtype, row.shape, read)
     return dict(sorted(tensors.items()))
+
+
+def _read_kept(run: Run, name: str, dtype: torch.dtype) -> Tensor:
+    """A kept parameter in the dtype it had on disk: a rotation computes biases in float32."""
+    return run.source.read(name).to(dtype)
 
 
 def _refined(run: Run, plan: Plan) -> tuple[dict[str, str], Refinement]:

@@ -10,14 +10,18 @@ never exceeded.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
+from quantlib.checkpoint.surroundings import rotation_tensors
 from quantlib.formats.scheme import Scheme
 from quantlib.formats.size import payload_bytes
-from quantlib.formats.weight import packed_layout
+from quantlib.formats.weight import ORDER, packed_layout
 from quantlib.models.headers import TORCH_DTYPES
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.rows import Weight
+from quantlib.transforms.rotation import Rotation
 
 _DIGITS = 12
 """Digits of an offset below a terabyte: files have 5 GB, or hold a single larger tensor."""
@@ -43,6 +47,12 @@ def fixed_bytes(model_map: ModelMap, shard_bytes: int) -> int:
     kept = sum(row.nbytes + _header_entry(row.name, row.shape) for row in model_map.kept)
     files = 1 + 2 * model_map.nbytes // shard_bytes  # two neighbours are more than one shard
     return kept + files * _FILE_OVERHEAD
+
+
+def surrounding_bytes(rotation: Rotation, orders: Mapping[str, Tensor]) -> int:
+    """Bytes of a rotation's tensors and of orders in a checkpoint: payload and header entries."""
+    tensors = {**rotation_tensors(rotation), **{n + ORDER: o.int() for n, o in orders.items()}}
+    return sum(t.nbytes + _header_entry(name, t.shape) for name, t in tensors.items())
 
 
 def _header_entry(name: str, shape: Sequence[int]) -> int:

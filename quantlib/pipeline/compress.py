@@ -21,6 +21,7 @@ from quantlib.pipeline.measure import measure
 from quantlib.pipeline.opening import load_tokenizer, open_run, reopen_run
 from quantlib.pipeline.plan import Budget, allocation_problem, search
 from quantlib.pipeline.probe import probe
+from quantlib.pipeline.rotate import rotated
 from quantlib.pipeline.run import Progress, Run
 from quantlib.pipeline.status import already_there
 from quantlib.pipeline.swap import swap
@@ -40,6 +41,7 @@ __all__ = [
     "prepare",
     "recipe_for",
     "reopen_run",
+    "rotated",
 ]
 
 
@@ -103,6 +105,7 @@ def compress(
     size: str | None = None,
     bits: float | None = None,
     work: str | Path | None = None,
+    activations: float | None = None,
     engine: str = "quantlib",
     floors: tuple[str, ...] = (),
     ceilings: tuple[str, ...] = (),
@@ -120,13 +123,15 @@ def compress(
     data: calibration text (a file, JSONL, a folder, or `hub:name`). size or bits: the budget; or
     latency=["12ms", "prefill=0.5s@512"], alone or with one of them, for `threads` threads of this
     machine (torch's number by default) and activations in `mode` ("exact", "int8"; by default as
-    the schemes say). work: the work directory (`OUT.work` by default), where a killed run continues
-    and where another budget costs seconds. recipe: fields of `quantlib.recipe.Recipe`, such as
-    preset="fast" or seed=1.
+    the schemes say). activations: the most mean bits of the inputs of linears, where the candidates
+    round them (`search.activations`). work: the work directory (`OUT.work` by default), where a
+    killed run continues and where another budget costs seconds. recipe: fields of
+    `quantlib.recipe.Recipe`, such as preset="fast" or seed=1.
     """
     budget = Budget(size, bits, engine, tuple(floors), tuple(ceilings), tuple(pins))
     settings = recipe_for(budget, data=str(data), **recipe)
-    budget = replace(budget, latency=LatencyBudget(settings.latency, threads, mode))
+    latency = LatencyBudget(settings.latency, threads, mode)
+    budget = replace(budget, latency=latency, activations=activations)
     out = Path(out)
     place = default_work(out) if work is None else Path(work)
     check_output(out, overwrite=True)
@@ -136,6 +141,7 @@ def compress(
     ) as run:
         _check_replaced(out, run, overwrite, lambda there: budget.asked_for(there, run.model_map))
         prepare(run, out, budget.in_bytes(run.model_map))
+        run = rotated(run)
         table = measured_table(run)
         plan, problem, _ = search(run.model_map, table, budget, run.costs)
         if settings.swaps:

@@ -24,6 +24,7 @@ from quantlib.evaluation.reference import reference_logprobs
 from quantlib.formats.scheme import Scheme
 from quantlib.formats.weight import dequantize, unpack
 from quantlib.models import skeleton
+from quantlib.pipeline.inputs import RoundedInputs, bank_clips, round_cache
 from quantlib.pipeline.measure import entry_key
 from quantlib.pipeline.run import Run
 
@@ -36,10 +37,12 @@ class DenseTrial:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.windows = run.probe_windows
-        self.model: nn.Module = skeleton.build(run.source)
+        self.model = skeleton.build(run.source)
         skeleton.materialize(self.model, "", run.source)
         self.reference = reference_logprobs(self.model, self.windows)
         self.loaded: dict[str, str] = {}
+        self.inputs = RoundedInputs(self.model, run)
+        round_cache(self.model, run)
 
     @torch.no_grad()
     def load(self, schemes: Mapping[str, str], keys: Mapping[str, str] | None = None) -> None:
@@ -50,6 +53,7 @@ class DenseTrial:
             if self.loaded.get(name) != key:
                 parameters[name].copy_(bank_weight(self.run, name, schemes[name], key))
                 self.loaded[name] = key
+                self.inputs.set(name, schemes[name], bank_clips(self.run, key))
 
     def measure(
         self, schemes: Mapping[str, str], keys: Mapping[str, str] | None = None
@@ -110,9 +114,13 @@ def plan_keys(
 
 
 def bank_weight(run: Run, name: str, scheme: str, key: str | None = None) -> Tensor:
-    """A weight as the bank holds it, dequantized to float32 in its original shape."""
+    """A weight as the bank holds it, dequantized to float32 in its original shape, its columns in
+    the order of its inputs."""
     weight = run.model_map.weight(name)
     segments = Scheme.parse(scheme).segments(weight.in_features)
     shape = (weight.parameters // weight.in_features, weight.in_features)
     packed = unpack(run.bank.get(key or entry_key(run, name, scheme)), shape, segments)
-    return dequantize(packed).reshape(weight.shape)
+    value, order = dequantize(packed), run.orders.get(name)
+    if order is not None:
+        value = value[:, torch.argsort(order)]
+    return value.reshape(weight.shape)

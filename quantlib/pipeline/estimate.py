@@ -24,7 +24,7 @@ from quantlib.models.rows import LinearGroup, Weight
 from quantlib.pipeline import bytecount
 from quantlib.pipeline.calibrate import EMBEDDING, calibrated_groups, statistics_key
 from quantlib.pipeline.measure import entry_key
-from quantlib.pipeline.run import Run
+from quantlib.pipeline.run import Run, candidates
 from quantlib.recipe import Recipe
 from quantlib.rounding import RoundingOptions
 from quantlib.search.budget import format_size
@@ -88,9 +88,8 @@ def require_room(
 
 
 def _largest_checkpoint(run: Run) -> int:
-    schemes = [Scheme.parse(name) for name in run.recipe.schemes]
     chosen = sum(
-        max(bytecount.weight_bytes(weight, scheme) for scheme in schemes)
+        max(bytecount.weight_bytes(weight, scheme) for scheme in run.candidates[weight.name])
         for weight in run.model_map.weights
     )
     return chosen + sum(row.nbytes for row in run.model_map.kept)
@@ -102,9 +101,9 @@ def _bytes_there(run: Run, found: Estimate) -> int:
     names = [group.name for group in run.model_map.groups if group.block is not None]
     keys = [statistics_key(run, name) for name in (*names, EMBEDDING)]
     keys += [
-        entry_key(run, weight.name, scheme)
-        for weight in run.model_map.weights
-        for scheme in run.recipe.schemes
+        entry_key(run, name, str(scheme))
+        for name, schemes in run.candidates.items()
+        for scheme in schemes
     ]
     there = [run.work.unit(key) for key in keys if run.work.has(key)]
     calibrated, wanted = calibrated_groups(run)
@@ -126,10 +125,12 @@ def _device(path: Path) -> int:
 def _bank_bytes(model_map: ModelMap, recipe: Recipe) -> int:
     """Every weight in every candidate, and with `refine` the blocks of one plan once more (in the
     largest candidate at most)."""
-    schemes = [Scheme.parse(name) for name in recipe.schemes]
     total = 0
+    schemes = candidates(model_map, recipe)
     for weight in model_map.weights:
-        sizes = [bytecount.weight_bytes(weight, scheme) for scheme in schemes]
+        sizes = [
+            bytecount.weight_bytes(weight, Scheme.parse(name)) for name in schemes[weight.name]
+        ]
         total += sum(sizes)
         if recipe.refine and weight.block is not None and weight.kind != "experts":
             total += max(sizes)
@@ -183,7 +184,11 @@ def _numbers_in_memory(model_map: ModelMap, recipe: Recipe) -> int:
     logits = 6 * recipe.seqlen * vocabulary
     calibration = outside + max(2 * block + 2 * moments + 4 * hidden, logits + 2 * hidden)
     rounding = max(_rounding(model_map, recipe, group) for group in model_map.groups)
-    refinement = outside + 2 * block + 2 * moments + 6 * hidden + rounding
+    # a block's weights: in the module, exact, rounded, as targets, and twice as moments of what they
+    # lack; learning has their place, offset and gradient too. Hidden states: two that enter, two
+    # that leave, and the goals of at most four groups.
+    weights = (6 + 4 * (recipe.learning > 0)) * block
+    refinement = outside + weights + 2 * moments + 8 * hidden + rounding
     measuring = model_map.parameters + logits
     needed = [calibration, rounding]
     needed += [measuring] if recipe.probes or recipe.swaps or recipe.refine else []
@@ -221,7 +226,8 @@ def _operations(model_map: ModelMap, recipe: Recipe) -> float:
     rounding = sum(w.parameters * w.in_features * (sweeps + 1) for w in model_map.weights)
     trials = recipe.probes + recipe.swaps + 2 * recipe.refine
     probes = recipe.probe_windows * recipe.seqlen * trials * _parameters(model_map.weights)
-    refine = (3 * forward + 2 * moments + rounding) if recipe.refine else 0
+    learning = 3 * recipe.learning * recipe.seqlen * _parameters(model_map.weights)
+    refine = (6 * forward + moments + rounding + learning) if recipe.refine else 0
     return 4 * forward + moments + len(recipe.schemes) * rounding + probes + refine
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quantlib.calibration.statistics import EmbeddingStatistics, GroupStatistics
 from quantlib.checkpoint.bank import LayerBank
+from quantlib.formats.activation import fake_quantize
 from quantlib.formats.scheme import Scheme
 from quantlib.formats.weight import QuantizedWeight, dequantize, pack
 from quantlib.models.rows import LinearGroup, Weight
@@ -48,7 +49,7 @@ def sensitivity(run: Run) -> Sensitivity:
     rows = {}
     for weight in run.model_map.weights:
         entries = {}
-        for scheme in run.schemes:
+        for scheme in run.candidates[weight.name]:
             found = run.bank.entry(entry_key(run, weight.name, str(scheme))).extra
             size = bytecount.weight_bytes(weight, scheme)
             entries[str(scheme)] = Entry(size, {TASK: found["loss"]}, {TASK: found["error"]})
@@ -58,7 +59,9 @@ def sensitivity(run: Run) -> Sensitivity:
         "statistics": run.statistics_hash,
         "bank": run.rounding_hash,
     }
-    return Sensitivity(run.source.fingerprint, (TASK,), rows, provenance)
+    return Sensitivity(
+        run.model_map.fingerprint, (TASK,), rows, provenance, extra_bytes=run.extra_bytes
+    )
 
 
 def entry_key(run: Run, weight: str, scheme: str) -> str:
@@ -73,7 +76,9 @@ def measured_groups(run: Run) -> int:
 
 def _complete(run: Run, group: LinearGroup) -> bool:
     return all(
-        run.bank.has(entry_key(run, name, str(s))) for name in group.members for s in run.schemes
+        run.bank.has(entry_key(run, name, str(scheme)))
+        for name in group.members
+        for scheme in run.candidates[name]
     )
 
 
@@ -84,10 +89,11 @@ def _measure_group(run: Run, group: LinearGroup) -> None:
     missing = [
         (weight.name, str(scheme))
         for weight in weights
-        for scheme in run.schemes
+        for scheme in run.candidates[weight.name]
         if not run.bank.has(entry_key(run, weight.name, str(scheme)))
     ]
-    schemes = [scheme for scheme in run.schemes if str(scheme) in {name for _, name in missing}]
+    wanted = {name for _, name in missing}
+    schemes = [s for s in run.candidates[weights[0].name] if str(s) in wanted]
     if group.block is None:
         candidates = _round_embedding(run, weights, schemes)
     else:
@@ -96,7 +102,7 @@ def _measure_group(run: Run, group: LinearGroup) -> None:
     with run.bank.batch() as batch:
         for key in missing:
             quantized, matrices = candidates[key]
-            losses, errors = zip(*_scored(quantized, matrices), strict=True)
+            losses, errors = zip(*_scored(quantized, matrices, key[1]), strict=True)
             extra = {"loss": math.fsum(losses), "error": math.fsum(errors)}
             batch.put(*key, run.rounding_hash, pack(quantized), extra, seconds)
 
@@ -104,31 +110,38 @@ def _measure_group(run: Run, group: LinearGroup) -> None:
 @dataclass(frozen=True)
 class _Matrix:
     """One original matrix [N, K] of a weight (of a stack there are several), and how its rounding
-    error is scored."""
+    error is scored; `rounded_inputs` scores the rounding of its inputs, where there is any."""
 
     original: Tensor
     score: Scorer
+    rounded_inputs: Callable[[Tensor, Scheme], float] = lambda weight, scheme: 0.0
 
 
 Candidates = dict[tuple[str, str], tuple[QuantizedWeight, list[_Matrix]]]
 """(weight name, scheme) -> the whole weight (stacks as [E*N, K]), and what it was rounded from."""
 
 
-def _scored(quantized: QuantizedWeight, matrices: list[_Matrix]) -> Iterator[tuple[float, float]]:
-    """(loss, standard error) of every matrix of a weight."""
+def _scored(
+    quantized: QuantizedWeight, matrices: list[_Matrix], scheme: str
+) -> Iterator[tuple[float, float]]:
+    """(loss, standard error) of every matrix of a weight: rounding errors of weights and of inputs
+    are independent, so their losses add; so do their relative errors, which are of the windows."""
+    parsed = Scheme.parse(scheme)
     for matrix, value in zip(matrices, dequantize(quantized).chunk(len(matrices)), strict=True):
-        yield matrix.score(matrix.original, value - matrix.original)
+        loss, error = matrix.score(matrix.original, value - matrix.original)
+        inputs = matrix.rounded_inputs(value, parsed)
+        yield loss + inputs, error * (1 + inputs / loss if loss > 0 else 1.0)
 
 
 def _round_block_group(run: Run, group: LinearGroup, schemes: list[Scheme]) -> Candidates:
     """Round a group inside a block; a stack of experts matrix by matrix, each under its own
     Hessian."""
-    stats = group_statistics(run, group.name)
-    originals = {name: _matrices(run.source.read(name).float()) for name in group.members}
+    stats = ordered_statistics(run, group)
+    originals = {name: _matrices(ordered_weight(run, name)) for name in group.members}
     options = RoundingOptions(run.recipe.damping, run.recipe.passes)
-    layouts = [
-        scheme.segments(run.model_map.weight(group.members[0]).in_features) for scheme in schemes
-    ]
+    columns = run.model_map.weight(group.members[0]).in_features
+    segments = [scheme.segments(columns) for scheme in schemes]
+    layouts = list(dict.fromkeys(segments))  # candidates may differ in their activations alone
     pieces: dict[tuple[str, int], list[QuantizedWeight]] = {}
     for index, statistics in enumerate(stats.matrices):
         members = {name: originals[name][index] for name in group.members}
@@ -136,14 +149,20 @@ def _round_block_group(run: Run, group: LinearGroup, schemes: list[Scheme]) -> C
             pieces.setdefault(key, []).append(value)
     matrices = {
         name: [
-            _Matrix(original, _block_scorer(run, stats, index, name))
+            _Matrix(
+                original,
+                _block_scorer(run, stats, index, name),
+                _input_scorer(run, stats, index, name),
+            )
             for index, original in enumerate(originals[name])
         ]
         for name in group.members
     }
+    whole = {key: concatenate(parts) for key, parts in pieces.items()}
     return {
-        (name, str(schemes[index])): (concatenate(parts), matrices[name])
-        for (name, index), parts in pieces.items()
+        (name, str(scheme)): (whole[name, layouts.index(layout)], matrices[name])
+        for name in group.members
+        for scheme, layout in zip(schemes, segments, strict=True)
     }
 
 
@@ -160,6 +179,40 @@ def _block_scorer(run: Run, stats: GroupStatistics, index: int, name: str) -> Sc
         return loss, loss * scores.relative_error(error, statistics, name, _bootstrap(run))
 
     return score
+
+
+def _input_scorer(
+    run: Run, stats: GroupStatistics, index: int, name: str
+) -> Callable[[Tensor, Scheme], float]:
+    """The score of rounding the inputs of one matrix, on the sampled tokens."""
+    statistics = stats.matrices[index]
+    share = statistics.tokens / run.windows.numel() if len(stats.matrices) > 1 else 1.0
+
+    def score(weight: Tensor, scheme: Scheme) -> float:
+        segments = scheme.activations(weight.shape[1])
+        if not segments or not len(statistics.sample_x):
+            return 0.0
+        x = statistics.sample_x.float()
+        error = fake_quantize(x, segments) - x
+        return scores.activation_score(weight, error, statistics, name) * share
+
+    return score
+
+
+def ordered_weight(run: Run, name: str) -> Tensor:
+    """A weight of the source, float32, with its columns in the order it is packed in."""
+    weight = run.source.read(name).float()
+    order = run.orders.get(name)
+    return weight if order is None else weight[..., order]
+
+
+def ordered_statistics(run: Run, group: LinearGroup) -> GroupStatistics:
+    """The statistics of a group, of inputs in the order its members are packed in."""
+    stats = group_statistics(run, group.name)
+    order = run.orders.get(group.members[0])
+    if order is None:
+        return stats
+    return GroupStatistics(group.name, [matrix.reordered(order) for matrix in stats.matrices])
 
 
 def _bootstrap(run: Run) -> torch.Generator:

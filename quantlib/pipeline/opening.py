@@ -17,7 +17,8 @@ from quantlib.models.source import Source
 from quantlib.pipeline import workfiles
 from quantlib.pipeline.latency import costs_for
 from quantlib.pipeline.plan import Budget, check_request
-from quantlib.pipeline.run import Progress, Run, Silent, read_windows
+from quantlib.pipeline.rotate import rotated
+from quantlib.pipeline.run import Progress, Run, Silent, candidates, read_windows
 from quantlib.recipe import Recipe
 from quantlib.search.latency import LatencyCosts
 
@@ -52,10 +53,9 @@ def load_inputs(
     costs = None
     if budget is not None:
         budget.rules(), budget.in_bytes(model_map)  # before anything is timed
-        costs = costs_for(
-            model_map, source.path, recipe.schemes, budget.latency, progress or Silent()
-        )
-        check_request(model_map, recipe.schemes, budget, costs)
+        schemes = candidates(model_map, recipe)
+        costs = costs_for(model_map, source.path, schemes, budget.latency, progress or Silent())
+        check_request(model_map, schemes, budget, costs)
     tokenizer = load_tokenizer(source.path)
     _check_length(source, recipe)
     windows = read_windows(recipe, tokenizer)
@@ -129,6 +129,7 @@ def reopen_run(
     tokenizer = load_tokenizer(source.path)
     with WorkDir.open(work) as workdir:
         run = Run(source, known.model_map, workdir, recipe, tokenizer, progress or Silent())
+        run = rotated(run)
         made_from = table.provenance
         if run.source_hash != made_from.get("source"):
             raise CheckpointError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from quantlib.checkpoint.writer import SHARD_BYTES
@@ -10,6 +10,12 @@ from quantlib.errors import SearchError, UsageError
 from quantlib.formats.scheme import Scheme
 from quantlib.models.modelmap import ModelMap
 from quantlib.pipeline import bytecount
+from quantlib.search.activations import (
+    ACTIVATION_BITS,
+    activation_costs,
+    parse_activation_bits,
+    rounds_inputs,
+)
 from quantlib.search.budget import parse_bits, parse_size
 from quantlib.search.constraints import KINDS, Rule, parse_rules
 from quantlib.search.latency import LatencyBudget, LatencyCosts
@@ -25,7 +31,7 @@ TASK = "kl"
 @dataclass(frozen=True)
 class Budget:
     """What the user allows: at most one of `size` (as `90MB`, `30%`) and `bits` (true bits per
-    parameter), latencies, and rules."""
+    parameter), latencies, mean bits of activations (`search.activations`), and rules."""
 
     size: str | None = None
     bits: float | None = None
@@ -34,6 +40,7 @@ class Budget:
     ceilings: tuple[str, ...] = ()
     pins: tuple[str, ...] = ()
     latency: LatencyBudget = field(default_factory=LatencyBudget)
+    activations: float | None = None
 
     def __post_init__(self) -> None:
         if self.latency and self.engine != "quantlib":
@@ -77,10 +84,14 @@ class Budget:
         """Floors, ceilings and pins, parsed. Raises UsageError on one that is malformed."""
         return parse_rules(self.floors, self.ceilings, self.pins)
 
+    def limits(self) -> dict[str, float]:
+        """Limits of costs other than bytes, by their names."""
+        return {**self.latency.limits(), **parse_activation_bits(self.activations)}
+
     def asked_for(self, plan: Plan, model_map: ModelMap) -> bool:
         """Whether a plan is an answer to this very request."""
         rules = tuple(map(str, self.rules()))
-        wanted = (self.in_bytes(model_map), self.latency.limits(), self.engine, rules)
+        wanted = (self.in_bytes(model_map), self.limits(), self.engine, rules)
         return (plan.budget, dict(plan.limits), plan.engine, plan.rules) == wanted
 
     @property
@@ -98,32 +109,38 @@ def allocation_problem(
 
     costs: what each candidate takes, for budgets that limit it (`pipeline.latency`).
     """
+    weights = model_map.weights
+    spent: dict[str, Mapping[tuple[str, str], float]] = {**(costs.costs if costs else {})}
+    if any(map(rounds_inputs, table.rows.values())):
+        spent[ACTIVATION_BITS] = activation_costs(weights, table.rows)
     return build_problem(
         table,
-        model_map.weights,
-        fixed_bytes=bytecount.fixed_bytes(model_map, SHARD_BYTES),
+        weights,
+        fixed_bytes=bytecount.fixed_bytes(model_map, SHARD_BYTES) + table.extra_bytes,
         engine=budget.engine,
         groups=model_map.groups,
         rules=budget.rules(),
-        costs=costs.costs if costs else None,
+        costs=spent,
         fixed_costs=costs.fixed if costs else None,
     )
 
 
 def sizes_only(
-    model_map: ModelMap, schemes: Sequence[str], budget: Budget, costs: LatencyCosts | None = None
+    model_map: ModelMap,
+    schemes: Mapping[str, Sequence[str]],
+    budget: Budget,
+    costs: LatencyCosts | None = None,
 ) -> Problem:
     """The allocation problem before anything was measured: true bytes and times, every loss 0.
 
     It says which sizes are possible, and raises for rules that match nothing or contradict each
-    other, before hours are spent on measuring.
+    other, before hours are spent on measuring. schemes: weight -> its candidates.
     """
-    parsed = [Scheme.parse(name) for name in schemes]
     nothing = {TASK: 0.0}
     rows = {
         weight.name: {
-            str(scheme): Entry(bytecount.weight_bytes(weight, scheme), nothing, nothing)
-            for scheme in parsed
+            name: Entry(bytecount.weight_bytes(weight, Scheme.parse(name)), nothing, nothing)
+            for name in schemes[weight.name]
         }
         for weight in model_map.weights
     }
@@ -132,12 +149,15 @@ def sizes_only(
 
 
 def check_request(
-    model_map: ModelMap, schemes: Sequence[str], budget: Budget, costs: LatencyCosts | None = None
+    model_map: ModelMap,
+    schemes: Mapping[str, Sequence[str]],
+    budget: Budget,
+    costs: LatencyCosts | None = None,
 ) -> None:
     """Raise what `search` would raise after measuring: UsageError for the budget's text or rules,
     SearchError for budgets that no allocation fits, with the least that is possible."""
     problem = sizes_only(model_map, schemes, budget, costs)
-    solve(problem, budget.in_bytes(model_map), budget.latency.limits())
+    solve(problem, budget.in_bytes(model_map), budget.limits())
 
 
 def search(
@@ -145,7 +165,7 @@ def search(
 ) -> tuple[Plan, Problem, Solution]:
     """Solve for the best allocation within the budgets. A latency needs `costs`."""
     problem = allocation_problem(model_map, table, budget, costs)
-    limits = budget.latency.limits()
+    limits = budget.limits()
     solution = solve(problem, budget.in_bytes(model_map), limits)
     timed = {"machine": costs.machine, "timings": costs.fingerprint} if costs else {}
     plan = Plan.from_solution(

@@ -1,52 +1,51 @@
-"""`--refine`: round the chosen plan again, block by block, with the inputs its own earlier blocks
-produce.
+"""`--refine`, the last rounding of a plan: block by block, with the inputs its own earlier, already
+rounded blocks produce.
 
-The bank rounds every weight as if all others were exact. Here the chosen schemes are fixed, so each
-block can be given the hidden states that the already re-rounded blocks before it really produce,
-and its targets moved towards what undoes their error (`rounding.asymmetric`). One block is in
-memory at a time, with two copies of its hidden states: what the full-precision model would see, and
-what the quantized one sees. Stacks of experts keep their bank entries.
+The bank rounds every weight as if all others were exact, and their inputs too. Here schemes are
+fixed, so each block is given the hidden states that the quantized model really has there, inputs of
+linears rounded as the plan says. Its groups are taken in the order in which they run. A group's
+target is moved towards what makes good what the stream lacks behind it (`rounding.asymmetric`), it
+is rounded by GPTQ and coordinate descent on the inputs it will really have, and kept if the block
+then loses less than before on windows that were not fitted; the bank's entry stays otherwise. At
+the end all codes and scales of the block are learned together from there (`rounding.learned`). One
+stage for weights alone, and for weights and activations.
 
-The result is kept only if it is better: the plan is measured with and without it on windows held
-back from calibration (`apply.py`).
+One block is in memory at a time, with the hidden states of both models. Stacks of experts keep
+their bank entries. Whether the whole ships is decided by the model's true KL (`apply.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantlib.calibration.stream import BlockStream
 from quantlib.checkpoint.bank import LayerBank
 from quantlib.checkpoint.provenance import digest
 from quantlib.formats.scheme import Scheme
-from quantlib.formats.weight import dequantize, pack
+from quantlib.formats.weight import pack
 from quantlib.models.rows import LinearGroup
-from quantlib.pipeline.calibrate import WorkDirStore, group_statistics
+from quantlib.pipeline.block_rounding import BlockRounding
+from quantlib.pipeline.calibrate import WorkDirStore
 from quantlib.pipeline.dense import bank_weight
+from quantlib.pipeline.inputs import clip_names
+from quantlib.pipeline.planned_block import Inputs, PlannedBlock, Windows
 from quantlib.pipeline.run import Run
-from quantlib.rounding import RoundingOptions, asymmetric_target, round_group
 
-REROUND_VERSION = 1
+REROUND_VERSION = 2
 """Raise when re-rounding changes: plans are then re-rounded again."""
-
-
-@dataclass
-class _Moments:
-    """Of one group: token-weighted second moment of the quantized model's inputs, and the cross
-    moment with what the full-precision model would have seen, both float32 [K, K]."""
-
-    hessian: Tensor
-    cross: Tensor
 
 
 def reround_inputs(run: Run, schemes: Mapping[str, str]) -> str:
     """What re-rounded entries of this plan depend on: the `inputs_hash` of their bank keys."""
-    return digest([run.rounding_hash, dict(schemes), run.recipe.strength, REROUND_VERSION])
+    recipe = run.recipe
+    return digest(
+        [run.rounding_hash, dict(schemes), recipe.strength, recipe.learning, REROUND_VERSION]
+    )
 
 
 def reround(run: Run, schemes: Mapping[str, str]) -> dict[str, str]:
@@ -88,12 +87,14 @@ def _reround_blocks(
         store.save_all("block.0", entered)
     with run.stage("re-round", len(blocks)) as progress:
         for index, block in enumerate(blocks):
+            said = block
             if index >= start:
-                left = _reround_block(run, stream, store, index, schemes, inputs)
+                left, outcome = _reround_block(run, stream, store, index, schemes, inputs)
                 if index + 1 < len(blocks):
                     store.save_all(f"block.{index + 1}", left)
                 store.drop(f"block.{index}")
-            progress.tick(block)
+                said = f"{block}: {outcome}"
+            progress.tick(said)
 
 
 @torch.no_grad()
@@ -107,7 +108,26 @@ def _enter(run: Run, stream: BlockStream, schemes: Mapping[str, str]) -> dict[st
     return {"exact": exact, "quantized": torch.cat([stream.embed(ids) for ids in run.windows])}
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Outcome:
+    """Losses of a block on the windows that judge: with bank entries, and with what was kept; the
+    groups that were re-rounded, and the step that learning stopped at."""
+
+    before: float
+    after: float
+    groups: tuple[str, ...]
+    step: int
+    seconds: float
+
+    def __str__(self) -> str:
+        kept = ", ".join(self.groups) or "nothing"
+        learned = f", learned {self.step} steps" if self.step else ""
+        return (
+            f"{self.before:.4g} -> {self.after:.4g} in {self.seconds:.0f} s "
+            f"(re-rounded {kept}{learned})"
+        )
+
+
 def _reround_block(
     run: Run,
     stream: BlockStream,
@@ -115,119 +135,46 @@ def _reround_block(
     index: int,
     schemes: Mapping[str, str],
     inputs: str,
-) -> dict[str, Tensor]:
-    """Re-round one block's groups and carry both hidden states through it; returns them."""
+) -> tuple[dict[str, Tensor], Outcome]:
+    """Re-round one block, keep it in the bank, and carry both hidden states through it."""
+    started = time.monotonic()
     entering = store.load_all(f"block.{index}")
-    exact, quantized = entering["exact"], entering["quantized"]
     name = stream.block_names[index]
-    with stream.block(index) as block:
-        outputs: list[Tensor] = []
-        moments: dict[str, _Moments] = {}
-        with _InputWatch(run, stream.model, name) as watch:
-            for window, (h, hq) in enumerate(zip(exact, quantized, strict=True)):
-                outputs.append(stream.run(index, block, h[None]))
-                clean = watch.take()
-                stream.run(index, block, hq[None])
-                watch.accumulate(moments, clean, watch.take(), window)
-        weights = _round(run, name, moments, schemes, inputs)
+    groups = _groups(run, name)
+    with stream.block(index) as module:
         for group in run.model_map.groups_in(name):
-            for member in group.members:
-                value = weights.get(member)
-                if value is None:
+            if group.kind == "experts":
+                for member in group.members:
                     value = bank_weight(run, member, schemes[member])
-                stream.model.get_parameter(member).copy_(value)
-        carried = [stream.run(index, block, hq[None]) for hq in quantized]
-    return {"exact": torch.cat(outputs), "quantized": torch.cat(carried)}
-
-
-class _InputWatch:
-    """Captures the input of every dense linear group of a block, for as long as it is entered."""
-
-    def __init__(self, run: Run, model: nn.Module, block: str) -> None:
-        self.model = model
-        self.groups = _groups(run, block)
-        self.weights = {group.name: _token_weights(run, group) for group in self.groups}
-        self.seen: dict[str, Tensor] = {}
-        self.handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> _InputWatch:
-        for group in self.groups:
-            module = self.model.get_submodule(group.members[0].rpartition(".")[0])
-            self.handles.append(module.register_forward_pre_hook(self._hook(group.name)))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self.seen[name] = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-
-        return hook
-
-    def take(self) -> dict[str, Tensor]:
-        """Group -> input [T, K], of what ran since the last call."""
-        seen, self.seen = self.seen, {}
-        return seen
-
-    def accumulate(
-        self,
-        moments: dict[str, _Moments],
-        clean: dict[str, Tensor],
-        noisy: dict[str, Tensor],
-        window: int,
-    ) -> None:
-        """Add one window's x' x'^T and (x - x') x'^T, token-weighted as in calibration."""
-        for group in self.groups:
-            x, q = clean[group.name], noisy[group.name]
-            tokens, width = q.shape
-            weight = self.weights[group.name]
-            weighted = q
-            if weight is not None:
-                weighted = q * weight[window * tokens : (window + 1) * tokens, None]
-            if group.name not in moments:
-                moments[group.name] = _Moments(torch.zeros(width, width), torch.zeros(width, width))
-            moments[group.name].hessian.addmm_(weighted.T, q)
-            moments[group.name].cross.addmm_((x - q).T, weighted)
-
-
-def _round(
-    run: Run, block: str, moments: Mapping[str, _Moments], schemes: Mapping[str, str], inputs: str
-) -> dict[str, Tensor]:
-    """Round every dense weight of a block to its scheme, keep it in the bank, return it
-    dequantized."""
-    options = RoundingOptions(run.recipe.damping, run.recipe.passes)
-    out = {}
+                    stream.model.get_parameter(member).copy_(value)
+        block = PlannedBlock(
+            stream,
+            index,
+            module,
+            groups,
+            {member: _inputs(run, member, schemes[member]) for g in groups for member in g.members},
+            entering["exact"],
+            entering["quantized"],
+            Windows.split(len(run.windows)),
+        )
+        work = BlockRounding(run, block, schemes)
+        kept = work.finish()
+        left = {"exact": block.outputs, "quantized": block.carry(work.dense(kept))}
+    outcome = Outcome(*work.losses, tuple(work.kept), work.step, time.monotonic() - started)
+    extra = {"before": outcome.before, "after": outcome.after}
     with run.bank.batch() as batch:
-        for group in _groups(run, block):
-            found = moments[group.name]
-            for name in group.members:
-                original = run.source.read(name).float()
-                target = asymmetric_target(
-                    original, found.hessian, found.cross, run.recipe.strength, run.recipe.damping
-                )
-                layout = Scheme.parse(schemes[name]).segments(original.shape[1])
-                (rounded,) = round_group({name: target}, found.hessian, [layout], options).values()
-                batch.put(name, schemes[name], inputs, pack(rounded))
-                out[name] = dequantize(rounded)
-    return out
+        for member, weight in kept.items():
+            kept_beside = extra | clip_names(work.clips(member))
+            batch.put(member, schemes[member], inputs, pack(weight), kept_beside, outcome.seconds)
+    return left, outcome
+
+
+def _inputs(run: Run, name: str, scheme: str) -> Inputs:
+    """How the plan rounds the inputs of a weight."""
+    width = run.model_map.weight(name).in_features
+    return Scheme.parse(scheme).activations(width), run.orders.get(name)
 
 
 def _groups(run: Run, block: str) -> list[LinearGroup]:
     """The dense linear groups of a block."""
     return [group for group in run.model_map.groups_in(block) if group.kind != "experts"]
-
-
-def _token_weights(run: Run, group: LinearGroup) -> Tensor | None:
-    """Weights of all calibration tokens for a group, scaled to a mean of one; None without
-    gradients."""
-    (matrix,) = group_statistics(run, group.name).matrices
-    if not matrix.has_gradients:
-        return None
-    return matrix.token_weight / matrix.token_weight.mean().clamp(min=1e-30)

@@ -4,7 +4,7 @@ progress goes."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +20,7 @@ from quantlib.checkpoint.provenance import digest, file_sha256
 from quantlib.checkpoint.workdir import WorkDir
 from quantlib.formats.scheme import Scheme
 from quantlib.models.modelmap import ModelMap
+from quantlib.models.rows import Weight
 from quantlib.models.source import Source
 from quantlib.recipe import Recipe
 from quantlib.search.latency import LatencyCosts
@@ -53,7 +54,10 @@ class Silent:
 class Run:
     """One model, one recipe, one work directory.
 
-    costs: what the candidates take on this machine, where the request limits a latency.
+    costs:       what the candidates take on this machine, where the request limits a latency.
+    orders:      weight -> the order int64 [K] in which it is packed, and reads its input; weights
+                 that are left out keep their columns' order.
+    extra_bytes: of what the checkpoint holds beside weights and kept parameters: bases, orders.
     """
 
     source: Source
@@ -64,6 +68,8 @@ class Run:
     progress: Progress = field(default_factory=Silent)
     seconds: dict[str, float] = field(default_factory=dict)
     costs: LatencyCosts | None = None
+    orders: Mapping[str, Tensor] = field(default_factory=dict)
+    extra_bytes: int = 0
 
     @cached_property
     def bank(self) -> LayerBank:
@@ -106,8 +112,12 @@ class Run:
         return digest([list(self.windows.shape), self.windows.flatten().tolist()])
 
     @cached_property
-    def schemes(self) -> tuple[Scheme, ...]:
-        return tuple(Scheme.parse(name) for name in self.recipe.schemes)
+    def candidates(self) -> dict[str, tuple[Scheme, ...]]:
+        """Weight -> its candidate schemes."""
+        return {
+            name: tuple(map(Scheme.parse, schemes))
+            for name, schemes in candidates(self.model_map, self.recipe).items()
+        }
 
     @cached_property
     def statistics_hash(self) -> str:
@@ -134,6 +144,16 @@ class Run:
         finally:
             self.progress.finish()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+
+
+def candidates(model_map: ModelMap, recipe: Recipe) -> dict[str, tuple[str, ...]]:
+    """Weight -> names of its candidate schemes, as the recipe has them for its kind."""
+    return {weight.name: recipe.candidates(_kind(weight)) for weight in model_map.weights}
+
+
+def _kind(weight: Weight) -> str:
+    """A weight's kind; a matrix outside the blocks is a head to those who ask for candidates."""
+    return "head" if weight.kind == "linear" and weight.block is None else weight.kind
 
 
 def read_windows(recipe: Recipe, tokenizer: Any) -> Tensor:

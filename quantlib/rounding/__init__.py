@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantlib.formats.rtn import quantize_rtn
 from quantlib.formats.weight import QuantizedWeight
-from quantlib.rounding.asymmetric import asymmetric_target
+from quantlib.rounding.asymmetric import Moments, Target, least_squares_targets
 from quantlib.rounding.fixed import round_fixed
 from quantlib.rounding.integer import (
     DEFAULTS,
@@ -18,15 +18,25 @@ from quantlib.rounding.integer import (
     is_batchable,
     round_integers,
 )
+from quantlib.rounding.learned import Learned, LearningOptions, learn
+from quantlib.rounding.objective import OutputMetric
+from quantlib.rounding.scales import refit_scales
 from quantlib.rounding.stack import concatenate
 
 __all__ = [
     "Layout",
+    "Learned",
+    "LearningOptions",
+    "Moments",
+    "OutputMetric",
     "RoundingOptions",
-    "asymmetric_target",
+    "Target",
     "concatenate",
     "is_batchable",
+    "learn",
+    "least_squares_targets",
     "quantize_rtn",
+    "refit_scales",
     "round_fixed",
     "round_group",
     "round_integers",

@@ -3,7 +3,8 @@ mixed segments.
 
 Slower than `rounding.integer` (one weight, one scheme at a time), but it works for every format,
 because rounding one column is asked of the format itself. Scales come from round-to-nearest, with
-each group's clip chosen by importance-weighted error.
+each group's clip chosen by importance-weighted error; when all codes are known, they are fitted
+once more to them (`rounding.scales`).
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from quantlib.formats.weight import (
     dequantize,
 )
 from quantlib.rounding.hessian import check_weight, damped, inverse_factor
+from quantlib.rounding.scales import refit_scales
 from quantlib.rounding.sweep import SUB_BLOCK
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 """Fractions of a group's range that the scale search tries."""
+REFIT_PASSES = 2
+"""Visits to every scale after the sweep; a third changes the fourth digit of the error."""
 E8M0_CLIPS = (1.0, 2.0, 0.5)
 """The same for scales that are powers of two. The scale of the MX specification saturates the
 largest weights of some groups; twice as large, it saturates none."""
@@ -35,10 +39,14 @@ Scales = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def round_fixed(
-    weight: Tensor, hessian: Tensor, segments: Sequence[Segment], damping: float = 0.01
+    weight: Tensor,
+    hessian: Tensor,
+    segments: Sequence[Segment],
+    damping: float = 0.01,
+    refit: int = REFIT_PASSES,
 ) -> QuantizedWeight:
-    """GPTQ of `weight` [N, K] under `hessian` [K, K], any formats, scales chosen from the original
-    weight.
+    """GPTQ of `weight` [N, K] under `hessian` [K, K], any formats; scales are chosen from the
+    original weight, and fitted to the codes at the end, in `refit` visits.
 
     Raises RoundingError on shapes that disagree, inf or nan; FormatError on segments that do not
     cover K, and on scales that cannot be stored.
@@ -62,7 +70,8 @@ def round_fixed(
             errors = _round_block(work[:, k0:k1], block, local, segment, k0 - first, scales)
             work[:, k1:].addmm_(errors, factor[k0:k1, k1:], alpha=-1)
         parts.append(QuantizedSegment(segment, codes, *scales))
-    return QuantizedWeight((rows, columns), tuple(parts))
+    rounded = QuantizedWeight((rows, columns), tuple(parts))
+    return refit_scales(rounded, weight, hessian, refit, damping)
 
 
 def search_scales(weight: Tensor, format: WeightFormat, importance: Tensor) -> Scales:

@@ -16,11 +16,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from quantlib.errors import ModelError
+from quantlib.formats.activation import check_activations
 from quantlib.formats.scheme import Scheme
 from quantlib.formats.weight import QuantizedWeight, pack
 from quantlib.runtime.modules import (
@@ -31,7 +34,7 @@ from quantlib.runtime.modules import (
     packed_modules,
     packed_weights,
 )
-from quantlib.runtime.packed_module import PackedModule, Segments
+from quantlib.runtime.packed_module import SCHEME, Activations, PackedModule, Segments
 from quantlib.runtime.transformers_plugin import attach
 
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
@@ -45,43 +48,68 @@ _PLAIN_EXPERTS = {
 """What transformers notes about experts that compute as `QuantizedExperts` does."""
 
 
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What is done to a packed weight's inputs before they are multiplied.
+
+    activations: how they are rounded in mode "scheme".
+    order:       int32 [K] or None, see `PackedModule.set_inputs`.
+    """
+
+    activations: Activations = ()
+    order: Tensor | None = None
+
+
 def replace_modules(
     model: nn.Module,
     schemes: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]] | None = None,
+    inputs: Mapping[str, Inputs] | None = None,
 ) -> None:
     """Swap the modules of the weights named in `schemes` for empty packed ones, device by device.
 
     schemes: weight name -> scheme name ("w4g64"); kept weights ("bf16", ...) are left alone.
     shapes:  if given, what the weights must measure.
+    inputs:  if given, what is done to weights' inputs; for the others, what their schemes say.
+             Orders are only measured: buffers of that size are made, empty.
     Raises ModelError for a name the model lacks, a shape that differs, and a module whose call is
     not understood.
     """
     parsed = {name: Scheme.parse(scheme) for name, scheme in schemes.items()}
     parsed = {name: scheme for name, scheme in parsed.items() if scheme.weight is not None}
     segments: dict[str, Segments] = {}
+    prepared: dict[str, Inputs] = {}
     for name, scheme in parsed.items():
-        shape = tuple(_weight(model, name).shape)
+        weight = _weight(model, name)
+        shape = tuple(weight.shape)
         if shapes is not None and tuple(shapes.get(name, shape)) != shape:
             raise ModelError(
                 f"{name} is {list(shapes[name])} as quantized and {list(shape)} in the model: "
                 f"they do not belong together"
             )
         segments[name] = scheme.segments(shape[-1])
-    modes = {
-        name: "int8" if scheme.activation_bits == 8 else "exact" for name, scheme in parsed.items()
-    }
-    _replace(model, segments, modes)
+        given = (inputs or {}).get(name) or Inputs(scheme.activations(shape[-1]))
+        order = given.order
+        if order is not None:
+            order = torch.empty_like(order, device=weight.device)
+        prepared[name] = replace(given, order=order)
+    _replace(model, segments, dict.fromkeys(segments, SCHEME))
+    _set_inputs(model, prepared)
 
 
 def quantize_in_memory(
-    model: nn.Module, packed: Mapping[str, QuantizedWeight], mode: str = "exact"
+    model: nn.Module,
+    packed: Mapping[str, QuantizedWeight],
+    mode: str = SCHEME,
+    inputs: Mapping[str, Inputs] | None = None,
 ) -> None:
     """Give a loaded model these quantized weights, each in the place of the dense one it came from.
 
     A stack of experts `[E, N, K]` comes as one quantized matrix `[E*N, K]`. Weights that are packed
-    already are exchanged, so candidates can be tried one after the other (and keep their mode).
-    mode: "exact" or "int8", see `modules.set_mode`.
+    already are exchanged, so candidates can be tried one after the other (and keep their mode, and
+    their inputs unless others are given).
+    mode:   see `modules.set_mode`.
+    inputs: what is done to weights' inputs; nothing, for those it does not name.
     Raises ModelError as `replace_modules` does.
     """
     former = packed_weights(model)
@@ -104,8 +132,31 @@ def quantize_in_memory(
         device = module.packed_device(parameter)
         tensors = {suffix: tensor.to(device) for suffix, tensor in pack(weight).items()}
         module.exchange_packed(parameter, segments[name], tensors)
+    _set_inputs(model, inputs or {})
     if hasattr(model, "save_pretrained"):
         attach(model)
+
+
+def _set_inputs(model: nn.Module, inputs: Mapping[str, Inputs]) -> None:
+    modules = packed_modules(model)
+    for name, given in inputs.items():
+        module_name, _, parameter = name.rpartition(".")
+        module, order = modules.get(module_name), given.order
+        if module is None or parameter not in module.packed_weights():
+            raise ModelError(f"{name} has inputs to round or reorder, but is not a packed weight")
+        (*_, columns), _ = module.packed_weights()[parameter]
+        if given.activations:
+            check_activations(columns, given.activations)
+        if order is not None:
+            if isinstance(module, QuantizedEmbedding):
+                raise ModelError(f"{name} is an embedding: its columns are outputs, in their order")
+            if order.dtype != torch.int32 or tuple(order.shape) != (columns,):
+                raise ModelError(
+                    f"the order of the inputs of {name} is {list(order.shape)} {order.dtype}, "
+                    f"expected int32 [{columns}]"
+                )
+            order = order.to(module.packed_device(parameter))
+        module.set_inputs(parameter, given.activations, order)
 
 
 def _replace(model: nn.Module, segments: Mapping[str, Segments], modes: Mapping[str, str]) -> None:
@@ -116,7 +167,7 @@ def _replace(model: nn.Module, segments: Mapping[str, Segments], modes: Mapping[
         by_module.setdefault(name.rpartition(".")[0], []).append(name)
     for module_name, names in by_module.items():
         old = model.get_submodule(module_name)
-        mode = "int8" if all(modes[name] == "int8" for name in names) else "exact"
+        mode = modes[names[0]]
         if isinstance(old, nn.Linear):
             new: nn.Module = _linear(old, module_name, segments[names[0]], mode)
         elif isinstance(old, nn.Embedding):
@@ -124,6 +175,7 @@ def _replace(model: nn.Module, segments: Mapping[str, Segments], modes: Mapping[
         else:
             by_parameter = {name.rpartition(".")[2]: segments[name] for name in names}
             new = _experts(old, module_name, by_parameter, mode)
+        _keep_hooks(old, new)
         model.set_submodule(module_name, new.train(old.training))
     for head_name, source_name in tied.items():
         _tie(model, head_name, source_name, modes[source_name])
@@ -139,9 +191,24 @@ def _tie(model: nn.Module, head_name: str, source_name: str, mode: str) -> None:
             f"{head_name} is tied to {source_name}, but only a head can be tied to a quantized "
             f"embedding: keep {source_name} in 16 bits"
         )
-    model.set_submodule(
-        head_name.rpartition(".")[0], TiedHead(source, head.bias, mode).train(head.training)
-    )
+    new = TiedHead(source, head.bias, mode)
+    _keep_hooks(head, new)
+    model.set_submodule(head_name.rpartition(".")[0], new.train(head.training))
+
+
+def _keep_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Let forward hooks of a module (a rotation's, an observer's) go on with the one in its place.
+
+    Handles that were given out for them remove them from the old module only.
+    """
+    for kind in (
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+        "_forward_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+    ):
+        getattr(new, kind).update(getattr(old, kind))
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:
@@ -192,7 +259,9 @@ def _experts(
         delattr(old, key)
     shapes = {key: tuple(dense[key].shape) for key in segments}
     kept = {key: parameter for key, parameter in dense.items() if key not in segments}
-    return QuantizedExperts(shapes, segments, kept, gate, mode, dense["down_proj"].device)
+    module = QuantizedExperts(shapes, segments, kept, gate, mode, dense["down_proj"].device)
+    module.config = getattr(old, "config", None)
+    return module
 
 
 def _unknown(module: nn.Module, name: str) -> ModelError:

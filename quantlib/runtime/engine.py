@@ -21,6 +21,7 @@ from quantlib.errors import FormatError, QuantlibError, UsageError
 from quantlib.kernels.cpu import library as cpu
 from quantlib.kernels.cpu.engine_library import MODES, Decoder, NativeEngine
 from quantlib.kernels.kv_format import KvFormat
+from quantlib.runtime.engine_changes import attention_name, cache_format, unsupported_changes
 from quantlib.runtime.engine_spec import EngineSpec, unsupported
 from quantlib.runtime.engine_weights import Plan, make_plan, read_decoder
 
@@ -43,17 +44,21 @@ class Engine:
         sequences: int = 1,
         capacity: int = 4096,
         mode: str | None = None,
-        kv: str = "f32",
+        kv: str | None = None,
         threads: int | None = None,
         isa: str = "best",
+        integer_attention: bool | None = None,
     ) -> None:
         """
         decoder: what `NativeCheckpoint.read` gives; several engines may share one.
         mode:    activations "exact", or rounded to 8 bits per token ("int8") or per token and 128
                  columns ("int8g128"); None: each weight's scheme decides.
         kv:      how keys and values are kept, by the names of `quantlib.kernels.kv_format`: "f32",
-                 "int8", "int4", "int4g32r", "int8/int4r", ...
+                 "int8", "int4", "int4g32r", "int8/int4rk4", ...; None: as the checkpoint says for
+                 each layer, else "f32".
         threads: at most so many; None: torch's number at each step.
+        integer_attention: multiply packed keys and values in integers, queries and weights of
+                 attention rounded to 16 bits; None: in the modes that round to 8 bits.
         Raises UsageError for an unknown mode or cache, and without compiled kernels.
         """
         library = cpu.load()
@@ -68,9 +73,12 @@ class Engine:
         self.sequences, self.capacity = sequences, capacity
         self.mode, self.kv, self.threads = mode, kv, threads
         self.isa = library.isa if isa == "best" else isa
-        self._vocabulary, form = decoder.vocabulary, _kv_format(kv, decoder.head_dim)
+        self._vocabulary = decoder.vocabulary
+        form = None if kv is None else _kv_format(kv, decoder.head_dim)
         self._numbers = torch.arange(sequences, dtype=torch.int32, device="cpu")
-        self._native = NativeEngine(library, decoder, sequences, capacity, form, mode, isa)
+        self._native = NativeEngine(
+            library, decoder, sequences, capacity, form, mode, isa, integer_attention
+        )
 
     def prefill(self, ids: Tokens, sequence: int = 0) -> Tensor:
         """Append a prompt, or a part of one, to a text: logits after its last token, float32 [V].
@@ -250,12 +258,27 @@ class NativeCheckpoint:
         if reason is not None:
             return reason
         spec = EngineSpec.from_config(config)
+        reason = unsupported_changes(checkpoint, spec)
+        if reason is not None:
+            return reason
         plan = make_plan(checkpoint, spec)
         if plan is None:
             return "its weights go by names it does not know"
         if cpu.load() is None:
             return "there are no compiled kernels on this machine"
         return NativeCheckpoint(checkpoint, spec, plan)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether its schemes say how activations are rounded."""
+        return any(scheme.activation.rounds for scheme in self.checkpoint.schemes.values())
+
+    @property
+    def kv(self) -> str:
+        """How its layers keep keys and values: the formats there are, as text."""
+        caches = self.checkpoint.around.caches
+        kept = {caches.get(attention_name(layer)) for layer in range(len(self.spec.layers))}
+        return ", ".join(sorted("f32" if one is None else str(cache_format(one)) for one in kept))
 
     def read(self) -> Decoder:
         """All weights, rearranged for the kernels."""

@@ -9,7 +9,7 @@ large as the file, and never the file and the tiles together.
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,14 +19,17 @@ from torch import Tensor
 from quantlib.checkpoint.reader import PackedCheckpoint
 from quantlib.errors import CheckpointError
 from quantlib.kernels.cpu.engine_library import Decoder, Layer, Linear
+from quantlib.kernels.kv_format import KvFormat
 from quantlib.kernels.layouts import tile
 from quantlib.kernels.packed import PackedWeight
 from quantlib.models.headers import TORCH_DTYPES, TensorHeader
+from quantlib.runtime.engine_changes import NO_CHANGES, Changes, block_name, read_changes
 from quantlib.runtime.engine_spec import QKV, EngineSpec
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 _DENSE = (torch.float32, torch.float16, torch.bfloat16)
 """What the engine multiplies as it is stored."""
+_EXACT_CACHE = KvFormat.parse("f32")
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def plan_of(spec: EngineSpec, own_head: bool) -> Plan:
 
 def layer_prefix(index: int) -> str:
     """What the names of a layer's tensors begin with."""
-    return f"model.layers.{index}."
+    return f"{block_name(index)}."
 
 
 def _linear_shapes(spec: EngineSpec) -> dict[str, tuple[int, int]]:
@@ -132,8 +135,12 @@ def _check(checkpoint: PackedCheckpoint, plan: Plan) -> None:
 
 
 def read_decoder(checkpoint: PackedCheckpoint, spec: EngineSpec, plan: Plan) -> Decoder:
-    """Read and rearrange all weights; nothing of the files stays mapped."""
-    return assemble(_Reader(checkpoint, spec.family.unit_norms), spec, plan)
+    """Read and rearrange all weights; nothing of the files stays mapped.
+
+    Raises CheckpointError when what is around the weights belongs to another model.
+    """
+    changes = read_changes(checkpoint, spec)
+    return assemble(_Reader(checkpoint, spec.family.unit_norms), spec, plan, changes)
 
 
 class Parts(Protocol):
@@ -144,11 +151,13 @@ class Parts(Protocol):
     def norm(self, name: str) -> Tensor: ...
 
 
-def assemble(reader: Parts, spec: EngineSpec, plan: Plan) -> Decoder:
+def assemble(reader: Parts, spec: EngineSpec, plan: Plan, changes: Changes = NO_CHANGES) -> Decoder:
     """The decoder of `plan`, from parts that `reader` gives."""
     embedding = reader.linear(EMBEDDING)
     return Decoder(
-        layers=tuple(_read_layer(reader, spec, plan, index) for index in range(len(spec.layers))),
+        layers=tuple(
+            _read_layer(reader, spec, plan, changes, index) for index in range(len(spec.layers))
+        ),
         ropes=tuple((rope.inverse_frequencies, rope.scaling) for rope in spec.ropes),
         final_norm=reader.norm(FINAL_NORM),
         embedding=embedding,
@@ -160,10 +169,11 @@ def assemble(reader: Parts, spec: EngineSpec, plan: Plan) -> Decoder:
         embedding_scale=spec.embedding_scale,
         logit_softcap=spec.logit_softcap,
         activation=spec.activation,
+        residual=changes.residual,
     )
 
 
-def _read_layer(reader: Parts, spec: EngineSpec, plan: Plan, index: int) -> Layer:
+def _read_layer(reader: Parts, spec: EngineSpec, plan: Plan, changes: Changes, index: int) -> Layer:
     prefix, family, layer = layer_prefix(index), spec.family, spec.layers[index]
 
     def linear(module: str) -> Linear:
@@ -180,7 +190,7 @@ def _read_layer(reader: Parts, spec: EngineSpec, plan: Plan, index: int) -> Laye
         qkv=tuple(linear(f"self_attn.{name}") for name in qkv),
         o=linear("self_attn.o_proj"),
         gate_up=tuple(linear(f"mlp.{name}") for name in gate_up),
-        down=linear("mlp.down_proj"),
+        down=replace(linear("mlp.down_proj"), rotation=changes.hidden.get(index)),
         intermediate=spec.intermediate,
         attention_scale=spec.attention_scale,
         input_norm=norm("input_layernorm"),
@@ -192,6 +202,9 @@ def _read_layer(reader: Parts, spec: EngineSpec, plan: Plan, index: int) -> Laye
         window=layer.window,
         attention_softcap=spec.attention_softcap,
         rope=layer.rope,
+        key_basis=changes.key_bases.get(index),
+        query_bits=changes.query_bits.get(index, 0),
+        cache=changes.caches.get(index, _EXACT_CACHE),
     )
 
 
@@ -220,7 +233,13 @@ class _Reader:
         tiled = tile(PackedWeight.from_tensors(tensors, (rows, columns), segments))
         for suffix in suffixes:
             self._release(name + suffix)
-        return Linear(tiled, vector, "int8" if scheme.activation_bits == 8 else "exact")
+        order = self._checkpoint.order(name)
+        return Linear(
+            tiled,
+            vector,
+            activations=self._checkpoint.activations(name),
+            order=None if order is None else order.clone(),
+        )
 
     def _vector(self, name: str) -> Tensor:
         return self._take(name).to(torch.float32)

@@ -61,13 +61,13 @@ class QuantizedModel:
         stops: set[int],
         mode: str | None = None,
         dtype: torch.dtype | str = torch.float32,
-        kv: str = "f32",
+        kv: str | None = None,
     ) -> None:
         """`native`: what the engine reads, or why it cannot. `stops`: tokens that end a text."""
         self.checkpoint, self.tokenizer = checkpoint, tokenizer
         self.plain_reason = native if isinstance(native, str) else None
         self._native = None if isinstance(native, str) else native
-        self.mode, self.kv = SCHEME, kv
+        self.mode, self._kv = SCHEME, kv
         self._stops, self._dtype = stops, dtype
         self._model: Any = None
         self._decoder: Decoder | None = None
@@ -75,7 +75,7 @@ class QuantizedModel:
         self._model_mode = SCHEME
         if mode is not None:
             self.set_mode(mode)
-        elif self._native is not None:
+        elif self._native is not None and not self._native.rounds:
             self.mode = FAST
 
     @property
@@ -88,8 +88,7 @@ class QuantizedModel:
         with self._lock:
             if self._model is None:
                 model = _load_model(self.checkpoint.path, self._dtype)
-                if self._model_mode != SCHEME:
-                    set_mode(model, self._model_mode)
+                set_mode(model, self._model_mode)
                 self._model = model
         return self._model
 
@@ -98,6 +97,12 @@ class QuantizedModel:
         """What text comes from now: "native" or "plain"."""
         moved = self._model is not None and self._model.device.type != "cpu"
         return "plain" if self._native is None or moved else "native"
+
+    @property
+    def kv(self) -> str:
+        """How the native engine keeps keys and values: what was asked for, else what the checkpoint
+        says."""
+        return self._kv or (self._native.kv if self._native is not None else "f32")
 
     @property
     def decoder(self) -> Decoder:
@@ -115,7 +120,7 @@ class QuantizedModel:
         Engines share their weights. Raises UsageError when the native engine cannot run the model.
         """
         mode = None if self.mode == SCHEME else self.mode
-        return Engine(self.decoder, sequences=sequences, capacity=capacity, mode=mode, kv=self.kv)
+        return Engine(self.decoder, sequences=sequences, capacity=capacity, mode=mode, kv=self._kv)
 
     @overload
     def generate(self, prompt: str, max_new_tokens: int = ..., **options: Any) -> str: ...
@@ -177,19 +182,15 @@ class QuantizedModel:
     def set_mode(self, mode: str) -> None:
         """Take activations as they are ("exact"), or round them to 8 bits.
 
-        "int8" rounds per token, "int8g128" per token and 128 columns; the transformers model knows
-        only the first of these, and takes it for both. "scheme" leaves it to each weight's scheme
-        (the transformers model is then built anew).
+        "int8" rounds per token, "int8g128" per token and 128 columns. "scheme" leaves it to each
+        weight's scheme.
         """
         if mode not in (SCHEME, *MODES):
             known = ", ".join((*MODES, SCHEME))
             raise UsageError(f"{mode!r} is not a mode to run in: use one of {known}")
-        self._model_mode = "int8" if mode == "int8g128" else mode
-        self.mode = self._model_mode if self._native is None else mode
-        if mode == SCHEME:
-            self._model = None
-        elif self._model is not None:
-            set_mode(self._model, self._model_mode)
+        self.mode = self._model_mode = mode
+        if self._model is not None:
+            set_mode(self._model, mode)
 
     def packed_bytes(self) -> int:
         """Bytes of all packed weights."""
@@ -229,19 +230,21 @@ def load(
     dtype: torch.dtype | str = torch.float32,
     *,
     engine: str = "auto",
-    kv: str = "f32",
+    kv: str | None = None,
 ) -> QuantizedModel:
     """Open a checkpoint that `quantlib compress` wrote.
 
     mode:   activations "exact", or rounded to 8 bits per token ("int8") or per token and 128
-            columns ("int8g128"). None: the native engine's FAST mode; for the transformers model,
-            int8 where the scheme ends in a8, else exact. "scheme": that, for both.
+            columns ("int8g128"), or as the schemes say ("scheme"). None: as the schemes say where
+            they round activations; else exact for the transformers model, and the native engine's
+            FAST mode.
     dtype:  of the transformers model's activations and of what was kept in 16 bits; the native
             engine computes in float32, so another dtype is the plain way's.
     engine: "native": quantlib's own decode loop; its weights are read at once. "plain": through
             transformers. "auto": native where the engine knows the model (a line at level INFO of
             the log of `quantlib.runtime.load` says why if not), read when text is first asked for.
-    kv:     how the native engine keeps keys and values: "f32", "int8", "int4", see `Engine`.
+    kv:     how the native engine keeps keys and values: "f32", "int8", "int4", see `Engine`; None:
+            as the checkpoint says, else "f32".
     Raises CheckpointError when the folder is damaged, incomplete, or of another version, and
     UsageError when the native engine is asked for a model that it does not run.
     """
@@ -261,14 +264,14 @@ def load(
     return loaded
 
 
-def _start(loaded: QuantizedModel, engine: str, kv: str) -> None:
+def _start(loaded: QuantizedModel, engine: str, kv: str | None) -> None:
     """Read what was asked for by name, and say what could not be had."""
     reason = loaded.plain_reason
     if reason is None:
         if engine == "native":
             loaded.make_engine(capacity=1)
         return
-    if engine == "native" or kv != "f32":
+    if engine == "native" or kv not in (None, "f32"):
         wanted = "" if engine == "native" else f" (and kv={kv!r} is the engine's)"
         raise UsageError(
             f"the native engine does not run {loaded.checkpoint.path}{wanted}: {reason}"

@@ -12,9 +12,14 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from quantlib.errors import UsageError
-from quantlib.kernels.ops import MODES, embedding, linear
-from quantlib.runtime.packed_module import PackedModule, Segments
+from quantlib.kernels.ops import embedding
+from quantlib.runtime.packed_module import (
+    SCHEME,
+    PackedModule,
+    Segments,
+    check_mode,
+    multiply,
+)
 
 
 class QuantizedLinear(PackedModule):
@@ -28,7 +33,7 @@ class QuantizedLinear(PackedModule):
         out_features: int,
         segments: Segments,
         bias: nn.Parameter | None = None,
-        mode: str = "exact",
+        mode: str = SCHEME,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(mode)
@@ -37,7 +42,7 @@ class QuantizedLinear(PackedModule):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.handles("weight")[0], self.bias, self.mode)
+        return self.multiply("weight", x, self.bias)
 
 
 class QuantizedEmbedding(PackedModule):
@@ -76,17 +81,19 @@ class QuantizedEmbedding(PackedModule):
 class TiedHead(nn.Module):
     """A head whose weight is the embedding's: no tensor of its own (but a bias, if there is one).
 
-    The embedding sits in a tuple because `nn.Module` would otherwise register it as a child and
-    name its buffers twice.
+    Its inputs are rounded as the weight's activations say, or in a mode of its own. The embedding
+    sits in a tuple because `nn.Module` would otherwise register it as a child and name its buffers
+    twice.
     """
 
     bias: nn.Parameter | None
 
     def __init__(
-        self, source: QuantizedEmbedding, bias: nn.Parameter | None = None, mode: str = "exact"
+        self, source: QuantizedEmbedding, bias: nn.Parameter | None = None, mode: str = SCHEME
     ) -> None:
         super().__init__()
         self._source = (source,)
+        check_mode(mode)
         self.mode = mode
         self.in_features, self.out_features = source.embedding_dim, source.num_embeddings
         self.register_parameter("bias", bias)
@@ -99,7 +106,8 @@ class TiedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.source.handles("weight")[0]
         # On the embedding's device, wherever the head's input is.
-        return linear(x.to(weight.device), weight, self.bias, self.mode)
+        rounding = self.source.rounding("weight")
+        return multiply(x.to(weight.device), weight, self.bias, self.mode, rounding)
 
     def extra_repr(self) -> str:
         size = f"in_features={self.in_features}, out_features={self.out_features}"
@@ -120,14 +128,15 @@ class QuantizedExperts(PackedModule):
         segments: Mapping[str, Segments],
         kept: Mapping[str, nn.Parameter],
         gate: Callable[[Tensor], Tensor],
-        mode: str = "exact",
+        mode: str = SCHEME,
         device: torch.device | str | None = None,
     ) -> None:
         """Empty packed experts.
 
         shapes, segments: of those of gate_up_proj and down_proj that are packed.
         kept: the other one, if any.
-        gate: `[t, 2I] -> [t, I]`; in most models the activation of one half times the other.
+        gate: `[t, 2I] -> [t, I]`; in most models the activation of one half times the other. It is
+              kept under transformers' name, so that what is attached there is found here too.
         """
         super().__init__(mode)
         for name, shape in shapes.items():
@@ -135,7 +144,7 @@ class QuantizedExperts(PackedModule):
         for name, parameter in kept.items():
             self.register_parameter(name, parameter)
         self.num_experts = next(iter(shapes.values()))[0]
-        self.gate = gate
+        self._apply_gate = gate
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         output = torch.zeros_like(hidden_states)
@@ -143,7 +152,7 @@ class QuantizedExperts(PackedModule):
             if expert >= self.num_experts:
                 continue
             token, position = torch.where(top_k_index == expert)
-            hidden = self.gate(self._linear("gate_up_proj", hidden_states[token], expert))
+            hidden = self._apply_gate(self._linear("gate_up_proj", hidden_states[token], expert))
             result = self._linear("down_proj", hidden, expert)
             result = result * top_k_weights[token, position, None]
             output.index_add_(0, token, result.to(output.dtype))
@@ -151,17 +160,18 @@ class QuantizedExperts(PackedModule):
 
     def _linear(self, name: str, x: Tensor, expert: int) -> Tensor:
         if name in self._shapes:
-            return linear(x, self.handles(name)[expert], None, self.mode)
+            return self.multiply(name, x, matrix=expert)
         return nn.functional.linear(x, self.get_parameter(name)[expert])
 
 
 def set_mode(model: nn.Module, mode: str) -> None:
     """Run every quantized module of `model` in `mode`.
 
-    "exact" takes activations as they are, "int8" rounds them to 8 bits per token.
+    "scheme" rounds inputs as each weight's scheme says, "exact" takes them as they are, "int8"
+    rounds them to 8 bits per token, "int8g128" per token and 128 columns. Raises UsageError for
+    another mode.
     """
-    if mode not in MODES:
-        raise UsageError(f"{mode!r} is not a mode to run in: use one of {', '.join(MODES)}")
+    check_mode(mode)
     for module in model.modules():
         if isinstance(module, PackedModule | TiedHead):
             module.mode = mode

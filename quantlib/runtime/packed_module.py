@@ -8,6 +8,10 @@ for a buffer (by its name, for a state dict, a copy, a pickle, another device) g
 Packed buffers are bits, not numbers: casting a model (`model.to(torch.bfloat16)`) must not touch
 them, so `_apply`, through which torch makes every cast and move, keeps their dtype and lets only
 their device change.
+
+A weight also knows what is done to its inputs: `activations` say how they are rounded, and
+`X.weight_order`, int32 [K], which of them each column of the packed weight takes (column j takes
+input `order[j]`); without one the columns are the inputs in their own order.
 """
 
 from __future__ import annotations
@@ -20,12 +24,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantlib.formats.weight import TensorLayout, dequantize, packed_layout, unpack
+from quantlib.errors import UsageError
+from quantlib.formats.activation import ActivationSegment
+from quantlib.formats.weight import ORDER, TensorLayout, dequantize, packed_layout, unpack
+from quantlib.kernels import ops
 from quantlib.kernels.layouts import TiledWeight, can_tile, tile
-from quantlib.kernels.packed import PackedWeight
+from quantlib.kernels.packed import PackedWeight, activations_of
 from quantlib.runtime.row_blocks import Segments, join_row_blocks, row_block
 
-__all__ = ["PackedModule", "Segments"]
+__all__ = ["MODES", "SCHEME", "Activations", "PackedModule", "Segments", "multiply"]
+
+SCHEME = "scheme"
+"""The mode in which every weight's own activations decide."""
+MODES = {
+    SCHEME: ("exact", 0),
+    "exact": ("exact", 0),
+    "int8": ("int8", 0),
+    "int8g128": ("int8", 128),
+}
+"""How a module rounds its inputs -> mode and act_group that it asks of `kernels.ops.linear`."""
+
+Activations = tuple[ActivationSegment, ...]
+
+
+def check_mode(mode: str) -> None:
+    """Raise UsageError when there is no such mode."""
+    if mode not in MODES:
+        raise UsageError(f"{mode!r} is not a mode to run in: use one of {', '.join(MODES)}")
+
+
+def multiply(
+    x: Tensor,
+    weight: PackedWeight | TiledWeight,
+    bias: Tensor | None,
+    mode: str,
+    activations: str,
+) -> Tensor:
+    """`kernels.ops.linear` in one of MODES; `activations` (as text) count in mode "scheme"."""
+    return ops.linear(x, weight, bias, *MODES[mode], activations if mode == SCHEME else "")
 
 
 class PackedModule(nn.Module):
@@ -36,11 +72,14 @@ class PackedModule(nn.Module):
     packed matrix `[E*N, K]`.
     """
 
-    def __init__(self, mode: str = "exact") -> None:
+    def __init__(self, mode: str = SCHEME) -> None:
         super().__init__()
+        check_mode(mode)
         self.mode = mode
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._segments: dict[str, Segments] = {}
+        self._activations: dict[str, Activations] = {}
+        self._rounding: dict[str, str] = {}
         self._handles: dict[str, tuple[dict[str, Tensor], list[PackedWeight]]] = {}
         # Weights that have tiles have no buffers, until somebody asks for one.
         self._tiles: dict[str, list[TiledWeight]] = {}
@@ -53,15 +92,51 @@ class PackedModule(nn.Module):
         segments: Segments,
         device: torch.device | str | None = None,
     ) -> None:
-        """Add the packed weight `name`, `[N, K]` or `[E, N, K]`, with uninitialized buffers."""
+        """Add the packed weight `name`, `[N, K]` or `[E, N, K]`, with uninitialized buffers.
+
+        Its inputs are not rounded and in their own order, unless `set_inputs` says otherwise.
+        """
         self._shapes[name], self._segments[name] = tuple(shape), segments
         for suffix, (dtype, size) in self.layout(name).items():
             self.register_buffer(name + suffix, torch.empty(size, dtype=dtype, device=device))
 
+    def set_inputs(
+        self, name: str, activations: Activations = (), order: Tensor | None = None
+    ) -> None:
+        """Say what is done to the inputs of the packed weight `name`.
+
+        activations: how they are rounded in mode "scheme".
+        order:       int32 [K], kept without a copy: packed column j takes input `order[j]`.
+        """
+        self._activations[name] = tuple(activations)
+        self._rounding[name] = activations_of(activations)
+        self._buffers.pop(name + ORDER, None)
+        if order is not None:
+            self.register_buffer(name + ORDER, order)
+
+    def activations(self, name: str) -> Activations:
+        """How the inputs of the packed weight `name` are rounded in mode "scheme"."""
+        return self._activations.get(name, ())
+
+    def rounding(self, name: str) -> str:
+        """The same as text, for the operator, which a compiler traces."""
+        return self._rounding.get(name, "")
+
+    def order(self, name: str) -> Tensor | None:
+        """The inputs' order that the packed weight `name` takes, None for their own."""
+        return self._buffers.get(name + ORDER)
+
+    def multiply(self, name: str, x: Tensor, bias: Tensor | None = None, matrix: int = 0) -> Tensor:
+        """x [..., K] times the transposed matrix (of a stack: the one of this number) `name`, with
+        its inputs put in order and rounded as the mode says: [..., N] in x's dtype."""
+        order = self.order(name)
+        x = x if order is None else x.index_select(-1, order)
+        return multiply(x, self.handles(name)[matrix], bias, self.mode, self.rounding(name))
+
     def exchange_packed(self, name: str, segments: Segments, tensors: Mapping[str, Tensor]) -> None:
         """Put `tensors` (by suffix) in the place of the packed weight `name`, maybe in new formats.
 
-        They are taken without a copy.
+        They are taken without a copy. What is done to the inputs stays.
         """
         with self._lock:
             for suffix in self.layout(name):
@@ -82,8 +157,9 @@ class PackedModule(nn.Module):
         return packed_layout((math.prod(stack), columns), self._segments[name])
 
     def packed_names(self) -> list[str]:
-        """Names of all packed buffers of this module, tiled or not."""
-        return [name + suffix for name in self._shapes for suffix in self.layout(name)]
+        """Names of all packed buffers of this module, tiled or not, and of orders."""
+        names = [name + suffix for name in self._shapes for suffix in self.layout(name)]
+        return names + [name + ORDER for name in self._shapes if self.order(name) is not None]
 
     def packed_tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of the packed weight `name`, by suffix: its buffers, or made from its tiles,
@@ -95,12 +171,14 @@ class PackedModule(nn.Module):
         return self._canonical(name, tiles)
 
     def packed_bytes(self) -> int:
-        """Bytes of the packed tensors, as a checkpoint stores them."""
-        return sum(
+        """Bytes of the packed tensors and orders, as a checkpoint stores them."""
+        packed = sum(
             dtype.itemsize * math.prod(shape)
             for name in self._shapes
             for dtype, shape in self.layout(name).values()
         )
+        orders = [self.order(name) for name in self._shapes]
+        return packed + sum(order.nbytes for order in orders if order is not None)
 
     def packed_device(self, name: str) -> torch.device:
         """Where the packed weight `name` is."""
@@ -169,18 +247,25 @@ class PackedModule(nn.Module):
         return join_row_blocks(blocks, self._segments[name], self._shapes[name][-2])
 
     def dequantize(self, name: str = "weight", dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense weight `name`, `[N, K]` or `[E, N, K]`, made anew; it is not kept."""
+        """The dense weight `name`, `[N, K]` or `[E, N, K]`, with its columns in the inputs' own
+        order, made anew; it is not kept."""
         *stack, columns = self._shapes[name]
         packed = unpack(
             self.packed_tensors(name), (math.prod(stack), columns), self._segments[name]
         )
-        return dequantize(packed, dtype).view(self._shapes[name])
+        dense, order = dequantize(packed, dtype), self.order(name)
+        if order is not None:
+            dense = dense.index_select(1, torch.argsort(order))
+        return dense.view(self._shapes[name])
 
     def extra_repr(self) -> str:
         parts = []
         for name, shape in self._shapes.items():
             formats = "+".join(str(segment.format) for segment in self._segments[name])
             parts.append(f"{name}={list(shape)} {formats}")
+            if self.activations(name):
+                formats = "+".join(f"a{part.format}" for part in self.activations(name))
+                parts.append(f"inputs {formats}")
         return ", ".join([*parts, f"mode={self.mode}", f"bytes={self.packed_bytes()}"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:

@@ -9,23 +9,33 @@ uninitialized memory in its place.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from quantlib.checkpoint.reader import read_layout
+from quantlib.checkpoint.reader import PackedCheckpoint, read_layout
+from quantlib.checkpoint.surroundings import PREFIX
 from quantlib.errors import CheckpointError
-from quantlib.runtime.assemble import replace_modules
+from quantlib.runtime.assemble import Inputs, replace_modules
+from quantlib.runtime.describe import states_of
+from quantlib.transforms.attention import attach_attention
+from quantlib.transforms.binding import wire
+from quantlib.transforms.online import attach
+from quantlib.transforms.wiring import Wiring
 
 
 def prepare(model: Any, folder: str | os.PathLike[str]) -> None:
     """Swap the packed modules of the checkpoint in `folder` into `model` (on `meta`).
 
     A model of another class than the checkpoint's (`AutoModel`: the decoder without its head) takes
-    the weights it has. Raises CheckpointError when the folder is damaged, and CheckpointError or
-    ModelError when config.json describes another model than the weights.
+    the weights it has. What the checkpoint's rotation does while the model runs is attached, and
+    what is done to keys and values.
+    Raises CheckpointError when the folder is damaged, and CheckpointError, ModelError or
+    TransformError when config.json describes another model than the weights.
     """
     checkpoint = read_layout(folder)
     rename = _renaming(model)
@@ -42,11 +52,40 @@ def prepare(model: Any, folder: str | os.PathLike[str]) -> None:
             f"the checkpoint): its config.json is not the one it was written with"
         )
     mine = {name: new for name, new in quantized.items() if new in present}
+    rotation = checkpoint.rotation()
+    wiring = _wiring(model, checkpoint) if rotation is not None else None
+    inputs = {
+        new: Inputs(checkpoint.activations(name), checkpoint.order(name))
+        for name, new in mine.items()
+    }
     replace_modules(
         model,
         {new: str(checkpoint.schemes[name]) for name, new in mine.items()},
         {new: checkpoint.shapes[name] for name, new in mine.items()},
+        inputs,
     )
+    if checkpoint.around.caches:
+        attach_attention(model, states_of(checkpoint.around.caches))
+    if rotation is not None and wiring is not None:
+        with torch.device("cpu"):  # transformers builds on `meta`, and bases have values
+            attach(model, wiring, rotation)
+        # transformers would report the tensors that no parameter is filled from.
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | {rf"^{re.escape(PREFIX)}"}
+
+
+def _wiring(model: Any, checkpoint: PackedCheckpoint) -> Wiring:
+    """What reads and writes what in the model, before its modules are swapped.
+
+    transformers ties weights after it has loaded them, and the wiring depends on it: so they are
+    tied now, but for those that the checkpoint has of their own.
+    """
+    stored = {*checkpoint.schemes, *checkpoint.headers}
+    for target, origin in model.all_tied_weights_keys.items():
+        if target not in stored:
+            module, _, parameter = target.rpartition(".")
+            setattr(model.get_submodule(module), parameter, model.get_parameter(origin))
+    return wire(model)
 
 
 def _renaming(model: Any) -> Callable[[str], str]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers.quantizers.auto import (
@@ -29,9 +29,6 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantlib.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from quantlib.formats.scheme import Segment
 
 METHOD = "quantlib"
 
@@ -47,8 +44,10 @@ class QuantlibConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.update_entries(entries)
 
-    def update_entries(self, entries: Mapping[str, Any]) -> None:
-        """Set these entries; others stay."""
+    def update_entries(self, entries: Mapping[str, Any], optional: Sequence[str] = ()) -> None:
+        """Set these entries; others stay, but for those in `optional`."""
+        for key in optional:
+            self.__dict__.pop(key, None)
         for key, value in entries.items():
             setattr(self, key, value)
 
@@ -96,28 +95,30 @@ class QuantlibQuantizer(HfQuantizer):
             for name in module.packed_names()
         }
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+    def get_state_dict_and_metadata(
+        self, model: Any
+    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         """Asked by `save_pretrained` before it writes config.json: describe what is packed now."""
+        from quantlib.checkpoint.surroundings import ENTRIES, rotation_tensors
         from quantlib.checkpoint.writer import quantization_config
-        from quantlib.runtime.modules import packed_weights
+        from quantlib.runtime.describe import describe
+        from quantlib.transforms.online import attached
 
-        weights = packed_weights(model)
-        schemes = {name: self._scheme(name, segments) for name, (_, segments) in weights.items()}
-        shapes = {name: shape for name, (shape, _) in weights.items()}
-        self.quantization_config.update_entries(quantization_config(schemes, shapes))
-        return None, {}
-
-    def _scheme(self, name: str, segments: Sequence[Segment]) -> str:
-        from quantlib.formats.scheme import Scheme
-
-        if len(segments) != 1:
-            raise CheckpointError(
-                f"{name} has several formats along K, and config.json knows one: it cannot be saved"
-            )
-        known = getattr(self.quantization_config, "schemes", {}).get(name)
-        if known is not None and Scheme.parse(known).weight == segments[0].format:
-            return known
-        return str(Scheme(segments[0].format))
+        described, rotation = describe(model), attached(model)
+        self.quantization_config.update_entries(
+            quantization_config(
+                described.schemes,
+                described.shapes,
+                described.clips,
+                described.orders,
+                rotation,
+                described.caches,
+            ),
+            optional=ENTRIES,
+        )
+        if rotation is None:
+            return None, {}
+        return {**model.state_dict(), **rotation_tensors(rotation)}, {}
 
     def is_serializable(self) -> bool:
         return True

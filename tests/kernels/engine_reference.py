@@ -2,15 +2,17 @@
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from quantlib.formats import Scheme, Segment, dequantize, pack, quantize_rtn
 from quantlib.kernels.cpu.engine_library import Decoder, Layer, Linear
+from quantlib.kernels.cpu.forms import BlockRotation
 from quantlib.kernels.layouts import TiledWeight, tile
 from quantlib.kernels.ops import PackedWeight
+from quantlib.transforms import hadamard
 
 SCHEMES = ("w4g64", "w8", "w3g32z", "w5g128zs6", "w2g16z", "fp8g64", "nvfp4", "mxfp4", "w6tz")
 DENSE = (torch.float32, torch.float16, torch.bfloat16)
@@ -48,10 +50,10 @@ def random_tiled(
 class _Drawer:
     """Draws the parts of a decoder."""
 
-    def __init__(self, seed: int, mode: str, dense: bool) -> None:
+    def __init__(self, seed: int, mode: str, dense: bool, changed: bool) -> None:
         self.pick = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.mode, self.dense = mode, dense
+        self.mode, self.dense, self.changed = mode, dense, changed
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator)
@@ -73,6 +75,24 @@ class _Drawer:
             parts = [("w8", 40), (self.pick.choice(schemes), columns - 40)]
         return Linear(random_tiled(rows, parts, self.generator), bias, self.mode)
 
+    def changed_input(self, linear: Linear) -> Linear:
+        """With a rotation, an order, or both, if decoders have any."""
+        if not self.changed:
+            return linear
+        columns = linear.shape[1]
+        size, order = (
+            hadamard.block_size(columns),
+            torch.randperm(columns, generator=self.generator),
+        )
+        dense, _ = hadamard.split(size)
+        rotation = BlockRotation(size, hadamard.signs(dense) if dense > 1 else None)
+        chosen = self.pick.choice(((rotation, None), (None, order.int()), (rotation, order.int())))
+        return replace(linear, rotation=chosen[0], order=chosen[1])
+
+    def basis(self, *shape: int) -> Tensor | None:
+        """Orthogonal matrices, if decoders have any."""
+        return torch.linalg.qr(self.normal(*shape))[0].contiguous() if self.changed else None
+
     def split(self, sizes: list[int], columns: int) -> tuple[Linear, ...]:
         """One linear for each size, or one for all."""
         if self.pick.random() < 0.4:
@@ -83,9 +103,9 @@ class _Drawer:
         q, kv = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
         return Layer(
             qkv=self.split([q, kv, kv], sizes.hidden),
-            o=self.linear(sizes.hidden, q),
+            o=self.changed_input(self.linear(sizes.hidden, q)),
             gate_up=self.split([sizes.intermediate] * 2, sizes.hidden),
-            down=self.linear(sizes.hidden, sizes.intermediate),
+            down=self.changed_input(self.linear(sizes.hidden, sizes.intermediate)),
             intermediate=sizes.intermediate,
             attention_scale=self.pick.choice([0.2, 0.35]),
             input_norm=self.maybe(self.norm(sizes.hidden)),
@@ -97,15 +117,23 @@ class _Drawer:
             window=self.pick.choice([0, 0, 5, 70]),
             attention_softcap=self.pick.choice([0.0, 0.0, 3.0]),
             rope=self.pick.randrange(-1, ropes),
+            key_basis=self.basis(sizes.kv_heads, sizes.head_dim, sizes.head_dim),
         )
 
 
 def random_decoder(
-    seed: int, mode: str = "exact", dense: bool = True, sizes: Sizes | None = None
+    seed: int,
+    mode: str = "exact",
+    dense: bool = True,
+    sizes: Sizes | None = None,
+    changed: bool = False,
 ) -> Decoder:
-    """A decoder with any combination of options. In mode "int8" all tiled weights are integers."""
+    """A decoder with any combination of options. In mode "int8" all tiled weights are integers.
+
+    changed: with bases of the residual stream and of keys, rotated and reordered inputs.
+    """
     sizes = sizes or Sizes()
-    draw = _Drawer(seed, mode, dense)
+    draw = _Drawer(seed, mode, dense, changed)
     pairs = [sizes.head_dim // 2, sizes.head_dim // 4 + 1]
     ropes = tuple(
         (1000.0 ** (-torch.arange(count) / count), draw.pick.choice([1.0, 1.2])) for count in pairs
@@ -127,6 +155,7 @@ def random_decoder(
         logit_scale=draw.pick.choice([1.0, 0.5]),
         logit_softcap=draw.pick.choice([0.0, 4.0]),
         activation=draw.pick.choice(["silu", "gelu_tanh"]),
+        residual=draw.basis(sizes.hidden, sizes.hidden),
     )
 
 
@@ -137,11 +166,18 @@ def dense_weight(linear: Linear) -> Tensor:
     return dequantize(linear.weight.to_packed().to_quantized()).double()
 
 
+def as_read(linear: Linear, x: Tensor) -> Tensor:
+    """The input of a linear, rotated and put in order."""
+    if linear.rotation is not None:
+        x = hadamard.rotate(x, linear.rotation.size)
+    return x if linear.order is None else x[..., linear.order.long()]
+
+
 def apply(linears: tuple[Linear, ...], x: Tensor) -> Tensor:
     """The outputs of all linears of one input, side by side."""
     outputs = []
     for linear in linears:
-        y = x @ dense_weight(linear).T
+        y = as_read(linear, x) @ dense_weight(linear).T
         outputs.append(y if linear.bias is None else y + linear.bias)
     return torch.cat(outputs, dim=-1)
 
@@ -177,6 +213,10 @@ def attention(model: Decoder, layer: Layer, qkv: Tensor) -> Tensor:
     if layer.rope >= 0:
         q, k = rotate(q, model.ropes[layer.rope]), rotate(k, model.ropes[layer.rope])
     share = model.heads // model.kv_heads
+    if layer.key_basis is not None:
+        basis = layer.key_basis.double()
+        k = torch.einsum("tkd,kde->tke", k, basis)
+        q = torch.einsum("thd,hde->the", q, basis.repeat_interleave(share, dim=0))
     k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
     scores = torch.einsum("qhd,khd->hqk", q, k) * layer.attention_scale
     scores = softcap(scores, layer.attention_softcap)
@@ -190,6 +230,8 @@ def forward(model: Decoder, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [T, vocabulary] and hidden states [layers + 1, T, hidden] of one sequence, float64."""
     epsilon = model.norm_epsilon
     x = dense_weight(model.embedding)[tokens] * model.embedding_scale
+    basis = torch.eye(model.hidden) if model.residual is None else model.residual
+    x = x @ basis.double()
     states = [x]
     for layer in model.layers:
         mixed = attention(model, layer, apply(layer.qkv, norm(x, layer.input_norm, epsilon)))
@@ -201,5 +243,6 @@ def forward(model: Decoder, tokens: Tensor) -> tuple[Tensor, Tensor]:
             gate = torch.nn.functional.gelu(gate, approximate="tanh")
         x = x + norm(apply((layer.down,), gate * up), layer.ffn_out_norm, epsilon)
         states.append(x)
-    logits = apply((model.head,), norm(x, model.final_norm, epsilon)) * model.logit_scale
+    x = norm(x @ basis.double().T, model.final_norm, epsilon)
+    logits = apply((model.head,), x) * model.logit_scale
     return softcap(logits, model.logit_softcap), torch.stack(states)

@@ -14,7 +14,9 @@ from quantlib.kernels import kv_reference
 from quantlib.kernels.cpu import attention_library
 from quantlib.kernels.kv_cache import KVCache
 
-FORMATS = ["f32", "int8", "int4", "int4r", "int4g32", "int4h16", "int8g16r/int4"]
+FORMATS = ["f32", "int8", "int4", "int4r", "int4g32", "int4h16", "int8g16r/int4", "int4rk4"]
+PACKED = ["int8", "int4r", "int4g32", "int4h16/int8", "f32/int4", "int8g16r/f32", "int4k20"]
+"""Formats that integer attention multiplies in integers, on one side at least."""
 UNIT = 2.0**-24
 """Half a unit in the last place of 1, in float32."""
 
@@ -85,7 +87,9 @@ def test_attention_equals_torch_scaled_dot_product_attention(library):
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 72, 80, 96, 128, 256])
-@pytest.mark.parametrize("name", ["int8", "int4", "int4g32", "int8/int4g16", "int4h16/int8"])
+@pytest.mark.parametrize(
+    "name", ["int8", "int4", "int4g32", "int8/int4g16", "int4h16/int8", "int8/int4k40"]
+)
 def test_a_packed_cache_gives_the_bits_of_its_numbers(isa, name, head_dim):
     if head_dim == 16 and "h16" in name:
         pytest.skip("no columns are left for 4 bits")
@@ -96,32 +100,94 @@ def test_a_packed_cache_gives_the_bits_of_its_numbers(isa, name, head_dim):
         assert torch.equal(cache.attend(0, query), same.attend(0, query))
 
 
+@pytest.mark.parametrize("name", PACKED)
+@settings(max_examples=10, deadline=None)
+@given(
+    length=st.sampled_from([1, 15, 65, 300]),
+    tokens=st.sampled_from([1, 2, 40]),
+    head_dim=st.sampled_from([32, 64, 80, 256]),
+    window=st.sampled_from([0, 17, 100]),
+    softcap=st.sampled_from([0.0, 30.0]),
+)
+def test_integer_attention_is_within_its_rounding(name, length, tokens, head_dim, window, softcap):
+    """Against the same cache in float32: 16 bits of a query and of 64 weights."""
+    cache, tokens = filled([length], head_dim=head_dim, name=name), min(tokens, length)
+    query = heads(7, 1, tokens, 6, head_dim)
+    options = {"window": window, "softcap": softcap}
+    expected = cache.attend(0, query, **options)
+    found = cache.attend(0, query, integer=True, **options)
+    keys, values = (x[:, 0] for x in cache.dequantize(0, 0))
+    # A rounded number is off by half a step of 1/32512 of the largest, and by float32's rounding of
+    # it. So is a score by the sum of |key| times that; a weight by as much in relation; an output
+    # by twice that (weights and their sum), and by half a step of every weight again.
+    step = 0.51 / 32512
+    if name.startswith("int"):
+        basis = kv_reference.rotate(keys) if "r" in name.partition("/")[0] else keys
+        turned = kv_reference.rotate(query) if "r" in name.partition("/")[0] else query
+        score = float(turned.abs().max() * basis.abs().sum(-1).max()) * step / math.sqrt(head_dim)
+    else:
+        score = 0.0
+    bound = (2 * score + 64 * step + 1e-5) * 2 * float(values.abs().max())
+    error = float((found - expected).abs().max())
+    assert error <= bound, f"{error} > {bound}"
+    assert error <= 2e-3, error  # what is usual is far below the worst case
+
+
+def test_integer_attention_leaves_a_float32_cache_alone(library):
+    cache, query = filled([140]), heads(7, 1, 9, 4, 64)
+    assert torch.equal(cache.attend(0, query, integer=True), cache.attend(0, query))
+
+
+def test_integer_attention_sees_exactly_what_float32_attention_sees(library):
+    """Queries that 16 bits hold give the same scores; weights are rounded all the same."""
+    query = torch.randint(-127, 128, (1, 5, 2, 32), generator=torch.Generator().manual_seed(3))
+    keys = torch.randint(0, 16, (1, 150, 2, 32), generator=torch.Generator().manual_seed(4))
+    cache = KVCache(1, 2, 32, 150, 1, "int4")
+    cache.append(0, keys.float(), heads(1, 1, 150, 2, 32))
+    query[..., 0], keys[..., 0] = 127, 15
+    for window in (0, 3, 70):
+        found, expected = (
+            cache.attend(0, query.float() / 64, window=window, scale=0.125, integer=integer)
+            for integer in (True, False)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("integer", [False, True])
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_instruction_set_gives_the_same_bits(isa, name):
-    options = {"window": 90, "softcap": 20.0}
+def test_every_instruction_set_gives_the_same_bits(isa, name, integer):
+    options = {"window": 90, "softcap": 20.0, "integer": integer}
     found, expected = (
         filled([140], kv_heads=1, name=name, isa=choice) for choice in (isa, "portable")
     )
     for tokens in (1, 9):
         query = heads(7, 1, tokens, 3, 64)
-        assert torch.equal(found.attend(0, query), expected.attend(0, query))
-        assert torch.equal(found.attend(0, query, **options), expected.attend(0, query, **options))
+        whole = {"integer": integer}
+        for chosen in (whole, options):
+            assert torch.equal(
+                found.attend(0, query, **chosen), expected.attend(0, query, **chosen)
+            )
 
 
 @pytest.mark.parametrize("tokens", [1, 75])
-@pytest.mark.parametrize("name", ["f32", "int4"])
-def test_results_do_not_depend_on_the_number_of_threads(isa, name, tokens):
+@pytest.mark.parametrize(("name", "integer"), [("f32", False), ("int4", False), ("int8", True)])
+def test_results_do_not_depend_on_the_number_of_threads(isa, name, integer, tokens):
     lengths = [310, 80, 600] if isa != "portable" else [90, 80]
     query = heads(7, len(lengths), tokens, 4, 32)
     one, two, three = (
-        filled(lengths, head_dim=32, name=name, isa=isa, threads=threads).attend(0, query)
+        filled(lengths, head_dim=32, name=name, isa=isa, threads=threads).attend(
+            0, query, integer=integer
+        )
         for threads in (1, 2, 3)
     )
     assert torch.equal(one, two)
     assert torch.equal(one, three)
 
 
-@pytest.mark.parametrize("name", ["f32", "int8", "int4r"])
+@pytest.mark.parametrize(
+    ("name", "integer"),
+    [("f32", False), ("int8", False), ("int4rk3", False), ("int8k50", True), ("int4h16r", True)],
+)
 @settings(max_examples=15, deadline=None)
 @given(
     chunks=st.lists(st.sampled_from([1, 1, 2, 31, 64, 130, 257]), min_size=1, max_size=5),
@@ -129,11 +195,11 @@ def test_results_do_not_depend_on_the_number_of_threads(isa, name, tokens):
     softcap=st.sampled_from([0.0, 30.0]),
     group=st.sampled_from([1, 3, 8]),
 )
-def test_a_prompt_gives_the_same_bits_in_any_chunks(name, chunks, window, softcap, group):
+def test_a_prompt_gives_the_same_bits_in_any_chunks(name, integer, chunks, window, softcap, group):
     """Also token by token: how a step is divided is nobody's business."""
     total = sum(chunks)
     query = heads(7, 1, total, 2 * group, 32)
-    options = {"window": window, "softcap": softcap}
+    options = {"window": window, "softcap": softcap, "integer": integer}
     whole = filled([total], head_dim=32, name=name).attend(0, query, **options)
     keys, values = (x[None] for x in filled([total], head_dim=32).dequantize(0, 0))
     cache, at = KVCache(1, 2, 32, total, 1, name), 0
@@ -181,29 +247,33 @@ def test_sequences_of_a_batch_do_not_see_each_other(tokens):
     assert torch.equal(cache.attend(0, query[[2, 1]], sequences=[2, 1]), together[[2, 1]])
 
 
-@pytest.mark.parametrize("name", ["f32", "int8", "int4r"])
+@pytest.mark.parametrize(
+    ("name", "integer"),
+    [("f32", False), ("int8", False), ("int4r", False), ("int8", True), ("int8k40", True)],
+)
 @pytest.mark.parametrize("side", ["query", "keys", "values"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_comes_out_and_only_where_it_is_seen(isa, name, side, bad):
+def test_what_is_not_finite_comes_out_and_only_where_it_is_seen(isa, name, integer, side, bad):
     parts = {"keys": heads(0, 1, 80, 2, 32), "values": heads(1, 1, 80, 2, 32)}
     # Positive, so that an infinite key has an infinite score: minus that would be a weight of 0.
     parts["query"] = heads(2, 1, 1, 4, 32).abs()
     parts[side][0, 0 if side == "query" else 30, 0, 5] = bad
     cache = KVCache(1, 2, 32, 80, 1, name, isa=isa)
     cache.append(0, parts["keys"], parts["values"])
-    found = cache.attend(0, parts["query"])[0, 0]
+    query = parts["query"]
+    found = cache.attend(0, query, integer=integer)[0, 0]
     head = found[0] if side == "query" else found[:2]
     assert not head.isfinite().all(-1).any()
     assert found[2:].isfinite().all()
     if side != "query":
         # Position 30 is one too far back: 49 of the 80 are seen.
-        assert cache.attend(0, parts["query"], window=49).isfinite().all()
-        assert not cache.attend(0, parts["query"], window=50).isfinite().all()
+        assert cache.attend(0, query, window=49, integer=integer).isfinite().all()
+        assert not cache.attend(0, query, window=50, integer=integer).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["f32", "int8"])
+@pytest.mark.parametrize(("name", "integer"), [("f32", False), ("int8", False), ("int8", True)])
 @pytest.mark.parametrize("group", [1, 3, 8])
-def test_a_bad_token_of_a_prompt_is_felt_by_those_that_see_it(isa, name, group):
+def test_a_bad_token_of_a_prompt_is_felt_by_those_that_see_it(isa, name, integer, group):
     """Not by its neighbours in the same registers: the rest has the bits it has without."""
     keys, values = heads(0, 1, 80, 1, 32), heads(1, 1, 80, 1, 32)
     query = heads(2, 1, 80, group, 32)
@@ -213,7 +283,7 @@ def test_a_bad_token_of_a_prompt_is_felt_by_those_that_see_it(isa, name, group):
     for v in (values, spoiled):
         cache = KVCache(1, 1, 32, 80, 1, name, isa=isa)
         cache.append(0, keys, v)
-        outputs.append(cache.attend(0, query, window=20)[0])
+        outputs.append(cache.attend(0, query, window=20, integer=integer)[0])
     good, bad = outputs
     assert torch.equal(bad[:30], good[:30])
     assert bad[30:50, :, 3].isnan().all()
@@ -222,7 +292,7 @@ def test_a_bad_token_of_a_prompt_is_felt_by_those_that_see_it(isa, name, group):
 
 def test_what_was_forgotten_is_not_seen(isa):
     """Old NaNs behind the end of a sequence do not come back."""
-    for name in ("f32", "int8", "int4"):
+    for name in ("f32", "int8", "int4", "int4k30"):
         cache = KVCache(1, 1, 32, 64, 1, name, isa=isa)
         x = torch.full((1, 60, 1, 32), float("nan"))
         cache.append(0, x, x)
@@ -233,21 +303,40 @@ def test_what_was_forgotten_is_not_seen(isa):
             query = heads(2, 1, tokens, 2, 32)
             found = cache.attend(0, query)
             assert_equals_torch(cache, 0, query[0], found[0])
+            assert cache.attend(0, query, integer=True).isfinite().all()
 
 
+@pytest.mark.parametrize("integer", [False, True])
 @pytest.mark.parametrize("size", [1e-30, 1e4, 1e18])
-def test_huge_and_tiny_scores_do_not_overflow(isa, size):
+def test_huge_and_tiny_scores_do_not_overflow(isa, integer, size):
     cache = KVCache(1, 1, 32, 64, 1, "int8", isa=isa)
     keys, values = heads(0, 1, 50, 1, 32) * size, heads(1, 1, 50, 1, 32)
     cache.append(0, keys, values)
     query = heads(2, 1, 1, 1, 32)
-    found = cache.attend(0, query)[0, 0, 0]
+    found = cache.attend(0, query, integer=integer)[0, 0, 0]
     stored_keys, stored_values = (x[:, 0] for x in cache.dequantize(0, 0))
     if size < 1:  # all weights are equal
         expected = stored_values.double().mean(0)
     else:  # one weight is everything
         expected = stored_values[(stored_keys @ query[0, 0, 0]).argmax()].double()
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    # Of 50 equal weights, or of one, each is off by half a step of 16 bits.
+    atol = 2e-4 if integer else 1e-6
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize("integer", [False, True])
+def test_first_positions_in_float32_are_exact(isa, integer):
+    """The first key takes nearly all of the attention, and its value comes out as it is."""
+    keys, values = heads(0, 1, 100, 1, 64), heads(1, 1, 100, 1, 64)
+    keys[0, 0] *= 20
+    query = keys[:, :1].clone() / 10
+    outputs = {}
+    for name in ("f32", "int4", "int4k1"):
+        cache = KVCache(1, 1, 64, 128, 1, name, isa=isa)
+        cache.append(0, keys, values)
+        outputs[name] = cache.attend(0, query, integer=integer)
+    torch.testing.assert_close(outputs["int4k1"], outputs["f32"], rtol=1e-5, atol=1e-5)
+    assert float((outputs["int4"] - outputs["f32"]).abs().max()) > 0.01
 
 
 def test_calls_from_several_threads_do_not_disturb_each_other(library):

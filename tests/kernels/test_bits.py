@@ -8,8 +8,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from quantlib.formats import QuantizedSegment, QuantizedWeight, Scheme, Segment, pack
 from quantlib.kernels import layouts, tile_reference
 from quantlib.kernels.cpu import library as cpu
+from quantlib.kernels.packed import PackedWeight
 
 from .schemes import EVERY, MIXED
 
@@ -87,6 +89,43 @@ def test_no_number_of_tokens_changes_a_bit(library, draw, isa, scheme):
         for tokens in (1, 2, 3, 4, 5, 6, 8, 9, 11, 12, 13, 16, 19, 31, 32, 40):
             found = library.linear(tiled.description, x[:tokens], bias, mode, isa=isa)
             assert same_bits(found, expected[:tokens]), (mode, tokens)
+
+
+@pytest.mark.parametrize("scheme", ["w2g64z4s4", "w4g32zs4", "w3g16s4", "w5g32zs5", "w4g64z5s5"])
+@pytest.mark.parametrize("length", [512, 544, 1200, 2112])
+def test_whole_sums_end_with_their_runs(library, draw, isa, scheme, length):
+    """Runs of 512 columns, the last one shorter; also behind another segment."""
+    weight, packed = draw(40, [("w8g64", 96), (scheme, length)], seed=length)
+    tiled = layouts.tile(packed)
+    x = torch.randn(20, 96 + length, generator=torch.Generator().manual_seed(1))
+    expected = tile_reference.linear(x, weight, None, "int8")
+    for tokens in (1, 2, 3, 8, 20):
+        found = library.linear(tiled.description, x[:tokens], None, "int8", isa=isa)
+        assert same_bits(found, expected[:tokens]), tokens
+
+
+def test_the_largest_whole_sums_do_not_overflow(library, isa):
+    """63 * 255 * 127 for 512 columns is 2^31 less three percent."""
+    length = 1024
+    segment = Segment(0, length, Scheme.parse("w8g64zs6").weight)
+    shape = (40, length // 64)
+    for code, zero, sign in product((0, 255), (0, 255), (1, -1)):
+        part = QuantizedSegment(
+            segment,
+            torch.full((40, length), code, dtype=torch.uint8),
+            torch.full(shape, 63, dtype=torch.uint8),
+            torch.full((40,), 63.0).half(),
+            torch.full(shape, zero, dtype=torch.uint8),
+        )
+        weight = QuantizedWeight((40, length), (part,))
+        packed = PackedWeight.from_tensors(pack(weight), weight.shape, [segment])
+        tiled = layouts.tile(packed)
+        for tokens in (1, 5, 14):
+            x = torch.full((tokens, length), 127.0 * sign)
+            found = library.linear(tiled.description, x, None, "int8", isa=isa)
+            assert torch.equal(found, tile_reference.linear(x, weight, None, "int8"))
+            exact = 63.0 * (code - zero) * 127 * sign * length
+            torch.testing.assert_close(found, torch.full_like(found, exact), rtol=3e-7, atol=0)
 
 
 @SETTINGS

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from quantlib.errors import DataError, QuantlibError, UsageError
 from quantlib.kernels.cpu import library as cpu
-from quantlib.kernels.cpu.engine_library import Decoder, NativeEngine, _Step
+from quantlib.kernels.cpu.engine_library import Decoder, NativeEngine
+from quantlib.kernels.cpu.engine_structs import Step
 from quantlib.kernels.kv_format import KvFormat
 
 from .engine_reference import Sizes, forward, random_decoder
 
 RAGGED = Sizes(hidden=33, intermediate=50, heads=6, kv_heads=1, head_dim=20)
-CACHES = ["f32", "int8", "int4h16", "int4r/int8g16"]
+CACHES = ["f32", "int8", "int4h16", "int4r/int8g16k4"]
 
 
 def draw_tokens(count: int, vocabulary: int = 150, seed: int = 0) -> Tensor:
@@ -27,8 +28,11 @@ def draw_tokens(count: int, vocabulary: int = 150, seed: int = 0) -> Tensor:
     return torch.randint(0, vocabulary, (count,), generator=generator).to(torch.int32)
 
 
-def make(library: cpu.Library, model: Decoder, kv: str = "f32", **kwargs: Any) -> NativeEngine:
-    options = {"sequences": 3, "capacity": 700, "kv": KvFormat.parse(kv), **kwargs}
+def make(
+    library: cpu.Library, model: Decoder, kv: str | None = "f32", **kwargs: Any
+) -> NativeEngine:
+    form = None if kv is None else KvFormat.parse(kv)
+    options = {"sequences": 3, "capacity": 700, "kv": form, **kwargs}
     return NativeEngine(library, model, **options)
 
 
@@ -52,9 +56,11 @@ def in_chunks(engine: NativeEngine, tokens: Tensor, size: int, sequence: int = 0
     return torch.cat([append(engine, chunk, sequence) for chunk in tokens.split(size)])
 
 
+@pytest.mark.parametrize("changed", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_it_computes_what_plain_torch_does(library, seed):
-    model = random_decoder(seed, sizes=(Sizes(), RAGGED)[seed % 2])
+def test_it_computes_what_plain_torch_does(library, seed, changed):
+    """Also in other bases, with rotated and reordered inputs of linears."""
+    model = random_decoder(seed, sizes=(Sizes(), RAGGED)[seed % 2], changed=changed)
     tokens = draw_tokens(90, seed=seed)
     engine = make(library, model)
     logits = torch.empty(90, 150)
@@ -88,10 +94,18 @@ def test_rounded_inputs_stay_close_to_exact_ones(library, seed):
 
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("mode", ["exact", "int8"])
-def test_a_prompt_gives_the_same_bits_whole_in_chunks_and_token_by_token(library, cache, mode):
-    model = random_decoder(7, mode=mode)
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_prompt_gives_the_same_bits_whole_in_chunks_and_token_by_token(
+    library, cache, mode, changed
+):
+    """In mode int8 attention is computed in integers too."""
+    model = random_decoder(7, mode=mode, changed=changed)
+    if mode == "int8":
+        model = dataclasses.replace(
+            model, layers=tuple(dataclasses.replace(x, query_bits=6) for x in model.layers)
+        )
     tokens = draw_tokens(150)
-    engine = make(library, model, cache)
+    engine = make(library, model, cache, integer_attention=mode == "int8")
     whole = append(engine, tokens)
     assert torch.isfinite(whole).all()
     for sequence, size in ((1, 37), (2, 1)):
@@ -112,9 +126,10 @@ def test_long_contexts_are_split_among_threads_with_the_same_bits(library, cache
             assert torch.equal(found[0], whole[row])
 
 
+@pytest.mark.parametrize("changed", [False, True])
 @pytest.mark.parametrize("mode", ["exact", "int8"])
-def test_the_number_of_threads_changes_no_bit(library, mode):
-    model = random_decoder(5, mode=mode)
+def test_the_number_of_threads_changes_no_bit(library, mode, changed):
+    model = random_decoder(5, mode=mode, changed=changed)
     tokens = draw_tokens(70)
     results = []
     for threads in (1, 2, 3):
@@ -130,11 +145,14 @@ def test_the_number_of_threads_changes_no_bit(library, mode):
 def test_linears_of_every_instruction_set_make_the_same_logits(library, name):
     if not library.supports(name):
         pytest.skip(f"this processor has no {name}")
-    for mode in ("exact", "int8"):
-        model = random_decoder(11, mode=mode)
+    for mode, changed in (("exact", False), ("int8", False), ("int8", True)):
+        model = random_decoder(11, mode=mode, changed=changed)
         tokens = draw_tokens(33)
-        found = append(make(library, model, "int8", isa=name), tokens)
-        assert torch.equal(found, append(make(library, model, "int8", isa="portable"), tokens))
+        found, expected = (
+            append(make(library, model, "int8", isa=isa, integer_attention=changed), tokens)
+            for isa in (name, "portable")
+        )
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("mode", ["exact", "int8"])
@@ -280,7 +298,7 @@ def test_embeddings_can_stand_in_for_tokens(library):
     expected, found = torch.empty(2, 12, 150)
     engine.step(draw_tokens(12), rows, wanted, 2, logits=expected, hidden_states=states)
     engine.truncate(0, 0)
-    step = _Step(
+    step = Step(
         embeddings=states.data_ptr(),
         sequences=rows.data_ptr(),
         wanted=wanted.data_ptr(),
@@ -291,3 +309,53 @@ def test_embeddings_can_stand_in_for_tokens(library):
     )
     assert library.functions.ql_engine_step(engine._handle, ctypes.byref(step)) == 0
     assert torch.equal(found, expected)
+
+
+def test_queries_are_rounded_and_keys_turned_into_their_basis(library):
+    """What is stored are keys in their basis: attention does not change by it, rounding does."""
+    model = random_decoder(2, dense=False, changed=True, sizes=Sizes(layers=1))
+    tokens, bases = draw_tokens(40), [layer.key_basis for layer in model.layers]
+
+    def changed(**changes: Any) -> Tensor:
+        layers = tuple(dataclasses.replace(layer, **changes) for layer in model.layers)
+        return append(make(library, dataclasses.replace(model, layers=layers), kv=None), tokens)
+
+    plain, turned, rounded = changed(key_basis=None), changed(), changed(query_bits=3)
+    assert bases[0] is not None
+    torch.testing.assert_close(turned, plain, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(turned, plain)
+    error = (rounded - plain).norm() / plain.norm()
+    assert 1e-4 < error <= 0.5
+
+
+def test_every_layer_keeps_its_cache_in_its_own_way(library):
+    model = random_decoder(3)
+    forms = [KvFormat.parse(name) for name in ("int4k4", "f32")]
+    layers = [dataclasses.replace(x, cache=f) for x, f in zip(model.layers, forms)]
+    mixed = dataclasses.replace(model, layers=tuple(layers))
+    tokens = draw_tokens(80)
+    own, int4, exact = (
+        append(make(library, mixed, kv=kv), tokens) for kv in (None, "int4k4", "f32")
+    )
+    assert torch.equal(exact, append(make(library, model), tokens))
+    assert torch.equal(own[:4], exact[:4])  # so many first positions are exact
+    assert not torch.equal(own[4:], exact[4:])
+    assert not torch.equal(own[4:], int4[4:])
+    # Half of the codes, and a thousand floats for first positions, in place of floats.
+    engines = [make(library, mixed, kv=kv) for kv in (None, "int4k4", "f32")]
+    assert engines[1].memory < engines[0].memory < engines[2].memory
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"query_bits": 1}, "2 to 8 bits"),
+        ({"query_bits": 9}, "2 to 8 bits"),
+        ({"cache": KvFormat(KvFormat.parse("int4").key, KvFormat.parse("int4").key, 65)}, "first"),
+    ],
+)
+def test_a_layer_that_makes_no_sense_is_refused(library, changes, reason):
+    model = random_decoder(0)
+    layers = (dataclasses.replace(model.layers[0], **changes), *model.layers[1:])
+    with pytest.raises(QuantlibError, match=reason):
+        make(library, dataclasses.replace(model, layers=layers), kv=None)

@@ -23,6 +23,9 @@ FORMATS = [
     "int4h16",
     "int8g16r/int4",
     "int4g32h16r/int8",
+    "int4k5",
+    "int8/int4rk64",
+    "f32/int8k17",
 ]
 
 
@@ -33,11 +36,14 @@ def heads(seed: int, *shape: int, spread: bool = True) -> Tensor:
     return x * torch.rand(shape[-1], generator=generator).mul(4).exp() if spread else x
 
 
-def numbers_of(x: Tensor, side: SideFormat) -> Tensor:
-    """What a side makes of x [..., head_dim], by the reference."""
+def numbers_of(x: Tensor, side: SideFormat, sinks: int = 0) -> Tensor:
+    """What a side makes of x [..., head_dim], by the reference; of positions [T, ..., head_dim]
+    when the first ones are kept in float32."""
     if side.bits == 32:
         return x
     found = kv_reference.numbers(*kv_reference.round_to_codes(x, side), side, x.shape[-1])
+    if sinks:  # into the basis they are kept in, and back
+        found[:sinks] = kv_reference.rotate(x[:sinks]) if side.rotate else x[:sinks]
     return kv_reference.rotate(found) if side.rotate else found
 
 
@@ -53,9 +59,11 @@ def sides(draw: st.DrawFn) -> SideFormat:
     return SideFormat(bits, draw(columns), draw(columns) if bits == 4 else 0, draw(st.booleans()))
 
 
-@given(sides(), sides())
-def test_a_name_and_its_format_are_inverse(key, value):
+@given(sides(), sides(), st.integers(0, 64))
+def test_a_name_and_its_format_are_inverse(key, value, sinks):
     form = KvFormat(key, value)
+    if not key.bits == value.bits == 32:
+        form = form.with_sinks(sinks)
     assert KvFormat.parse(str(form)) == form
 
 
@@ -70,6 +78,11 @@ def test_a_name_and_its_format_are_inverse(key, value):
         ("int4g24", "multiples of 16"),
         ("int4h0", "multiples of 16"),
         ("int8h16", "all columns"),
+        ("int4k", "after the k"),
+        ("int4k0", "after the k"),
+        ("int4k4/int8", "after the k"),
+        ("int4k65", "keep 0 to 64"),
+        ("f32k4", "drop the k"),
     ],
 )
 def test_a_wrong_name_is_explained(name, reason):
@@ -131,7 +144,7 @@ def test_packed_codes_are_those_of_the_reference(isa, name, head_dim, monkeypatc
     for cache, part in itertools.product((found, expected), (slice(0, 13), slice(13, 70))):
         cache.append(0, keys[:, part], values[:, part])
     for mine, theirs in zip(found.stored, expected.stored):
-        if name == "f32":  # what stands in the padding is free
+        if mine.shape[-1] == BLOCK * 4 * padded_columns(head_dim):  # its padding is free
             mine, theirs = mine.view(torch.float32), theirs.view(torch.float32)
             assert torch.equal(mine.nan_to_num(), theirs.nan_to_num())
         else:
@@ -144,7 +157,9 @@ def test_packed_codes_are_those_of_the_reference(isa, name, head_dim, monkeypatc
             (form.key, form.value),
         ):
             assert torch.equal(a, b)
-            assert torch.equal(a, numbers_of(x, side))
+            assert torch.equal(a, numbers_of(x, side, form.sinks))
+            if side.bits != 32 and not side.rotate:
+                assert torch.equal(a[: form.sinks], x[: form.sinks])
 
 
 @settings(max_examples=60, deadline=None)
@@ -236,7 +251,7 @@ def test_rotated_keys_with_outliers_are_kept_better():
 # Sequences
 
 
-@pytest.mark.parametrize("name", ["f32", "int4h16"])
+@pytest.mark.parametrize("name", ["f32", "int4h16", "int4rk9"])
 @settings(max_examples=25, deadline=None)
 @given(steps=st.lists(st.integers(1, 70), min_size=1, max_size=6))
 def test_positions_appended_in_pieces_are_those_appended_at_once(name, steps):
@@ -274,8 +289,9 @@ def test_a_full_cache_says_so_and_keeps_what_it_has():
     cache.append(0, heads(2, 2, 4, 2, 16), heads(3, 2, 4, 2, 16))
 
 
-def test_a_reordered_cache_has_the_sequences_asked_for():
-    cache = KVCache(2, 2, 32, 128, batch=3, format="int4r")
+@pytest.mark.parametrize("name", ["int4r", "int4rk4"])
+def test_a_reordered_cache_has_the_sequences_asked_for(name):
+    cache = KVCache(2, 2, 32, 128, batch=3, format=name)
     for layer, row in itertools.product(range(2), range(3)):
         length = 20 * row + 30
         x = heads(10 * layer + row, 1, length, 2, 32)
@@ -286,6 +302,14 @@ def test_a_reordered_cache_has_the_sequences_asked_for():
     for layer, (row, origin) in itertools.product(range(2), enumerate([2, 2, 0])):
         for a, b in zip(cache.dequantize(layer, row), before[layer][origin]):
             assert torch.equal(a, b)
+
+
+def test_first_positions_take_bytes_of_their_own():
+    form = KvFormat.parse("int4/f32k4")
+    assert form.bytes_per_position(64) == KvFormat.parse("int4/f32").bytes_per_position(64)
+    assert form.sink_bytes(64) == 4 * 64 * 16  # in whole vectors, and of the packed side alone
+    cache = KVCache(3, 5, 64, capacity=64, batch=2, format="int4/f32k4")
+    assert cache.nbytes == 2 * (64 * cache.bytes_per_token + 3 * 5 * form.sink_bytes(64))
 
 
 def test_a_truncated_sequence_goes_on_where_it_was_cut():

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from quantlib.errors import UsageError
-from quantlib.recipe import FUSED_SCHEMES, NATIVE_SCHEMES, PRESETS, Recipe
+from quantlib.formats.scheme import Scheme
+from quantlib.recipe import FUSED_SCHEMES, NATIVE_SCHEMES, PRESETS, Recipe, method_fields
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -46,7 +47,9 @@ def test_our_own_candidates_are_valid_and_different(schemes: tuple[str, ...]) ->
         ({"schemes": []}, r"schemes: name at least one candidate"),
         ({"schemes": ["w9"]}, r"schemes: 'w9' is not a scheme: write for example w4g64"),
         ({"schemes": ["w4g64", "bf16"]}, r"bf16 leaves a weight as it is and cannot be a candi"),
-        ({"schemes": ["w4g64a8"]}, r"w4g64a8 rounds activations.*write w4g64"),
+        ({"schemes": ["w4g64a8z"]}, r"w4g64a8z: activations of 8 bits cannot be asymmetric"),
+        ({"kv": "int3"}, r"kv: 'int3' is not a format of a KV cache"),
+        ({"rotation": "random"}, r"rotation: .*'pca'"),
         ({"probes": 2}, r"probes must be 0, or at least 3"),
         ({"swaps": 5, "probe_windows": 1}, r"swaps need at least 2 probe_windows"),
         ({"windows": 0, "seqlen": 1}, r"seqlen: .*; windows: "),
@@ -82,3 +85,30 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes, sentence: str)
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"recipe\.yaml cannot be read: No such file"):
         Recipe.load(tmp_path / "recipe.yaml")
+
+
+def test_candidates_that_round_activations_are_for_linears_alone() -> None:
+    recipe = Recipe.create(data="text", schemes=["w4g64a4zh8/8", "w8a8", "w4g32zs4"])
+    assert recipe.candidates("linear") == ("w4g64a4zh8/8", "w8a8")
+    assert recipe.candidates("embedding") == recipe.candidates("head") == ("w4g32zs4",)
+    without = Recipe.create(data="text", schemes=["w4g64a4zh8/8", "w4g64a4z"])
+    assert without.candidates("embedding") == ("w4g64",), "the format alone, once"
+    plain = Recipe.create(data="text", schemes=["w4g64", "w8g64"])
+    assert plain.candidates("linear") == plain.candidates("embedding") == ("w4g64", "w8g64")
+
+
+@pytest.mark.parametrize("bits", [None, 3, 4.5, 8])
+def test_the_candidates_of_resq_are_schemes_with_the_bits_that_were_asked_for(
+    bits: float | None,
+) -> None:
+    recipe = Recipe.create(data="text", **method_fields("resq", bits))
+    low = 4 if bits is None else int(bits)
+    found = {Scheme.parse(name).activation.bits for name in recipe.candidates("linear")}
+    assert found == {low, 8}
+    assert recipe.rotation == "gradients"
+    assert all(Scheme.parse(s).high is None for s in recipe.candidates("embedding"))
+
+
+def test_resq_with_bits_that_there_are_not_says_which_there_are() -> None:
+    with pytest.raises(UsageError, match="2 to 8 bits, not 9"):
+        method_fields("resq", 9)

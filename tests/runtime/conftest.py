@@ -41,7 +41,8 @@ COMMON = {
 
 
 def build(family: str, seed: int = 0) -> Any:
-    """A random model of `llama`, `llama-untied`, `gemma2` or `qwen3-moe`, in float32."""
+    """A random model of `llama`, `llama-wide` (two groups of 128 inputs in its down projections),
+    `llama-untied`, `gemma2` or `qwen3-moe`, in float32."""
     moe = {
         "moe_intermediate_size": 24,  # 24 rows of 3-bit zero points: experts do not begin at words
         "num_experts": 4,
@@ -54,6 +55,8 @@ def build(family: str, seed: int = 0) -> Any:
         torch.manual_seed(seed)
         if family == "llama":
             return LlamaForCausalLM(LlamaConfig(**COMMON, tie_word_embeddings=True)).eval()
+        if family == "llama-wide":
+            return LlamaForCausalLM(LlamaConfig(**COMMON | {"intermediate_size": 160})).eval()
         if family == "llama-untied":
             config = LlamaConfig(**COMMON, tie_word_embeddings=False, attention_bias=True)
             return LlamaForCausalLM(config).eval()

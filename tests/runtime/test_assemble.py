@@ -1,5 +1,6 @@
 """Modules are exchanged by weight name; what cannot be computed on packed weights is refused."""
 
+import copy
 import weakref
 from typing import Any
 
@@ -7,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantlib.errors import ModelError
-from quantlib.formats import Scheme, quantize_rtn
-from quantlib.runtime.assemble import quantize_in_memory, replace_modules
+from quantlib.errors import FormatError, ModelError
+from quantlib.formats import Scheme, dequantize, fake_quantize, quantize_rtn, with_clips
+from quantlib.runtime.assemble import Inputs, quantize_in_memory, replace_modules
 from quantlib.runtime.modules import QuantizedEmbedding, QuantizedLinear, packed_modules
+from quantlib.runtime.packed_module import Activations
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -38,10 +40,58 @@ def test_modules_are_swapped_where_the_model_is(build_tiny: Any) -> None:
     assert not projection.training
 
 
-def test_schemes_with_rounded_activations_run_in_int8(llama: Any) -> None:
-    replace_modules(llama, {Q_PROJ: "w8a8", EMBEDDING: "w8"})
-    assert llama.model.layers[0].self_attn.q_proj.mode == "int8"
-    assert llama.lm_head.mode == "exact"
+def test_inputs_are_rounded_as_schemes_say(llama: Any) -> None:
+    replace_modules(llama, {Q_PROJ: "w4a4zh8/8", EMBEDDING: "w8"})
+    assert activations(llama, Q_PROJ) == Scheme.parse("w4a4zh8/8").activations(48)
+    assert activations(llama, EMBEDDING) == ()
+    assert llama.model.layers[0].self_attn.q_proj.mode == llama.lm_head.mode == "scheme"
+
+
+def activations(model: Any, name: str) -> Activations:
+    module, _, parameter = name.rpartition(".")
+    return packed_modules(model)[module].activations(parameter)
+
+
+def test_orders_and_clip_factors_can_be_given(llama: Any, ids: Tensor) -> None:
+    matrix = llama.get_parameter(Q_PROJ).detach().clone()
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    clipped = with_clips(Scheme.parse("w4a4zh8/8").activations(48), [0.9, 1.0])
+    inputs = Inputs(clipped, order)
+    empty = copy.deepcopy(llama).to("meta")
+    replace_modules(empty, {Q_PROJ: "w4a4zh8/8"}, inputs={Q_PROJ: inputs})
+    expected = empty.model.layers[0].self_attn.q_proj.weight_order
+    assert (expected.dtype, tuple(expected.shape), expected.is_meta) == (torch.int32, (48,), True)
+    permuted = quantize_rtn(matrix[:, order], Scheme.parse("w4a4zh8/8").segments(48))
+    quantize_in_memory(llama, {Q_PROJ: permuted}, inputs={Q_PROJ: inputs})
+    assert activations(llama, Q_PROJ) == activations(empty, Q_PROJ) == clipped
+    x = torch.randn(3, 48, generator=torch.Generator().manual_seed(1))
+    found = llama.model.layers[0].self_attn.q_proj(x)
+    expected = fake_quantize(x[:, order], clipped) @ dequantize(permuted).T
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "sentence"),
+    [
+        ("model.norm.weight", Inputs(), "model.norm.weight has inputs .* not a packed weight"),
+        (EMBEDDING, Inputs((), torch.arange(48, dtype=torch.int32)), "embedding.*in their order"),
+        (Q_PROJ, Inputs((), torch.arange(48)), r"is \[48\] torch.int64, expected int32 \[48\]"),
+        (Q_PROJ, Inputs((), torch.arange(40, dtype=torch.int32)), r"is \[40\]"),
+    ],
+)
+def test_inputs_that_a_weight_does_not_have_are_refused(
+    llama: Any, name: str, inputs: Inputs, sentence: str
+) -> None:
+    packed = {n: rounded(llama.get_parameter(n), "w4") for n in (Q_PROJ, EMBEDDING)}
+    with pytest.raises(ModelError, match=sentence):
+        quantize_in_memory(llama, packed, inputs={name: inputs})
+
+
+def test_activations_of_another_width_are_refused(llama: Any) -> None:
+    inputs = Inputs(Scheme.parse("w4a4").activations(64))
+    packed = {Q_PROJ: rounded(llama.get_parameter(Q_PROJ), "w4")}
+    with pytest.raises(FormatError, match="cover 64 of 48"):
+        quantize_in_memory(llama, packed, inputs={Q_PROJ: inputs})
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3-moe"])

@@ -104,7 +104,7 @@ def test_buffers_are_the_packed_tensors_and_nothing_else(weight: QuantizedWeight
 
 def test_a_module_says_what_it_is(weight: QuantizedWeight) -> None:
     module = linear_of(weight)
-    for part in ("[40, 72]", "w3g16z+w8", "mode=exact", f"bytes={module.packed_bytes()}"):
+    for part in ("[40, 72]", "w3g16z+w8", "mode=scheme", f"bytes={module.packed_bytes()}"):
         assert part in repr(module)
 
 

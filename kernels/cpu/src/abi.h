@@ -11,7 +11,7 @@
 
 #define QL_API extern "C" __attribute__((visibility("default")))
 
-constexpr int32_t QL_ABI_VERSION = 2;
+constexpr int32_t QL_ABI_VERSION = 3;
 
 // BEST: what the environment variable QUANTLIB_ISA names, else the best of this processor.
 enum QlIsa : int32_t {
@@ -69,8 +69,9 @@ struct QlWeight {
 
 QL_API int32_t ql_abi_version();
 
-// sizeof QlSegment and ql::TileSegment, for the other side to compare.
-QL_API void ql_struct_bytes(int64_t sizes[2]);
+// sizeof QlSegment, ql::TileSegment, ql::TileForm and ql::TileRounding, for the other side to
+// compare.
+QL_API void ql_struct_bytes(int64_t sizes[4]);
 
 // What QL_ISA_BEST stands for; 0 when QUANTLIB_ISA names nothing that this processor has.
 QL_API int32_t ql_chosen_isa();
@@ -103,6 +104,12 @@ QL_API int32_t ql_linear_int8(const ql::TiledWeight* weight, const float* x, int
                               int32_t threads);
 QL_API int32_t ql_linear_exact(const ql::TiledWeight* weight, const float* x, int64_t tokens,
                                const float* bias, float* y, int32_t isa, int32_t threads);
+
+// The same with tokens in a form (tiles.h): rotated, put in order, and rounded segment by segment of
+// the weight, as its elements allow; exact when the form does not round.
+QL_API int32_t ql_linear_as(const ql::TiledWeight* weight, const ql::TileForm* form,
+                            const float* x, int64_t tokens, const float* bias, float* y,
+                            int32_t isa, int32_t threads);
 
 // out [count, K] float32: the dequantized rows `ids` (int64 [count]), or first .. first + count - 1
 // when ids is null.

@@ -13,6 +13,18 @@
 //   splits are merged from the left; output = o / (sum of the lanes of l), rotated back when the
 //   values are
 //
+// With `integer`, what is packed (8 or 4 bits) is multiplied in integers: codes with numbers n of
+// 16 bits, x ~ n * step with step = max|x| / 32512 and n = rint(x * (32512 / max|x|)); everything
+// is 0 where max|x| < 2^-100, and NaN where one is not finite. Sums of products are exact then:
+//
+//   x = q', one step a query:
+//   score[i]  = step * (fma(fma(-zero[i], sum of n, sum of n * code[i]), scale[i], . ) over groups)
+//   x = p[i] * scale[i] over what is seen of a block, one step a query, block and group of columns:
+//   o[c]      = fma(sum of n * code[c] - sum of n * zero, step, o[c] * exp(m - m'))
+//               the second sum in 16 lanes of float32, position i in lane i % 16
+//
+// instead of the sums above; all else stays.
+//
 // Units of work: prefill and short contexts take (sequence, KV head, block of tokens), one after
 // the other from the left; decode takes (sequence, KV head, split) and merges after a barrier.
 // Query heads that share a KV head are computed together, so that it is read once.
@@ -30,6 +42,8 @@ struct AttentionShape {
   int64_t window;  // positions a query sees, itself included; 0: all
   float scale;
   float softcap;  // 0: none
+  int32_t integer;  // 1: packed keys and values are multiplied in integers
+  int32_t reserved;
 };
 
 // All functions are for one sequence and one KV head of a layer; rows of q, k, v and out have

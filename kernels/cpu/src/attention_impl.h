@@ -4,6 +4,7 @@
 
 #include "attention.h"
 #include "attention_direct.h"
+#include "attention_integer.h"
 #include "attention_softmax.h"
 #include "attention_tile.h"
 #include "kv_pack.h"
@@ -27,6 +28,7 @@ struct Workspace {
   float* keys;     // [padded][64]
   float* values;   // [64][padded]
   float* weights;  // [kTileRows][64]
+  RoundedQuery rounded;  // [rows] each
 };
 
 // Hands out pieces of the scratch memory, or with a null base counts what it would hand out.
@@ -43,10 +45,16 @@ struct Carver {
     constexpr int64_t rows = ql::kAttentionRows;
     return {take(rows), take(rows * 16), take(rows * padded)};
   }
+  RoundedQuery take_queries(int64_t padded) {
+    constexpr int64_t rows = ql::kAttentionRows;
+    int8_t* bytes = reinterpret_cast<int8_t*>(take(rows * padded / 2));
+    return {bytes, take(rows), take(rows * kMostKvGroups)};
+  }
   Workspace take_workspace(int64_t padded) {
     return {
         take_sums(padded),           take_sums(padded),           take(ql::kAttentionRows * padded),
-        take(ql::kKvBlock * padded), take(ql::kKvBlock * padded), take(kTileRows * ql::kKvBlock)};
+        take(ql::kKvBlock * padded), take(ql::kKvBlock * padded), take(kTileRows * ql::kKvBlock),
+        take_queries(padded)};
   }
 };
 
@@ -66,12 +74,16 @@ struct Queries {
   const ql::AttentionShape* shape;
   const uint8_t* keys;  // blocks of this sequence and head
   const uint8_t* values;
+  Sinks key_sinks;
+  Sinks value_sinks;
   int64_t padded;
   int64_t group;  // query heads
   int64_t rows;
   int64_t first;  // position of the first token
 
   int64_t position(int64_t row) const { return first + row / group; }
+  bool integer_keys() const { return shape->integer && cache->key.bits != 32; }
+  bool integer_values() const { return shape->integer && cache->value.bits != 32; }
 };
 
 inline Queries queries_of(const ql::KvLayer& cache, const ql::AttentionShape& shape,
@@ -81,15 +93,26 @@ inline Queries queries_of(const ql::KvLayer& cache, const ql::AttentionShape& sh
           &shape,
           kv_head_blocks(cache, cache.key, cache.keys, sequence, kv_head),
           kv_head_blocks(cache, cache.value, cache.values, sequence, kv_head),
+          sinks_of(cache, true, sequence, kv_head),
+          sinks_of(cache, false, sequence, kv_head),
           kv_padded(cache.head_dim),
           group,
           tokens * group,
           first};
 }
 
-// Scaled, rotated and padded copies. `query` points to the first head of the group.
-inline void gather_queries(const Queries& q, const float* query, int64_t stride, float* out) {
+// The part of row `row` on.
+inline RoundedQuery rounded_from(const Queries& q, int64_t row, const Workspace& work) {
+  return {work.rounded.bytes + 2 * row * q.padded, work.rounded.step + row,
+          work.rounded.sums + row * kMostKvGroups};
+}
+
+// Scaled, rotated and padded copies, rounded where keys are multiplied in integers. `query` points
+// to the first head of the group.
+inline void gather_queries(const Queries& q, const float* query, int64_t stride,
+                           const Workspace& work) {
   const int64_t head_dim = q.cache->head_dim;
+  float* out = work.queries;
   for (int64_t row = 0; row < q.rows; ++row, out += q.padded) {
     const float* from = query + row / q.group * stride + row % q.group * head_dim;
     for (int64_t at = 0; at < q.padded; at += 16) {
@@ -98,6 +121,7 @@ inline void gather_queries(const Queries& q, const float* query, int64_t stride,
       store(out + at, x * broadcast(q.shape->scale));
     }
     if (q.cache->key.rotate) rotate_head(out, q.padded, hadamard_size(head_dim));
+    if (q.integer_keys()) round_query(q.cache->key, head_dim, out, rounded_from(q, row, work));
   }
 }
 
@@ -130,8 +154,14 @@ struct Block {
   const float* values;
 };
 
-inline void score_rows(const Queries& q, const Block& block, int64_t rows, int64_t positions,
-                       const float* queries, float* scores) {
+inline void score_rows(const Queries& q, const Block& block, int64_t row, int64_t rows,
+                       int64_t positions, const Workspace& work) {
+  const float* queries = work.queries + row * q.padded;
+  float* scores = work.weights;
+  if (q.integer_keys()) {
+    return integer_scores(q.cache->key, q.cache->head_dim, block.packed_keys, rows, positions,
+                          rounded_from(q, row, work), scores);
+  }
   if (!block.keys) {
     return direct_scores(q.cache->key, q.cache->head_dim, block.packed_keys, rows, positions,
                          queries, scores);
@@ -159,6 +189,10 @@ inline void add_values(const Queries& q, const Block& block, int64_t rows, int64
 // the others its weight is 0, which makes a NaN of a value that is not finite.
 inline void add_seen_values(const Queries& q, const Block& block, int64_t rows, const Sight& sight,
                             const float* weights, const float* carry, float* outputs) {
+  if (q.integer_values()) {
+    return integer_outputs(q.cache->value, q.cache->head_dim, block.packed_values, rows, sight,
+                           weights, carry, outputs);
+  }
   float factors[kTileRows];  // of what the outputs are now: 1 from the first addition on
   for (int64_t r = 0; r < rows; ++r) factors[r] = carry[r];
   const auto add_row = [&](int64_t r, int64_t begin, int64_t end) {
@@ -178,15 +212,58 @@ inline void add_seen_values(const Queries& q, const Block& block, int64_t rows, 
   for (int64_t r = 0; r < rows; ++r) add_row(r, end, sight.end[r]);
 }
 
+// Scores of the first positions, from keys in float32.
+inline void score_sinks(const Queries& q, int64_t row, int64_t rows, const Workspace& work) {
+  const int64_t count = q.key_sinks.count, stride = kv_sink_stride(count);
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* query = work.queries + (row + r) * q.padded;
+    for (int64_t v = 0; 16 * v < count; ++v) {
+      Lanes sums = zero_lanes();
+      for (int64_t c = 0; c < q.padded; ++c) {
+        sums = fma(broadcast(query[c]), load(q.key_sinks.block + c * stride + 16 * v), sums);
+      }
+      float* to = work.weights + r * ql::kKvBlock + 16 * v;
+      store(to, select(between(v, 0, count), sums, load(to)));
+    }
+  }
+}
+
+// outputs = outputs * carry + weights * values in float32, of what each row sees of the first
+// positions, which leaves its sight.
+inline void add_sink_values(const Queries& q, int64_t rows, Sight& sight, const float* weights,
+                            const float* carry, float* outputs) {
+  const int64_t count = q.value_sinks.count;
+  for (int64_t r = 0; r < rows; ++r, weights += ql::kKvBlock, outputs += q.padded) {
+    const int64_t end = sight.end[r] < count ? sight.end[r] : count;
+    for (int64_t at = 0; at < q.padded; at += 16) {
+      Lanes sum = load(outputs + at) * broadcast(carry[r]);
+      for (int64_t i = sight.begin[r]; i < end; ++i) {
+        sum = fma(broadcast(weights[i]), load(q.value_sinks.block + i * q.padded + at), sum);
+      }
+      store(outputs + at, sum);
+    }
+    if (sight.begin[r] < count) sight.begin[r] = count;
+    if (sight.end[r] < count) sight.end[r] = count;
+  }
+  sight.first = sight.begin[0];
+  sight.last = sight.end[rows - 1];
+}
+
 // Adds what `rows` rows from `row` on see of one block.
 inline void attend_tile(const Queries& q, int64_t row, int64_t rows, const Block& block,
                         const Workspace& work, const Sums& sums) {
-  const Sight sight = sight_of(q, row, rows, block.start);
+  Sight sight = sight_of(q, row, rows, block.start);
   if (sight.first >= sight.last) return;
-  score_rows(q, block, rows, sight.last, work.queries + row * q.padded, work.weights);
+  score_rows(q, block, row, rows, sight.last, work);
+  if (block.start < q.key_sinks.count) score_sinks(q, row, rows, work);
   alignas(64) float carry[16];
   soften(work.weights, rows, sight, q.shape->softcap, sums.highest + row, sums.weights + 16 * row,
          carry);
+  if (block.start < q.value_sinks.count) {
+    add_sink_values(q, rows, sight, work.weights, carry, sums.values + row * q.padded);
+    if (sight.first >= sight.last) return;
+    for (float& factor : carry) factor = 1.0f;
+  }
   add_seen_values(q, block, rows, sight, work.weights, carry, sums.values + row * q.padded);
 }
 
@@ -197,10 +274,10 @@ inline Block open_block(const Queries& q, int64_t start, int64_t end, const Work
   Block block = {start, q.keys + index * kv_block_bytes(cache.key, cache.head_dim),
                  q.values + index * kv_block_bytes(cache.value, cache.head_dim), nullptr, nullptr};
   const bool many = q.rows > kDirectRows;
-  if (many || cache.key.bits == 32) {
+  if (cache.key.bits == 32 || (many && !q.integer_keys())) {
     block.keys = load_keys(cache.key, cache.head_dim, block.packed_keys, seen, work.keys);
   }
-  if (many || cache.value.bits == 32) {
+  if (cache.value.bits == 32 || (many && !q.integer_values())) {
     block.values = load_values(cache.value, cache.head_dim, block.packed_values, seen, work.values);
   }
   return block;
@@ -243,7 +320,7 @@ void attend_tokens(const ql::KvLayer& cache, const ql::AttentionShape& shape, in
   const Queries q = queries_of(cache, shape, sequence, kv_head, first, tokens);
   const Workspace work = workspace_at(scratch, q.padded);
   const int64_t column = kv_head * q.group * cache.head_dim;
-  gather_queries(q, query + column, query_stride, work.queries);
+  gather_queries(q, query + column, query_stride, work);
   const int64_t first_split = attention_begin(shape, first) / ql::kSplitPositions;
   const int64_t last_split = (first + tokens - 1) / ql::kSplitPositions;
   attend_rows(q, first_split, work, work.total);
@@ -271,7 +348,7 @@ void attend_split(const ql::KvLayer& cache, const ql::AttentionShape& shape, int
                   float* partial, uint8_t* scratch) {
   const Queries q = queries_of(cache, shape, sequence, kv_head, position, 1);
   const Workspace work = workspace_at(scratch, q.padded);
-  gather_queries(q, query + kv_head * q.group * cache.head_dim, 0, work.queries);
+  gather_queries(q, query + kv_head * q.group * cache.head_dim, 0, work);
   const int64_t first_split = attention_begin(shape, position) / ql::kSplitPositions;
   attend_rows(q, first_split + split, work, partial_at(partial, q.group, q.padded));
 }
@@ -302,10 +379,10 @@ void merge_splits(const ql::KvLayer& cache, const ql::AttentionShape& shape, int
 void append_positions(const ql::KvLayer& cache, int64_t sequence, int64_t kv_head, int64_t first,
                       int64_t count, const float* key, int64_t key_stride, const float* value,
                       int64_t value_stride) {
-  append_side(cache.key, cache.head_dim, true,
+  append_side(cache.key, cache.head_dim, sinks_of(cache, true, sequence, kv_head),
               kv_head_blocks(cache, cache.key, cache.keys, sequence, kv_head), first, count, key,
               key_stride);
-  append_side(cache.value, cache.head_dim, false,
+  append_side(cache.value, cache.head_dim, sinks_of(cache, false, sequence, kv_head),
               kv_head_blocks(cache, cache.value, cache.values, sequence, kv_head), first, count,
               value, value_stride);
 }
@@ -319,6 +396,8 @@ void dequantize_positions(const ql::KvLayer& cache, int64_t sequence, int64_t kv
                      nullptr,
                      kv_head_blocks(cache, cache.key, cache.keys, sequence, kv_head),
                      kv_head_blocks(cache, cache.value, cache.values, sequence, kv_head),
+                     sinks_of(cache, true, sequence, kv_head),
+                     sinks_of(cache, false, sequence, kv_head),
                      padded,
                      1,
                      1,
@@ -334,10 +413,18 @@ void dequantize_positions(const ql::KvLayer& cache, int64_t sequence, int64_t kv
                            q.values + block * kv_block_bytes(cache.value, head_dim), ql::kKvBlock,
                            work.values);
     }
-    for (int64_t c = 0; c < padded; ++c) row[c] = keys[c * ql::kKvBlock + at];
+    if (first + i < q.key_sinks.count) {
+      q.key_sinks.get(first + i, row, padded);
+    } else {
+      for (int64_t c = 0; c < padded; ++c) row[c] = keys[c * ql::kKvBlock + at];
+    }
     if (cache.key.rotate) rotate_head(row, padded, hadamard_size(head_dim));
     memcpy(key + i * key_stride, row, static_cast<size_t>(head_dim) * 4);
-    memcpy(row, values + at * padded, static_cast<size_t>(padded) * 4);
+    if (first + i < q.value_sinks.count) {
+      q.value_sinks.get(first + i, row, padded);
+    } else {
+      memcpy(row, values + at * padded, static_cast<size_t>(padded) * 4);
+    }
     if (cache.value.rotate) rotate_head(row, padded, hadamard_size(head_dim));
     memcpy(value + i * value_stride, row, static_cast<size_t>(head_dim) * 4);
   }

@@ -4,7 +4,7 @@
 
 namespace ql {
 const TileKernels avx2_tiles = {
-    int8_scratch_bytes, int8_strips, exact_scratch_bytes,
-    exact_strips,       round_token, dequantize_rows,
+    int8_scratch_bytes, int8_strips,    exact_scratch_bytes, exact_strips,
+    round_token,        round_token_as, arrange_token,       dequantize_rows,
 };
 }

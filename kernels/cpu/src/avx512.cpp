@@ -5,7 +5,7 @@
 
 namespace ql {
 const TileKernels avx512_tiles = {
-    vnni::int8_scratch_bytes, vnni::int8_strips, exact_scratch_bytes,
-    exact_strips,             round_token,       dequantize_rows,
+    vnni::int8_scratch_bytes, vnni::int8_strips, exact_scratch_bytes, exact_strips,
+    round_token,              round_token_as,    arrange_token,       dequantize_rows,
 };
 }

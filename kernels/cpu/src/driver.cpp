@@ -1,4 +1,5 @@
 // The C interface of weights: prepares tokens and splits strips over threads.
+#include <atomic>
 #include <cstdlib>
 
 #include "kernels.h"
@@ -40,7 +41,8 @@ class Buffer {
 
 thread_local Buffer scratch_buffer, token_buffer;
 
-constexpr int64_t kTokensPerTask = 16;
+constexpr int64_t kMostTokensPerTask = 16;
+constexpr int64_t kTaskWork = 1 << 17;    // multiply-adds: at least so many in a task
 constexpr int64_t kSerialWork = 1 << 20;  // multiply-adds of some 20 us: below it, waking other
                                           // threads costs more than it saves
 
@@ -54,12 +56,17 @@ enum class Entry {
 struct LinearJob {
   const TileKernels* kernels;
   const TiledWeight* weight;
+  const ql::TileForm* form;  // null: what `entry` and in.act_group say
   const float* x;
   Entry entry;
+  int64_t act_group;  // of the rounding; in.act_group is what the kernels are told
   ql::TileInput in;
   ql::TileOutput out;
   int64_t scratch_bytes;
-  int64_t strips_per_task;
+  int64_t tokens_per_task, strips_per_task;
+  int64_t preparations;  // tasks that prepare tokens; they come first
+  std::atomic<int64_t> prepared;
+  ql::WaitingRoom waiting;
   bool out_of_memory;
 };
 
@@ -77,33 +84,24 @@ int64_t place_tokens(LinearJob& job, uint8_t* base) {
   return parts.used();
 }
 
-// A token's columns, segment after segment, padded with zeros.
-void pad_token(const TiledWeight& w, const float* x, float* out) {
-  for (int64_t i = 0; i < w.segment_count; ++i) {
-    const ql::TileSegment& s = w.segments[i];
-    for (int64_t k = 0; k < s.length; ++k) out[k] = x[s.start + k];
-    for (int64_t k = s.length; k < s.padded; ++k) out[k] = 0.0f;
-    out += s.padded;
-  }
-}
-
-// The rounded values of a token as floats. Scales of activation groups are multiplied in; that of a
-// whole token is left to the end.
+// The rounded values of a token as floats. Scales of segments and activation groups are multiplied
+// in; that of a whole token is left to the end.
 void widen_token(const TiledWeight& w, int64_t act_group, const int8_t* values, float* scales,
                  float* out) {
   const float* scale = scales;
   for (int64_t i = 0; i < w.segment_count; ++i) {
-    const ql::TileSegment& s = w.segments[i];
-    for (int64_t k = 0; k < s.padded; ++k) {
-      const float factor = act_group ? scale[k / act_group] : 1.0f;
-      *out++ = static_cast<float>(*values++) * factor;
+    const int64_t padded = w.segments[i].padded, span = act_group > 0 ? act_group : padded;
+    for (int64_t k = 0; k < padded; k += span) {
+      const float factor = act_group ? *scale++ : 1.0f;
+      for (int64_t j = k; j < k + span && j < padded; ++j) {
+        *out++ = static_cast<float>(*values++) * factor;
+      }
     }
-    if (act_group) scale += act_group_count(s.padded, act_group);
   }
   if (act_group) *scales = 1.0f;
 }
 
-void prepare_token(const LinearJob& job, int64_t token) {
+void prepare_token(const LinearJob& job, int64_t token, float* work) {
   const TiledWeight& w = *job.weight;
   const ql::TileInput& in = job.in;
   const float* x = job.x + token * w.columns;
@@ -111,31 +109,41 @@ void prepare_token(const LinearJob& job, int64_t token) {
   float* floats = const_cast<float*>(in.floats) + token * in.value_stride;
   float* scales = const_cast<float*>(in.scales) + token * in.scale_stride;
   if (job.entry == Entry::kExact) {
-    pad_token(w, x, floats);
+    job.kernels->arrange_token(w, job.form ? *job.form : ql::TileForm{}, x, work, floats);
     *scales = 1.0f;
     return;
   }
   int8_t* values = const_cast<int8_t*>(in.values) + token * in.value_stride;
   float* sums = const_cast<float*>(in.sums) + token * in.sum_stride;
-  job.kernels->round_token(w, x, in.act_group, values, sums, scales);
-  if (job.entry == Entry::kRounded) widen_token(w, in.act_group, values, scales, floats);
+  if (job.form) {
+    job.kernels->round_token_as(w, *job.form, x, work, values, sums, scales);
+  } else {
+    job.kernels->round_token(w, x, job.act_group, values, sums, scales);
+  }
+  if (job.entry == Entry::kRounded) widen_token(w, job.act_group, values, scales, floats);
 }
 
-void prepare_task(void* context, int64_t index) {
-  const LinearJob& job = *static_cast<const LinearJob*>(context);
-  const int64_t begin = index * kTokensPerTask, end = begin + kTokensPerTask;
-  for (int64_t token = begin; token < end && token < job.in.tokens; ++token) {
-    prepare_token(job, token);
-  }
+uint8_t* task_scratch(LinearJob& job, int64_t bytes) {
+  uint8_t* scratch = scratch_buffer.reserve(bytes);
+  if (!scratch) __atomic_store_n(&job.out_of_memory, true, __ATOMIC_RELAXED);
+  return scratch;
 }
 
-void linear_task(void* context, int64_t index) {
-  LinearJob& job = *static_cast<LinearJob*>(context);
-  uint8_t* scratch = scratch_buffer.reserve(job.scratch_bytes);
-  if (!scratch) {
-    __atomic_store_n(&job.out_of_memory, true, __ATOMIC_RELAXED);
-    return;
+void prepare_task(LinearJob& job, int64_t index) {
+  const int64_t floats = job.form ? form_work_floats(*job.weight, *job.form) : 0;
+  uint8_t* work = task_scratch(job, floats * static_cast<int64_t>(sizeof(float)));
+  const int64_t begin = index * job.tokens_per_task, end = begin + job.tokens_per_task;
+  for (int64_t token = begin; work && token < end && token < job.in.tokens; ++token) {
+    prepare_token(job, token, reinterpret_cast<float*>(work));
   }
+  if (job.prepared.fetch_add(1) + 1 == job.preparations) job.waiting.wake();
+}
+
+void strips_task(LinearJob& job, int64_t index) {
+  uint8_t* scratch = task_scratch(job, job.scratch_bytes);
+  // Every preparation has a thread, since indices are handed out in order.
+  job.waiting.wait([&] { return job.prepared.load() == job.preparations; });
+  if (!scratch || __atomic_load_n(&job.out_of_memory, __ATOMIC_RELAXED)) return;
   const int64_t strips = tile_strips(*job.weight), first = index * job.strips_per_task;
   const int64_t end = first + job.strips_per_task, last = end < strips ? end : strips;
   const auto run =
@@ -143,11 +151,32 @@ void linear_task(void* context, int64_t index) {
   run(*job.weight, job.in, job.out, first, last, scratch);
 }
 
-// How many of `count` things make a task: several tasks per thread, so that a slow one does not hold
-// up the rest.
-int64_t per_task(int64_t count, int32_t threads) {
-  const int64_t tasks = 8 * static_cast<int64_t>(threads);
-  return (count + tasks - 1) / tasks;
+// Both in one loop over all threads: while the first one prepares, the others wake up.
+void linear_task(void* context, int64_t index) {
+  LinearJob& job = *static_cast<LinearJob*>(context);
+  if (index < job.preparations) {
+    prepare_task(job, index);
+  } else {
+    strips_task(job, index - job.preparations);
+  }
+}
+
+int64_t ceil_of_quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How many of `count` rows make a task: several tasks per thread, so that a slow one does not hold up
+// the rest.
+int64_t rows_per_task(int64_t count, int32_t threads) {
+  return ceil_of_quotient(count, 8 * static_cast<int64_t>(threads));
+}
+
+// How many strips: the more tasks, the less the last ones are waited for.
+int64_t strips_per_task(const TiledWeight& w, int64_t work, int32_t threads) {
+  const int64_t strips = tile_strips(w), most = 32 * static_cast<int64_t>(threads);
+  const int64_t fair = ceil_of_quotient(strips, most);
+  const int64_t large = ceil_of_quotient(kTaskWork, ceil_of_quotient(work, strips));
+  const int64_t wanted = fair > large ? fair : large;
+  const int64_t share = ceil_of_quotient(strips, threads);
+  return wanted < share ? wanted : share;
 }
 
 int32_t run_linear(LinearJob& job, int32_t threads) {
@@ -156,7 +185,8 @@ int32_t run_linear(LinearJob& job, int32_t threads) {
   if (in.tokens == 0 || w.rows == 0) return QL_OK;
   in.value_stride = token_stride(tile_padded_columns(w));
   in.sum_stride = job.entry == Entry::kExact ? 0 : tile_sum_count(w);
-  in.scale_stride = tile_scale_count(w, in.act_group);
+  in.scale_stride = tile_scale_count(w, job.act_group);
+  in.act_group = job.entry == Entry::kInt8 ? job.act_group : 0;  // else it is in the floats
   uint8_t* tokens = token_buffer.reserve(place_tokens(job, nullptr));
   if (!tokens) return QL_NO_MEMORY;
   place_tokens(job, tokens);
@@ -164,14 +194,15 @@ int32_t run_linear(LinearJob& job, int32_t threads) {
   // A token more costs less than the first one, which pays for reading the weight.
   const int64_t work = w.rows * w.columns * (8 + in.tokens) / 9;
   if (work < kSerialWork || threads < 1) threads = 1;
-  ql::parallel_for((in.tokens + kTokensPerTask - 1) / kTokensPerTask, threads, prepare_task, &job);
-  if (job.entry == Entry::kRounded) in.act_group = 0;  // it is in the values now
   const auto bytes = job.entry == Entry::kInt8 ? job.kernels->int8_scratch_bytes
                                                : job.kernels->exact_scratch_bytes;
   job.scratch_bytes = bytes(w, in.tokens);
-  job.strips_per_task = per_task(tile_strips(w), threads);
-  const int64_t tasks = (tile_strips(w) + job.strips_per_task - 1) / job.strips_per_task;
-  ql::parallel_for(tasks, threads, linear_task, &job);
+  const int64_t share = ceil_of_quotient(in.tokens, threads);
+  job.tokens_per_task = share < kMostTokensPerTask ? share : kMostTokensPerTask;
+  job.preparations = ceil_of_quotient(in.tokens, job.tokens_per_task);
+  job.strips_per_task = strips_per_task(w, work, threads);
+  const int64_t tasks = ceil_of_quotient(tile_strips(w), job.strips_per_task);
+  ql::parallel_for(job.preparations + tasks, threads, linear_task, &job);
   token_buffer.trim();
   return job.out_of_memory ? QL_NO_MEMORY : QL_OK;
 }
@@ -248,9 +279,11 @@ int32_t move_strips(const QlWeight* weight, const uint8_t* memory, bool packing,
 
 int32_t ql_abi_version() { return QL_ABI_VERSION; }
 
-void ql_struct_bytes(int64_t sizes[2]) {
+void ql_struct_bytes(int64_t sizes[4]) {
   sizes[0] = sizeof(QlSegment);
   sizes[1] = sizeof(ql::TileSegment);
+  sizes[2] = sizeof(ql::TileForm);
+  sizes[3] = sizeof(ql::TileRounding);
 }
 
 int32_t ql_tile_pack(const QlWeight* weight, uint8_t* memory, int32_t isa, int32_t threads) {
@@ -272,7 +305,7 @@ int32_t ql_linear_int8(const ql::TiledWeight* weight, const float* x, int64_t to
   job.x = x;
   job.entry = has_int8_mode(*weight) ? Entry::kInt8 : Entry::kRounded;
   job.in.tokens = tokens;
-  job.in.act_group = act_group;
+  job.act_group = act_group;
   job.out = {y, weight->rows, bias, false};
   return run_linear(job, threads);
 }
@@ -290,6 +323,23 @@ int32_t ql_linear_exact(const ql::TiledWeight* weight, const float* x, int64_t t
   return run_linear(job, threads);
 }
 
+int32_t ql_linear_as(const ql::TiledWeight* weight, const ql::TileForm* form, const float* x,
+                     int64_t tokens, const float* bias, float* y, int32_t isa, int32_t threads) {
+  LinearJob job = {};
+  job.kernels = ql::kernels_of(isa);
+  if (!job.kernels) return QL_NO_SUCH_ISA;
+  job.weight = weight;
+  job.form = form;
+  job.x = x;
+  job.entry = !form->rounding            ? Entry::kExact
+              : has_int8_mode(*weight) ? Entry::kInt8
+                                       : Entry::kRounded;
+  job.in.tokens = tokens;
+  job.act_group = form->rounding ? form_act_group(*weight, *form) : 0;
+  job.out = {y, weight->rows, bias, false};
+  return run_linear(job, threads);
+}
+
 int32_t ql_dequantize(const ql::TiledWeight* weight, const int64_t* ids, int64_t first,
                       int64_t count, float* out, int32_t isa, int32_t threads) {
   const TileKernels* kernels = ql::kernels_of(isa);
@@ -299,7 +349,7 @@ int32_t ql_dequantize(const ql::TiledWeight* weight, const int64_t* ids, int64_t
   }
   if (!ids && (first < 0 || count < 0 || first > weight->rows - count)) return QL_ROW_OUT_OF_RANGE;
   if (count * weight->columns < kSerialWork || threads < 1) threads = 1;
-  DequantizeJob job{kernels, weight, ids, first, count, out, per_task(count, threads)};
+  DequantizeJob job{kernels, weight, ids, first, count, out, rows_per_task(count, threads)};
   if (count) {
     ql::parallel_for((count + job.rows_per_task - 1) / job.rows_per_task, threads, dequantize_task,
                      &job);

@@ -2,6 +2,7 @@
 // lanes.h, compiled once for every width of vectors.
 #pragma once
 
+#include "attention_tile.h"
 #include "engine.h"
 #include "engine_kernels.h"
 #include "lanes.h"
@@ -63,21 +64,63 @@ void rotate(float* x, const float* cosine, const float* sine, int64_t count) {
   });
 }
 
+void turn(const ql::TurnProblem& p) {
+  constexpr int64_t kMost = ql::kKvMaxHeadDim;
+  alignas(64) float out[kTileRows * kMost];
+  const int64_t padded = (p.size + kLanes - 1) / kLanes * kLanes;
+  // Rows far apart, or the heads of one row side by side: what there is more of makes a tile.
+  const bool across = p.rows > 1 && p.heads < kTileRows;
+  const int64_t inner = across ? p.rows : p.heads, outer = across ? p.heads : p.rows;
+  const int64_t step = across ? p.stride : p.size, jump = across ? p.size : p.stride;
+  for (int64_t i = 0; i < outer; ++i) {
+    for (int64_t j = 0; j < inner; j += kTileRows) {
+      const int64_t count = smaller_of(inner - j, kTileRows);
+      float* x = p.x + i * jump + j * step;
+      product({x, p.matrix, out, nullptr, step, padded, padded, p.size}, count, padded);
+      for (int64_t r = 0; r < count; ++r) {
+        memcpy(x + r * step, out + r * padded, static_cast<size_t>(p.size) * sizeof(float));
+      }
+    }
+  }
+}
+
+void round_to_levels(float* x, int64_t count, float levels) {
+  Lanes largest = zero_lanes(), difference = zero_lanes();
+  for_lanes(count, [&](int64_t i, int64_t n) {
+    const Lanes value = load_some(x + i, n);
+    largest = max_of(abs_of(value), largest);
+    difference = difference + (value - value);  // NaN for infinities and NaNs
+  });
+  float scale = highest(largest) / levels;
+  if (sum_of(difference) != 0.0f) scale = __builtin_nanf("");
+  const Lanes factor = broadcast(scale), divisor = broadcast(scale > 0.0f ? scale : 1.0f);
+  for_lanes(count, [&](int64_t i, int64_t n) {
+    store_some(x + i, round_to_even(load_some(x + i, n) / divisor) * factor, n);
+  });
+}
+
 // x * (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), which is x / (1 + e^(-2 u)).
 inline Lanes gelu_tanh_of(Lanes x) {
   const Lanes cubic = fma(x * x, broadcast(0.044715f), broadcast(1.0f)) * x;
   return x / (broadcast(1.0f) + exp_of(cubic * broadcast(-1.5957691216057308f)));
 }
 
-void gate(const float* gates, const float* up, int64_t count, int32_t activation, float* out) {
-  if (activation == QL_SILU) {
-    for_lanes(count, [&](int64_t i, int64_t n) {
-      store_some(out + i, silu_of(load_some(gates + i, n)) * load_some(up + i, n), n);
+template <typename Activation>
+inline void gate_rows(const ql::GateProblem& p, Activation activation) {
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const float *gates = p.gate + row * p.in_stride, *up = p.up + row * p.in_stride;
+    float* out = p.out + row * p.out_stride;
+    for_lanes(p.count, [&](int64_t i, int64_t n) {
+      store_some(out + i, activation(load_some(gates + i, n)) * load_some(up + i, n), n);
     });
+  }
+}
+
+void gate(const ql::GateProblem& problem) {
+  if (problem.activation == QL_SILU) {
+    gate_rows(problem, [](Lanes x) { return silu_of(x); });
   } else {
-    for_lanes(count, [&](int64_t i, int64_t n) {
-      store_some(out + i, gelu_tanh_of(load_some(gates + i, n)) * load_some(up + i, n), n);
-    });
+    gate_rows(problem, [](Lanes x) { return gelu_tanh_of(x); });
   }
 }
 
@@ -159,7 +202,9 @@ inline void dense_block(const ql::DenseProblem& p, int64_t row, int64_t token) {
   for (int t = 0; t < kTokens; ++t) {
     for (int r = 0; r < kRows; ++r) {
       const float bias = p.bias ? p.bias[row + r] : 0.0f;
-      p.y[(token + t) * p.y_stride + row + r] = sum_of(sums[r][t]) + bias;
+      float* y = p.y + (token + t) * p.y_stride + row + r;
+      const float sum = sum_of(sums[r][t]) + bias;
+      *y = p.accumulate ? *y + sum : sum;
     }
   }
 }
@@ -201,7 +246,8 @@ void dense_row(const ql::DenseWeight& weight, int64_t row, float* out) {
   }
 }
 
-constexpr ql::EngineKernels kEngineKernels = {rms_norm, add_to,  multiply_by, rotate,   gate,
-                                              softcap,  largest, dense_rows,  dense_row};
+constexpr ql::EngineKernels kEngineKernels = {
+    rms_norm, add_to,  multiply_by, rotate,     turn,      round_to_levels,
+    gate,     softcap, largest,     dense_rows, dense_row};
 
 }  // namespace

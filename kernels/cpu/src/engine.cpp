@@ -47,7 +47,7 @@ struct ZeroMemory {
 struct QlEngine {
   ql::Plan plan;
   ql::EngineIsa isa;
-  ZeroMemory cache_memory;
+  ZeroMemory cache_memory;  // of all layers, one after the other
   int64_t cache_bytes = 0;
   std::vector<ql::KvLayer> caches;
   std::vector<int64_t> lengths;  // of sequences
@@ -62,19 +62,40 @@ ql::EngineIsa isa_of(int32_t isa) {
   return {ql::kernels_of(isa), ql::engine_kernels_of(isa), ql::attention_of(isa)};
 }
 
+int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Bytes of a layer's cache: blocks, then sinks, keys and values each.
+struct CacheBytes {
+  int64_t keys, values, sink_keys, sink_values;
+  int64_t sum() const { return keys + values + sink_keys + sink_values; }
+};
+
+CacheBytes cache_bytes(const ql::KvLayer& cache) {
+  const int64_t heads = cache.batch * cache.kv_heads * static_cast<int64_t>(sizeof(float));
+  return {kv_side_bytes(cache.key, cache), kv_side_bytes(cache.value, cache),
+          whole_lines(heads * kv_sink_floats(cache.key, cache)),
+          whole_lines(heads * kv_sink_floats(cache.value, cache))};
+}
+
 bool make_caches(QlEngine* engine) {
   const QlModel& model = engine->plan.model;
   const int64_t capacity = (model.capacity + ql::kKvBlock - 1) / ql::kKvBlock * ql::kKvBlock;
-  ql::KvLayer layer{model.key,      model.value, model.sequences, model.kv_heads,
-                    model.head_dim, capacity,    nullptr,         nullptr};
-  const int64_t keys = kv_side_bytes(model.key, layer), values = kv_side_bytes(model.value, layer);
-  engine->cache_bytes = model.layer_count * (keys + values);
+  for (const ql::PlannedLayer& layer : engine->plan.layers) {
+    engine->caches.push_back({layer.source.key, layer.source.value, model.sequences, model.kv_heads,
+                              model.head_dim, capacity, nullptr, nullptr, layer.source.sinks,
+                              nullptr, nullptr});
+    engine->cache_bytes += cache_bytes(engine->caches.back()).sum();
+  }
   uint8_t* memory = engine->cache_memory.reserve(engine->cache_bytes);
   if (!memory) return false;
-  for (int64_t i = 0; i < model.layer_count; ++i, memory += keys + values) {
-    layer.keys = memory;
-    layer.values = memory + keys;
-    engine->caches.push_back(layer);
+  for (ql::KvLayer& cache : engine->caches) {
+    const CacheBytes bytes = cache_bytes(cache);
+    cache.keys = memory;
+    cache.values = cache.keys + bytes.keys;
+    uint8_t* sinks = cache.values + bytes.values;
+    cache.sink_keys = reinterpret_cast<float*>(sinks);
+    cache.sink_values = reinterpret_cast<float*>(sinks + bytes.sink_keys);
+    memory += bytes.sum();
   }
   return true;
 }
@@ -193,14 +214,19 @@ int32_t run_checked(QlEngine& engine, const QlStep& step) {
   return QL_ENGINE_OK;
 }
 
-// The blocks of a side of a layer that hold positions [0, length).
-void copy_blocks(const ql::KvLayer& cache, const ql::KvFormat& format, uint8_t* base, int64_t from,
-                 int64_t to, int64_t length) {
+// What of a side of a layer holds positions [0, length).
+void copy_side(const ql::KvLayer& cache, const ql::KvFormat& format, uint8_t* base,
+               float* sink_base, int64_t from, int64_t to, int64_t length) {
   const int64_t blocks = (length + ql::kKvBlock - 1) / ql::kKvBlock;
   const size_t bytes = static_cast<size_t>(blocks * kv_block_bytes(format, cache.head_dim));
   for (int64_t head = 0; head < cache.kv_heads; ++head) {
     memcpy(kv_head_blocks(cache, format, base, to, head),
            kv_head_blocks(cache, format, base, from, head), bytes);
+    const size_t floats = static_cast<size_t>(kv_sink_floats(format, cache));
+    if (floats) {
+      memcpy(kv_sink_block(cache, format, sink_base, to, head),
+             kv_sink_block(cache, format, sink_base, from, head), floats * sizeof(float));
+    }
   }
 }
 
@@ -257,8 +283,8 @@ int32_t ql_engine_copy(QlEngine* engine, int32_t from, int32_t to) {
   if (from == to) return QL_ENGINE_OK;
   const int64_t length = length_of(*engine, from);
   for (const ql::KvLayer& cache : engine->caches) {
-    copy_blocks(cache, cache.key, cache.keys, from, to, length);
-    copy_blocks(cache, cache.value, cache.values, from, to, length);
+    copy_side(cache, cache.key, cache.keys, cache.sink_keys, from, to, length);
+    copy_side(cache, cache.value, cache.values, cache.sink_values, from, to, length);
   }
   length_of(*engine, to) = length;
   return QL_ENGINE_OK;

@@ -7,17 +7,18 @@
 // What it computes, for every token, in float32 (norm(x, w) = x / sqrt(mean(x^2) + eps) * w; parts
 // whose pointer is null are left out):
 //
-//   x      = embedding[token] * embedding_scale
+//   x      = enter(embedding[token] * embedding_scale)
 //   layer:   h = norm(x, input_norm);  q, k, v = qkv(h)
-//            q, k = norm of every head(q, q_norm), (k, k_norm);  rotated by the layer's rope
+//            q, k = norm of every head(q, q_norm), (k, k_norm);  rotated by the layer's rope;
+//            times key_basis of the KV head;  q rounded to query_bits
 //            p = softmax(softcap(q . keys * attention_scale, attention_softcap)) over the window
 //            x += norm(o(p . values), attention_out_norm)
 //            h = norm(x, ffn_norm);  gate, up = gate_up(h)
 //            x += norm(down(activation(gate) * up), ffn_out_norm)
-//   logits = softcap(head(norm(x, final_norm)) * logit_scale, logit_softcap)
+//   logits = softcap(head(norm(leave(x), final_norm)) * logit_scale, logit_softcap)
 //
-// with softcap(z, c) = c * tanh(z / c), or z when c is 0. Keys and values go through the KV cache's
-// format. Results do not depend on the number of threads, nor on which tokens share a step.
+// with softcap(z, c) = c * tanh(z / c), or z when c is 0. Keys and values go through the layer's
+// format of the KV cache. What happens to a linear's input is said by its form. Results do not depend on the number of threads, nor on which tokens share a step.
 #pragma once
 
 #include "abi.h"
@@ -50,10 +51,12 @@ struct QlLinear {
   const ql::TiledWeight* tiled;
   const void* dense;  // [rows, columns] of dense_type, rows contiguous
   const float* bias;  // [rows] or null
+  const ql::TileForm* form;  // null, or what is done to the input (tiles.h): rotation, order, and
+                             // in the modes that round, how; linears that share a form share work
   int64_t rows;       // N, output features
   int64_t columns;    // K, input features
-  int64_t act_group;  // mode INT8: 0 for one scale per token, else columns per scale, a multiple of
-                      // 128; other modes: 0
+  int64_t act_group;  // mode INT8 without a form: 0 for one scale per token, else columns per
+                      // scale, a multiple of 128; otherwise 0
   int32_t dense_type;  // QlDenseType
   int32_t mode;        // QlInputMode
 };
@@ -79,6 +82,9 @@ struct QlLayer {
   const float* ffn_out_norm;        // [hidden] or null; Gemma's post_feedforward_layernorm
   const float* q_norm;              // [head_dim] or null
   const float* k_norm;              // [head_dim] or null
+  const float* key_basis;           // [kv_heads, head_dim, padded] or null: what q and k of a KV
+                                    // head are multiplied by from the right, columns padded with
+                                    // zeros to a multiple of 16
   const QlLinear* qkv;              // [qkv_count], 1 to 3 of them, K = hidden
   const QlLinear* gate_up;          // [gate_up_count], 1 or 2, K = hidden
   int64_t qkv_count;
@@ -90,7 +96,11 @@ struct QlLayer {
   float attention_scale;
   float attention_softcap;  // 0: none
   int32_t rope;             // index into QlModel.ropes; -1: no rotation
-  int32_t reserved;
+  int32_t query_bits;       // 2..8: every head of q becomes codes within +-(2^(bits-1) - 1) times
+                            // its largest magnitude / (2^(bits-1) - 1); 0: as it is
+  ql::KvFormat key;         // how the cache keeps keys and values: four int32 each, see kv_cache.h
+  ql::KvFormat value;
+  int64_t sinks;            // 0..64 first positions of a sequence that it keeps in float32
 };
 
 enum QlActivation : int32_t { QL_SILU = 0, QL_GELU_TANH = 1 };
@@ -101,6 +111,8 @@ struct QlModel {
   const float* final_norm;  // [hidden] or null
   QlLinear embedding;       // [vocabulary, hidden]; its rows are looked up, mode and bias unused
   QlLinear head;            // hidden -> vocabulary; may be the embedding's weight
+  QlLinear enter;           // hidden -> hidden, a change of basis; rows 0: none
+  QlLinear leave;           // likewise, before the final norm
   int64_t layer_count;
   int64_t rope_count;
   int64_t vocabulary;
@@ -114,10 +126,8 @@ struct QlModel {
   float norm_epsilon;
   float logit_scale;    // 1: none
   float logit_softcap;  // 0: none
-  ql::KvFormat key;     // how the cache keeps keys and values: four int32 each, see kv_cache.h
-  ql::KvFormat value;
   int32_t activation;   // QlActivation
-  int32_t reserved;
+  int32_t integer_attention;  // 1: packed keys and values are multiplied in integers, attention.h
 };
 
 // Tokens to append. Row i of a step is the token tokens[i] of the sequence sequences[i], at the
@@ -127,7 +137,8 @@ struct QlModel {
 struct QlStep {
   const int32_t* tokens;      // [count]
   const int32_t* sequences;   // [count]
-  const float* embeddings;    // null, or [count, hidden]: these enter layer 0, and tokens is unused
+  const float* embeddings;    // null, or [count, hidden]: instead of embedding[token] *
+                              // embedding_scale, and tokens is unused
   const int64_t* wanted;      // [wanted_count] rows whose logits are asked for, ascending
   float* logits;              // [wanted_count, vocabulary], or null
   int32_t* best;              // [wanted_count], or null: the first index of the largest logit; of a

@@ -83,8 +83,8 @@ class Attention {
   float* v(int64_t row) const { return k(row) + model_.kv_heads * model_.head_dim; }
   float* out(int64_t row) const { return shared_.heads + row * shared_.heads_stride; }
 
-  // Norm and rotation of `count` heads of a row.
-  void turn(float* heads, int64_t count, const float* norm, int64_t row) const {
+  // Norm and rope of `count` heads of a row.
+  void place(float* heads, int64_t count, const float* norm, int64_t row) const {
     const EngineKernels& engine = *context_.isa->engine;
     for (int64_t i = 0; i < count; ++i, heads += model_.head_dim) {
       if (norm) engine.rms_norm(heads, norm, model_.head_dim, model_.norm_epsilon, heads);
@@ -106,9 +106,33 @@ class Attention {
 
   int64_t group() const { return model_.heads / model_.kv_heads; }
 
+  // Times the basis of a KV head: `heads` heads of `rows` rows.
+  void change_basis(int64_t kv_head, float* x, int64_t rows, int64_t heads) const {
+    if (!layer_.key_basis) return;
+    const int64_t size = model_.head_dim, floats = size * kv_padded(size);
+    context_.isa->engine->turn({layer_.key_basis + kv_head * floats, x, shared_.qkv_stride, rows,
+                                heads, size});
+  }
+
+  // Queries of a KV head in some rows, from x on, as they meet keys. They belong to rows `row` and
+  // on of the step.
+  void make_queries(float* x, int64_t kv_head, int64_t row, int64_t rows) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      place(x + i * shared_.qkv_stride, group(), layer_.q_norm, row + i);
+    }
+    change_basis(kv_head, x, rows, group());
+    if (layer_.query_bits == 0) return;
+    const float levels = static_cast<float>((1 << (layer_.query_bits - 1)) - 1);
+    for (int64_t i = 0; i < rows * group(); ++i) {
+      float* head = x + i / group() * shared_.qkv_stride + i % group() * model_.head_dim;
+      context_.isa->engine->round_to_levels(head, model_.head_dim, levels);
+    }
+  }
+
   void append_rows(const StepRun& run, int64_t head, int64_t position, int64_t count) const {
     const int64_t row = run.first_row + position - run.position, at = head * model_.head_dim;
-    for (int64_t i = row; i < row + count; ++i) turn(k(i) + at, 1, layer_.k_norm, i);
+    for (int64_t i = row; i < row + count; ++i) place(k(i) + at, 1, layer_.k_norm, i);
+    change_basis(head, k(row) + at, count, 1);
     kernels_.append(cache_, run.sequence, head, position, count, k(row) + at, shared_.qkv_stride,
                     v(row) + at, shared_.qkv_stride);
   }
@@ -116,10 +140,10 @@ class Attention {
   void attend_split(const StepRun& run, int64_t head, int64_t split) const {
     const int64_t splits = splits_of(run), row = run.first_row;
     if (split == splits - 1) append_rows(run, head, run.position, 1);
-    // Units of one head each turn a query of their own: the row is everybody's.
+    // Units of one head each make queries of their own: the row is everybody's.
     const int64_t first = head * group() * model_.head_dim;
     std::copy_n(q(row) + first, group() * model_.head_dim, own_.query + first);
-    turn(own_.query + first, group(), layer_.q_norm, row);
+    make_queries(own_.query + first, head, row, 1);
     if (splits == 1) {
       kernels_.attend_tokens(cache_, shape_, run.sequence, head, run.position, 1, own_.query, 0,
                              out(row), 0, own_.scratch);
@@ -149,10 +173,8 @@ class Attention {
     const int64_t first = begin > run.position ? begin : run.position;
     const int64_t last = begin + kKvBlock < end ? begin + kKvBlock : end;
     append_rows(run, head, first, last - first);
-    for (int64_t position = first; position < last; ++position) {
-      const int64_t row = run.first_row + position - run.position;
-      turn(q(row) + head * group() * model_.head_dim, group(), layer_.q_norm, row);
-    }
+    const int64_t row = run.first_row + first - run.position;
+    make_queries(q(row) + head * group() * model_.head_dim, head, row, last - first);
   }
 
   void attend(const StepRun& run, int64_t head, int64_t block) const {
@@ -178,7 +200,12 @@ class Attention {
 
 AttentionShape attention_shape(const Plan& plan, int64_t layer) {
   const QlLayer& source = plan.layers[static_cast<size_t>(layer)].source;
-  return {plan.model.heads, source.window, source.attention_scale, source.attention_softcap};
+  return {plan.model.heads,
+          source.window,
+          source.attention_scale,
+          source.attention_softcap,
+          plan.model.integer_attention,
+          0};
 }
 
 void run_attention(const StepContext& context, const Member& member, int64_t layer) {

@@ -24,6 +24,30 @@ struct DenseProblem {
   int64_t x_stride;
   int64_t y_stride;
   int64_t tokens;
+  bool accumulate;  // y += instead of y =
+};
+
+// Heads of some rows times a matrix [size, padded] from the right, in place: `heads` of `size`
+// numbers side by side in each row.
+struct TurnProblem {
+  const float* matrix;  // columns padded with zeros to a multiple of 16
+  float* x;
+  int64_t stride;  // of rows
+  int64_t rows;
+  int64_t heads;
+  int64_t size;  // at most kKvMaxHeadDim
+};
+
+// Rows of numbers side by side: `count` of each row, rows `stride` floats apart.
+struct GateProblem {
+  const float* gate;
+  const float* up;
+  float* out;
+  int64_t in_stride;
+  int64_t out_stride;
+  int64_t rows;
+  int64_t count;
+  int32_t activation;  // QlActivation
 };
 
 struct EngineKernels {
@@ -35,8 +59,13 @@ struct EngineKernels {
   void (*multiply)(float* x, float factor, int64_t count);
   // Rotates pairs (x[i], x[i + count]) by angles given by their cosines and sines [count].
   void (*rotate)(float* x, const float* cosine, const float* sine, int64_t count);
-  // out[i] = activation(gate[i]) * up[i], a QlActivation; out may be gate or up.
-  void (*gate)(const float* gate, const float* up, int64_t count, int32_t activation, float* out);
+  // One fma per product, in the order of the matrix's rows.
+  void (*turn)(const TurnProblem& problem);
+  // x [count] becomes codes within +-levels times its largest magnitude / levels; NaN when one is
+  // not finite.
+  void (*round_to_levels)(float* x, int64_t count, float levels);
+  // out[i] = activation(gate[i]) * up[i].
+  void (*gate)(const GateProblem& problem);
   // x[i] = softcap(x[i] * scale, cap), see engine.h.
   void (*softcap)(float* x, int64_t count, float scale, float cap);
   // The first index of the largest of x[0..count), count >= 1; the first NaN where there is one.

@@ -11,25 +11,14 @@ constexpr int64_t kMaxCount = int64_t{1} << 31;  // of anything: keeps products 
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-int64_t group_count(const TiledWeight& weight, int64_t act_group) {
-  if (act_group == 0) return 1;
-  int64_t count = 0;
-  for (int64_t i = 0; i < weight.segment_count; ++i) {
-    count += (weight.segments[i].padded + act_group - 1) / act_group;
-  }
-  return count;
-}
-
 Preparation preparation_of(const QlLinear& linear) {
-  Preparation p{linear.tiled, linear.act_group, linear.mode, linear.columns, 0, 0, 0};
+  Preparation p{linear.tiled, linear.form, linear.act_group, linear.mode, linear.columns, 0, 0, 0};
   if (linear.tiled) p.elements = tile_padded_columns(*linear.tiled);
   p.stride = odd_stride(p.elements);
-  if (p.mode == QL_INPUT_EXACT) {
-    p.act_group = 0;
-  } else {
-    p.scales = group_count(*linear.tiled, p.act_group);
-    p.sums = tile_sum_count(*linear.tiled);
-  }
+  if (p.mode == QL_INPUT_EXACT) return p;
+  if (p.form) p.act_group = form_act_group(*linear.tiled, *p.form);
+  p.scales = tile_scale_count(*linear.tiled, p.act_group);
+  p.sums = tile_sum_count(*linear.tiled);
   return p;
 }
 
@@ -44,11 +33,13 @@ bool same_segments(const TiledWeight* a, const TiledWeight* b) {
 }
 
 bool same(const Preparation& a, const Preparation& b) {
-  return a.mode == b.mode && a.act_group == b.act_group && same_segments(a.like, b.like);
+  return a.mode == b.mode && a.form == b.form && a.act_group == b.act_group &&
+         same_segments(a.like, b.like);
 }
 
 LinearGroup group_linears(const QlLinear* linears, int64_t count) {
   LinearGroup group;
+  if (linears[0].rows == 0) return group;
   group.columns = linears[0].columns;
   for (int64_t i = 0; i < count; ++i) {
     const Preparation wanted = preparation_of(linears[i]);
@@ -81,7 +72,10 @@ const char* check_linear(const QlLinear& linear, int64_t columns) {
   if (linear.tiled->rows != linear.rows || linear.tiled->columns != columns) {
     return "a tiled weight has another shape than its linear";
   }
-  const bool grouped = linear.mode == QL_INPUT_INT8 && linear.act_group > 0;
+  if (linear.form && linear.mode != QL_INPUT_EXACT && !linear.form->rounding) {
+    return "inputs are to be rounded in a form that does not say how";
+  }
+  const bool grouped = linear.mode == QL_INPUT_INT8 && !linear.form && linear.act_group > 0;
   if (linear.act_group != 0 && (!grouped || linear.act_group % kMaxPiece != 0)) {
     return "activation groups are multiples of 128 columns, and for int8 inputs only";
   }
@@ -104,11 +98,22 @@ const char* check_layer(const QlLayer& layer, const QlModel& model) {
   if (!is_count(layer.intermediate)) return "a layer has no intermediate features";
   if (layer.window < 0) return "an attention window is negative";
   if (layer.rope < -1 || layer.rope >= model.rope_count) return "a layer has an unknown rope";
+  if (!kv_format_is_valid(layer.key, model.head_dim) ||
+      !kv_format_is_valid(layer.value, model.head_dim)) {
+    return "a format of the KV cache does not exist or does not fit head_dim";
+  }
+  if (layer.sinks < 0 || layer.sinks > kKvBlock) return "too many first positions are kept";
+  if (layer.query_bits != 0 && (layer.query_bits < 2 || layer.query_bits > 8)) {
+    return "queries are rounded to 2 to 8 bits";
+  }
   const char* problem = check_group(layer.qkv, layer.qkv_count, 3, model.hidden, q + 2 * kv);
   if (!problem) problem = check_group(&layer.o, 1, 1, q, model.hidden);
   if (!problem) {
     problem = check_group(layer.gate_up, layer.gate_up_count, 2, model.hidden,
                           2 * layer.intermediate);
+  }
+  if (!problem && layer.gate_up_count == 2 && layer.gate_up[0].rows != layer.intermediate) {
+    problem = "gate and up have different sizes";
   }
   if (!problem) problem = check_group(&layer.down, 1, 1, layer.intermediate, model.hidden);
   return problem;
@@ -125,10 +130,6 @@ const char* check_sizes(const QlModel& model) {
     return "layers or ropes are missing";
   }
   if (model.head_dim > kKvMaxHeadDim) return "head_dim is larger than the KV cache allows";
-  if (!kv_format_is_valid(model.key, model.head_dim) ||
-      !kv_format_is_valid(model.value, model.head_dim)) {
-    return "a format of the KV cache does not exist or does not fit head_dim";
-  }
   if (model.heads / model.kv_heads > kAttentionRows) return "too many heads share a KV head";
   if (model.activation != QL_SILU && model.activation != QL_GELU_TANH) {
     return "the activation is unknown";
@@ -147,6 +148,11 @@ const char* check_model(const QlModel& model) {
   for (const QlLinear* linear : {&model.embedding, &model.head}) {
     if (const char* problem = check_linear(*linear, model.hidden)) return problem;
     if (linear->rows != model.vocabulary) return "embedding or head has another vocabulary";
+  }
+  for (const QlLinear* linear : {&model.enter, &model.leave}) {
+    if (linear->rows == 0) continue;
+    if (const char* problem = check_linear(*linear, model.hidden)) return problem;
+    if (linear->rows != model.hidden) return "a change of basis has another size";
   }
   for (int64_t i = 0; i < model.layer_count; ++i) {
     if (const char* problem = check_layer(model.layers[i], model)) return problem;
@@ -171,7 +177,7 @@ TileInput Preparation::input(uint8_t* base, int64_t tokens) const {
   in.value_stride = stride;
   in.sum_stride = round_up(sums, 16);
   in.scale_stride = round_up(scales, 16);
-  in.act_group = act_group;
+  in.act_group = mode == QL_INPUT_INT8 ? act_group : 0;  // elsewhere it is in the floats
   in.tokens = tokens;
   const int64_t values = tokens * stride * (mode == QL_INPUT_INT8 ? 1 : 4);
   if (mode == QL_INPUT_INT8) {
@@ -203,6 +209,8 @@ const char* make_plan(const QlModel& model, Plan* plan) {
                             group_linears(&layer.down, 1)});
   }
   plan->head = group_linears(&model.head, 1);
+  plan->enter = group_linears(&model.enter, 1);
+  plan->leave = group_linears(&model.leave, 1);
   return nullptr;
 }
 

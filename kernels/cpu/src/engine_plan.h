@@ -12,7 +12,8 @@ namespace ql {
 // of this.
 struct Preparation {
   const TiledWeight* like;  // whose segments it follows; null: the plain vector, for dense weights
-  int64_t act_group;
+  const TileForm* form;     // null: as mode and act_group say
+  int64_t act_group;        // as TileInput has it
   int32_t mode;      // QlInputMode
   int64_t elements;  // of a token: int8 or float, segment after segment, padded
   int64_t stride;    // from token to token, see TileInput
@@ -53,6 +54,7 @@ struct Plan {
   std::vector<PlannedLayer> layers;
   std::vector<QlRope> ropes;
   LinearGroup head;
+  LinearGroup enter, leave;  // without linears where the model has none
 };
 
 // The smallest odd multiple of 64 elements that holds a row: rows that far apart do not fall into

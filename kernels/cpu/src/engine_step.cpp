@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "engine_prepare.h"
 #include "ordering.h"
 
 namespace ql {
@@ -10,6 +11,13 @@ namespace {
 
 constexpr int64_t kAnyRange = INT64_MAX;
 constexpr int64_t kMostLinears = 3;  // of a group
+
+// Where linears write, and whether they add to what is there.
+struct Output {
+  float* y;
+  int64_t stride;
+  bool accumulate;
+};
 
 // One thread's view of the step.
 class Worker {
@@ -25,28 +33,31 @@ class Worker {
 
   void run() const {
     const int64_t rows = step_.count;
+    enter();
     for (int64_t i = 0; i < model_.layer_count; ++i) {
       const PlannedLayer& layer = context_.plan->layers[static_cast<size_t>(i)];
       const QlLayer& source = layer.source;
-      project(layer.qkv, rows, shared_.qkv, shared_.qkv_stride, [&](int64_t row) {
+      project(layer.qkv, rows, {shared_.qkv, shared_.qkv_stride, false}, [&](int64_t row) {
         enter_layer(i, row);
         return normed(hidden(row), source.input_norm);
       });
       run_attention(context_, member_, i);
-      project(layer.o, rows, shared_.delta, shared_.hidden_stride,
+      project(layer.o, rows, delta_of(source.attention_out_norm),
               [&](int64_t row) { return shared_.heads + row * shared_.heads_stride; });
-      project(layer.gate_up, rows, shared_.gate_up, shared_.gate_up_stride, [&](int64_t row) {
+      project_gated(layer, rows, [&](int64_t row) {
         add_delta(row, source.attention_out_norm);
         return normed(hidden(row), source.ffn_norm);
       });
-      project(layer.down, rows, shared_.delta, shared_.hidden_stride,
-              [&](int64_t row) { return gated(source.intermediate, row); });
+      project(layer.down, rows, delta_of(source.ffn_out_norm),
+              [&](int64_t row) { return shared_.gated + row * shared_.gated_stride; });
     }
-    leave();
+    finish();
     if (step_.wanted_count > 0) head();
   }
 
  private:
+  using Inputs = TileInput[kMostLinears];  // of a group, by preparation
+
   // With a single token every thread keeps the residual stream by itself.
   float* hidden(int64_t row) const {
     return step_.count == 1 ? own_.hidden : shared_.hidden + row * shared_.hidden_stride;
@@ -54,10 +65,12 @@ class Worker {
 
   // The residual stream of a row as it enters a layer, or leaves the last one.
   void enter_layer(int64_t layer, int64_t row) const {
-    if (layer == 0) {
-      embed(row);
-    } else {
+    if (layer > 0) {
       add_delta(row, context_.plan->layers[static_cast<size_t>(layer) - 1].source.ffn_out_norm);
+    } else if (context_.plan->enter.linears.empty()) {
+      embed(row, hidden(row));
+    } else {
+      std::copy_n(delta(row), model_.hidden, hidden(row));
     }
     if (step_.hidden_states && (step_.count > 1 || member_.index == 0)) {
       float* to = step_.hidden_states + (layer * step_.count + row) * model_.hidden;
@@ -65,8 +78,19 @@ class Worker {
     }
   }
 
-  void embed(int64_t row) const {
-    float* x = hidden(row);
+  // The change of basis after the embedding, if there is one: to `delta`.
+  void enter() const {
+    if (context_.plan->enter.linears.empty()) return;
+    project(context_.plan->enter, step_.count, {shared_.delta, shared_.hidden_stride, false},
+            [&](int64_t row) {
+              embed(row, own_.row);
+              return own_.row;
+            });
+  }
+
+  float* delta(int64_t row) const { return shared_.delta + row * shared_.hidden_stride; }
+
+  void embed(int64_t row, float* x) const {
     if (step_.embeddings) {
       std::copy_n(step_.embeddings + row * model_.hidden, model_.hidden, x);
       return;
@@ -81,20 +105,23 @@ class Worker {
     if (model_.embedding_scale != 1.0f) engine_.multiply(x, model_.embedding_scale, model_.hidden);
   }
 
+  // Whether linears add their outputs to the residual stream themselves: they cannot where it is
+  // every thread's own, or where a norm comes in between.
+  bool adds_up(const float* norm) const { return step_.count > 1 && !norm; }
+
+  // Where linears write what is to be added to the residual stream.
+  Output delta_of(const float* norm) const {
+    const bool adds = adds_up(norm);
+    return {adds ? shared_.hidden : shared_.delta, shared_.hidden_stride, adds};
+  }
+
   void add_delta(int64_t row, const float* norm) const {
-    const float* delta = shared_.delta + row * shared_.hidden_stride;
-    engine_.add(hidden(row), normed(delta, norm), model_.hidden);
+    if (!adds_up(norm)) engine_.add(hidden(row), normed(delta(row), norm), model_.hidden);
   }
 
   const float* normed(const float* x, const float* weight) const {
     if (!weight) return x;
     engine_.rms_norm(x, weight, model_.hidden, model_.norm_epsilon, own_.row);
-    return own_.row;
-  }
-
-  const float* gated(int64_t count, int64_t row) const {
-    const float* gate = shared_.gate_up + row * shared_.gate_up_stride;
-    engine_.gate(gate, gate + count, count, model_.activation, own_.row);
     return own_.row;
   }
 
@@ -104,11 +131,50 @@ class Worker {
 
   // The outputs of a group of linears for `rows` inputs, load(row) each. Ends with a barrier.
   template <typename Load>
-  void project(const LinearGroup& group, int64_t rows, float* out, int64_t stride,
-               Load load) const {
+  void project(const LinearGroup& group, int64_t rows, const Output& out, Load load) const {
     const auto nothing = [](int64_t, int64_t) {};
-    multiply(group, prepare_all(group, rows, load), rows, out, stride, nothing);
+    multiply(group, prepare_all(group, rows, load), rows, out, nothing);
     member_.barrier();
+  }
+
+  // The same for gate and up, to `gated`: a thread combines what it has just made, while it is in
+  // its cache. Ends with a barrier.
+  template <typename Load>
+  void project_gated(const PlannedLayer& layer, int64_t rows, Load load) const {
+    const LinearGroup& group = layer.gate_up;
+    Inputs inputs;
+    find_inputs(group, prepare_all(group, rows, load), rows, inputs);
+    const int64_t width = layer.source.intermediate, most = gate_strips(rows);
+    const int64_t stride = 2 * gate_columns(rows);
+    int64_t first, last;
+    while (member_.next((width + kStripRows - 1) / kStripRows, most, &first, &last)) {
+      const int64_t begin = first * kStripRows, end = std::min(last * kStripRows, width);
+      GateProblem problem{};
+      problem.gate = some_rows(group, inputs, begin, end, own_.gate_up, stride);
+      problem.up =
+          some_rows(group, inputs, width + begin, width + end, own_.gate_up + stride / 2, stride);
+      problem.out = shared_.gated + begin;
+      problem.in_stride = stride;
+      problem.out_stride = shared_.gated_stride;
+      problem.rows = rows;
+      problem.count = end - begin;
+      problem.activation = model_.activation;
+      engine_.gate(problem);
+    }
+    member_.barrier();
+  }
+
+  // Output rows [begin, end) of a group, all of one linear, to `to` or somewhat behind it.
+  const float* some_rows(const LinearGroup& group, const Inputs& inputs, int64_t begin, int64_t end,
+                         float* to, int64_t stride) const {
+    const PlannedLinear* linear = group.linears.data();
+    if (begin >= linear->first_row + linear->source.rows) ++linear;
+    begin -= linear->first_row;
+    end -= linear->first_row;
+    const int64_t first = begin / kStripRows, last = (end + kStripRows - 1) / kStripRows;
+    strips(*linear, inputs[linear->preparation], {to - first * kStripRows, stride, false}, first,
+           last);
+    return to + begin % kStripRows;
   }
 
   // Where the prepared inputs lie.
@@ -132,45 +198,26 @@ class Worker {
   void prepare(const LinearGroup& group, const float* x, uint8_t* base, int64_t row,
                int64_t rows) const {
     for (const Preparation& p : group.preparations) {
-      const TileInput in = p.input(base, rows);
-      const int64_t at = row * in.value_stride;
-      if (p.mode == QL_INPUT_EXACT) {
-        lay_out(p, x, const_cast<float*>(in.floats) + at);
-      } else {
-        int8_t* values =
-            p.mode == QL_INPUT_INT8 ? const_cast<int8_t*>(in.values) + at : own_.rounded;
-        context_.isa->tiles->round_token(*p.like, x, p.act_group, values,
-                                         const_cast<float*>(in.sums) + row * in.sum_stride,
-                                         const_cast<float*>(in.scales) + row * in.scale_stride);
-        if (p.mode == QL_INPUT_ROUNDED) {
-          std::copy_n(own_.rounded, p.elements, const_cast<float*>(in.floats) + at);
-        }
-      }
+      prepare_row(*context_.isa->tiles, p, x, group.columns, p.input(base, rows), row,
+                  own_.prepare);
       base += p.bytes(rows);
     }
   }
 
-  static void lay_out(const Preparation& p, const float* x, float* to) {
-    if (!p.like) {
-      std::copy_n(x, p.elements, to);
-      return;
-    }
-    for (int64_t i = 0; i < p.like->segment_count; ++i) {
-      const TileSegment& segment = p.like->segments[i];
-      std::fill(std::copy_n(x + segment.start, segment.length, to), to + segment.padded, 0.0f);
-      to += segment.padded;
+  // The prepared inputs of a group, one after the other from `base` on.
+  static void find_inputs(const LinearGroup& group, uint8_t* base, int64_t rows, Inputs& inputs) {
+    for (size_t i = 0; i < group.preparations.size(); ++i) {
+      inputs[i] = group.preparations[i].input(base, rows);
+      base += group.preparations[i].bytes(rows);
     }
   }
 
   // This thread's share of the strips of a group; after(first, last) for the output rows it made.
   template <typename After>
-  void multiply(const LinearGroup& group, uint8_t* base, int64_t rows, float* out, int64_t stride,
+  void multiply(const LinearGroup& group, uint8_t* base, int64_t rows, const Output& out,
                 After after) const {
-    TileInput inputs[kMostLinears];
-    for (size_t i = 0; i < group.preparations.size(); ++i) {
-      inputs[i] = group.preparations[i].input(base, rows);
-      base += group.preparations[i].bytes(rows);
-    }
+    Inputs inputs;
+    find_inputs(group, base, rows, inputs);
     int64_t first, last;
     while (member_.next(group.strips, kAnyRange, &first, &last)) {
       int64_t offset = 0;
@@ -178,7 +225,8 @@ class Worker {
         const int64_t begin = std::max<int64_t>(first - offset, 0);
         const int64_t end = std::min(last - offset, linear.strips);
         if (begin < end) {
-          strips(linear, inputs[linear.preparation], out + linear.first_row, stride, begin, end);
+          const Output own{out.y + linear.first_row, out.stride, out.accumulate};
+          strips(linear, inputs[linear.preparation], own, begin, end);
           after(linear.first_row + begin * kStripRows,
                 linear.first_row + std::min(end * kStripRows, linear.source.rows));
         }
@@ -187,23 +235,23 @@ class Worker {
     }
   }
 
-  void strips(const PlannedLinear& linear, const TileInput& in, float* out, int64_t stride,
-              int64_t first, int64_t last) const {
+  void strips(const PlannedLinear& linear, const TileInput& in, const Output& out, int64_t first,
+              int64_t last) const {
     const QlLinear& source = linear.source;
     if (source.tiled) {
       const auto compute = source.mode == QL_INPUT_INT8 ? context_.isa->tiles->int8_strips
                                                         : context_.isa->tiles->exact_strips;
-      compute(*source.tiled, in, TileOutput{out, stride, source.bias, false}, first, last,
-              own_.scratch);
+      compute(*source.tiled, in, TileOutput{out.y, out.stride, source.bias, out.accumulate}, first,
+              last, own_.scratch);
     } else {
-      const DenseProblem problem{dense(source),   in.floats, out,      source.bias,
-                                 in.value_stride, stride,    in.tokens};
+      const DenseProblem problem{dense(source),   in.floats,  out.y,     source.bias,
+                                 in.value_stride, out.stride, in.tokens, out.accumulate};
       engine_.dense_rows(problem, first * kStripRows, std::min(last * kStripRows, source.rows));
     }
   }
 
   // The residual stream after the last layer, of all rows.
-  void leave() const {
+  void finish() const {
     if (step_.count == 1) return enter_layer(model_.layer_count, 0);
     int64_t first, last;
     while (member_.next(step_.count, kAnyRange, &first, &last)) {
@@ -216,10 +264,21 @@ class Worker {
     const LinearGroup& group = context_.plan->head;
     const int64_t wanted = step_.wanted_count, vocabulary = model_.vocabulary;
     std::fill_n(own_.best, wanted, -1);
+    // The change of basis before the final norm, if there is one, goes to what nobody reads any
+    // more: of a single token, others may still add `delta` to the stream of their own.
+    const LinearGroup& leave = context_.plan->leave;
+    float* left = step_.count == 1 ? shared_.hidden : shared_.delta;
+    const bool leaves = !leave.linears.empty();
+    if (leaves) {
+      project(leave, wanted, {left, shared_.hidden_stride, false},
+              [&](int64_t index) { return hidden(step_.wanted[index]); });
+    }
     uint8_t* inputs = prepare_all(group, wanted, [&](int64_t index) {
-      return normed(hidden(step_.wanted[index]), model_.final_norm);
+      const float* row = hidden(step_.wanted[index]);
+      return normed(leaves ? left + index * shared_.hidden_stride : row, model_.final_norm);
     });
-    multiply(group, inputs, wanted, context_.logits, vocabulary, [&](int64_t first, int64_t last) {
+    const Output out{context_.logits, vocabulary, false};
+    multiply(group, inputs, wanted, out, [&](int64_t first, int64_t last) {
       for (int64_t i = 0; i < wanted; ++i) finish_logits(i, first, last);
     });
     if (!step_.best) return;

@@ -18,18 +18,14 @@ void for_groups(const Plan& plan, const StepSize& size, Visit visit) {
     }
   }
   visit(plan.head, size.wanted);
+  visit(plan.enter, size.tokens);
+  visit(plan.leave, size.wanted);
 }
 
-int64_t widest_gate_up(const Plan& plan) {
-  int64_t rows = 0;
-  for (const PlannedLayer& layer : plan.layers) rows = std::max(rows, layer.gate_up.rows);
-  return rows;
-}
-
-int64_t widest_input(const Plan& plan) {
-  int64_t columns = plan.model.hidden;
+int64_t widest_gate(const Plan& plan) {
+  int64_t columns = 0;
   for (const PlannedLayer& layer : plan.layers) {
-    columns = std::max({columns, layer.o.columns, layer.down.columns});
+    columns = std::max(columns, layer.source.intermediate);
   }
   return columns;
 }
@@ -40,6 +36,16 @@ int64_t widest_preparation(const Plan& plan) {
     for (const Preparation& p : group.preparations) elements = std::max(elements, p.stride);
   });
   return elements;
+}
+
+int64_t widest_arranged(const Plan& plan) {
+  int64_t floats = 0;
+  for_groups(plan, StepSize{}, [&](const LinearGroup& group, int64_t) {
+    for (const Preparation& p : group.preparations) {
+      floats = std::max(floats, arranged_floats(p, group.columns));
+    }
+  });
+  return floats;
 }
 
 int64_t kernel_scratch(const Plan& plan, const EngineIsa& isa, const KvLayer& cache,
@@ -98,7 +104,7 @@ bool StepWork::reserve_shared(const Plan& plan, const StepSize& size) {
   work.hidden_stride = odd_stride(model.hidden);
   work.qkv_stride = odd_stride((model.heads + 2 * model.kv_heads) * model.head_dim);
   work.heads_stride = odd_stride(model.heads * model.head_dim);
-  work.gate_up_stride = odd_stride(widest_gate_up(plan));
+  work.gated_stride = odd_stride(widest_gate(plan));
   // First to count, then, with the memory, to hand out.
   for (int pass = 0; pass < 2; ++pass) {
     Parts parts(pass == 0 ? nullptr : shared_memory_.data());
@@ -106,7 +112,7 @@ bool StepWork::reserve_shared(const Plan& plan, const StepSize& size) {
     work.delta = parts.take<float>(size.tokens * work.hidden_stride);
     work.qkv = parts.take<float>(size.tokens * work.qkv_stride);
     work.heads = parts.take<float>(size.tokens * work.heads_stride);
-    work.gate_up = parts.take<float>(size.tokens * work.gate_up_stride);
+    work.gated = parts.take<float>(size.tokens * work.gated_stride);
     work.logits = parts.take<float>(size.own_logits ? size.wanted * model.vocabulary : 0);
     work.partials = parts.take<float>(size.partials);
     work.angles = parts.take<float>(angles);
@@ -133,9 +139,11 @@ bool StepWork::reserve_threads(const Plan& plan, const EngineIsa& isa, const KvL
     for (int pass = 0; pass < 2; ++pass) {
       Parts parts(pass == 0 ? nullptr : thread_memory_[i].data());
       threads[i].hidden = parts.take<float>(model.hidden);
-      threads[i].row = parts.take<float>(widest_input(plan));
+      threads[i].row = parts.take<float>(model.hidden);
+      threads[i].gate_up = parts.take<float>(2 * size.tokens * gate_columns(size.tokens));
       threads[i].query = parts.take<float>(model.heads * model.head_dim);
-      threads[i].rounded = parts.take<int8_t>(widest_preparation(plan));
+      threads[i].prepare.rounded = parts.take<int8_t>(widest_preparation(plan));
+      threads[i].prepare.arranged = parts.take<float>(widest_arranged(plan));
       threads[i].inputs = parts.take<uint8_t>(inputs);
       threads[i].best = parts.take<int32_t>(size.wanted);
       threads[i].scratch = parts.take<uint8_t>(scratch);

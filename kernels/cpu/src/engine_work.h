@@ -5,7 +5,7 @@
 
 #include "attention.h"
 #include "engine_kernels.h"
-#include "engine_plan.h"
+#include "engine_prepare.h"
 
 namespace ql {
 
@@ -35,28 +35,41 @@ class Buffer {
 
 // Rows for all tokens of a step, shared by its threads.
 struct SharedWork {
-  float* hidden;  // [tokens] at hidden_stride: the residual stream; unused for a single token
+  float* hidden;  // [tokens] at hidden_stride: the residual stream; of a single token,
+                  // every thread has its own
   float* delta;   // [tokens] at hidden_stride: what is to be added to it
   float* qkv;     // [tokens] at qkv_stride
   float* heads;   // [tokens] at heads_stride: what attention gives
-  float* gate_up;   // [tokens] at gate_up_stride
+  float* gated;   // [tokens] at gated_stride: activation(gate) * up
   float* logits;    // [wanted, vocabulary]; null when the caller takes them
   float* partials;  // of attention splits
   float* angles;    // per rope, cosines then sines [tokens, count]
   uint8_t* inputs;  // prepared, of a group
-  int64_t hidden_stride, qkv_stride, heads_stride, gate_up_stride;
+  int64_t hidden_stride, qkv_stride, heads_stride, gated_stride;
 };
 
 // One thread's own.
 struct ThreadWork {
   float* hidden;  // the residual stream of a single token: every thread keeps it
   float* row;     // an input vector before it is prepared
+  float* gate_up;   // [tokens]: gate_columns of gate, then of up
   float* query;   // a row of q, rotated
-  int8_t* rounded;
+  PrepareWork prepare;
   uint8_t* inputs;   // prepared, of a group, for one token
   uint8_t* scratch;  // of kernels
   int32_t* best;     // [wanted]
 };
+
+// Strips of gate, and as many of up, that a thread makes before it combines them: few enough that
+// the cache holds them for all tokens.
+inline int64_t gate_strips(int64_t tokens) {
+  constexpr int64_t kFloats = 1 << 15;
+  const int64_t strips = kFloats / (2 * kStripRows * tokens);
+  return strips > 1 ? strips : 1;
+}
+
+// Columns they take: one strip more, where those of up begin within one.
+inline int64_t gate_columns(int64_t tokens) { return (gate_strips(tokens) + 1) * kStripRows; }
 
 // How much a step needs.
 struct StepSize {

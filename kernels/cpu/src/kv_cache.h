@@ -33,6 +33,11 @@
 // `rotate`, what is kept is x * H / sqrt(n), H the Walsh-Hadamard matrix of the largest power of
 // two n that divides head_dim, in each n columns: it spreads the outliers of keys over all columns.
 // Queries are rotated with it, and what comes out of values back.
+//
+// The first `sinks` positions of a sequence can be kept in float32 (rotated likewise): attention
+// looks at them from everywhere, and their numbers are unlike all others. They lie apart, one block
+// for each sequence and head, keys [column][round_up(sinks, 16)], values [sinks][padded]; the codes
+// at these positions are never used. A float32 side has no need of them.
 #pragma once
 
 #include <cstdint>
@@ -61,6 +66,9 @@ struct KvLayer {
   int64_t capacity;  // positions of a sequence, a multiple of 64
   uint8_t* keys;
   uint8_t* values;
+  int64_t sinks;  // 0..64 first positions kept in float32
+  float* sink_keys;    // [batch][kv_heads] blocks, 64-byte aligned; null unless they are needed
+  float* sink_values;
 };
 
 // Columns [start, start + columns) with one scale per position; `offset` in bytes from the block.
@@ -116,6 +124,27 @@ inline uint8_t* kv_head_blocks(const ql::KvLayer& c, const ql::KvFormat& f, uint
                                int64_t sequence, int64_t kv_head) {
   return base + (sequence * c.kv_heads + kv_head) * (c.capacity / ql::kKvBlock) *
                     kv_block_bytes(f, c.head_dim);
+}
+
+// First positions of a side that are kept in float32 beside its blocks.
+inline int64_t kv_sinks(const ql::KvFormat& f, const ql::KvLayer& c) {
+  return f.bits == 32 ? 0 : c.sinks;
+}
+
+// From column to column of sink keys.
+inline int64_t kv_sink_stride(int64_t sinks) {
+  return (sinks + ql::kKvLanes - 1) / ql::kKvLanes * ql::kKvLanes;
+}
+
+// Floats of the sinks of one sequence and head, on either side.
+inline int64_t kv_sink_floats(const ql::KvFormat& f, const ql::KvLayer& c) {
+  return kv_padded(c.head_dim) * kv_sink_stride(kv_sinks(f, c));
+}
+
+// Those of one sequence and head; `base` is sink_keys or sink_values.
+inline float* kv_sink_block(const ql::KvLayer& c, const ql::KvFormat& f, float* base,
+                            int64_t sequence, int64_t kv_head) {
+  return base + (sequence * c.kv_heads + kv_head) * kv_sink_floats(f, c);
 }
 
 inline bool kv_format_is_valid(const ql::KvFormat& f, int64_t head_dim) {

@@ -165,9 +165,40 @@ inline void store_floats(int64_t head_dim, bool keys, uint8_t* block, int64_t po
   }
 }
 
+// A position that is kept in float32: `x` has padded columns.
+struct Sinks {
+  float* block;
+  int64_t count;
+  bool keys;
+
+  void put(int64_t position, const float* x, int64_t columns) const {
+    if (!keys) {
+      memcpy(block + position * columns, x, static_cast<size_t>(columns) * 4);
+      return;
+    }
+    const int64_t stride = kv_sink_stride(count);
+    for (int64_t c = 0; c < columns; ++c) block[c * stride + position] = x[c];
+  }
+
+  void get(int64_t position, float* x, int64_t columns) const {
+    const int64_t apart = keys ? kv_sink_stride(count) : 1;
+    const float* from = block + position * (keys ? 1 : columns);
+    for (int64_t c = 0; c < columns; ++c) x[c] = from[c * apart];
+  }
+};
+
+inline Sinks sinks_of(const ql::KvLayer& cache, bool keys, int64_t sequence, int64_t kv_head) {
+  const ql::KvFormat& f = keys ? cache.key : cache.value;
+  float* base = keys ? cache.sink_keys : cache.sink_values;
+  const int64_t count = kv_sinks(f, cache);
+  return {count ? kv_sink_block(cache, f, base, sequence, kv_head) : nullptr, count, keys};
+}
+
 // Positions [first, first + count) of one side of one head.
-inline void append_side(const ql::KvFormat& f, int64_t head_dim, bool keys, uint8_t* blocks,
-                        int64_t first, int64_t count, const float* x, int64_t stride) {
+inline void append_side(const ql::KvFormat& f, int64_t head_dim, const Sinks& sinks,
+                        uint8_t* blocks, int64_t first, int64_t count, const float* x,
+                        int64_t stride) {
+  const bool keys = sinks.keys;
   alignas(64) float padded[ql::kKvMaxHeadDim];
   const int64_t columns = kv_padded(head_dim), block_bytes = kv_block_bytes(f, head_dim);
   for (int64_t i = 0; i < count; ++i) {
@@ -180,6 +211,11 @@ inline void append_side(const ql::KvFormat& f, int64_t head_dim, bool keys, uint
     memcpy(padded, x + i * stride, static_cast<size_t>(head_dim) * 4);
     for (int64_t c = head_dim; c < columns; ++c) padded[c] = padded[head_dim - 1];
     if (f.rotate) rotate_head(padded, columns, hadamard_size(head_dim));
+    if (first + i < sinks.count) {
+      for (int64_t c = head_dim; c < columns; ++c) padded[c] = 0.0f;
+      sinks.put(first + i, padded, columns);
+      continue;
+    }
     store_position(f, head_dim, keys, block, position, padded);
   }
 }

@@ -5,8 +5,9 @@
 // bits on all of them. That holds because a multiplication and an addition are joined only where
 // the source says `fma`: units must be built with -ffp-contract=off.
 //
-//   Lanes     16 x float32      load, store, broadcast, + - * /, fma, min_of, max_of, exp_of, ...
-//   IntLanes  16 x int32        load, broadcast, + - &, |, shifts, comparisons with `select`
+//   Lanes     16 x float32      load, store, broadcast, + - * /, fma, min_of, max_of, exp_of,
+//                               swap_lanes, ...
+//   IntLanes  16 x int32        load, broadcast, + - * & |, shifts, comparisons with `select`
 //
 // `_first` loads and stores touch the first `count` lanes only (0 <= count <= 16; others are 0).
 #pragma once
@@ -36,12 +37,16 @@ inline Lanes load_bf16(const void* from) { return bits_as_floats(load_u16(from) 
 
 // Horizontal sum and maximum in one fixed order: lane i with i + 8, then i + 4, i + 2, i + 1.
 inline float sum_of(Lanes a) {
+#if defined(__AVX512F__)
+  return sum_of_lanes(a);  // the same without a way through memory
+#else
   float lane[16];
   store(lane, a);
   for (int width = 8; width >= 1; width /= 2) {
     for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
   }
   return lane[0];
+#endif
 }
 
 // NaN lanes may be lost.

@@ -43,6 +43,17 @@ inline void store_first(float* to, Lanes a, int64_t count) {
 }
 inline Lanes broadcast(float a) { return {_mm256_set1_ps(a), _mm256_set1_ps(a)}; }
 
+// Lane i gets lane i ^ distance: 1, 2, 4 or 8.
+template <int distance>
+inline Lanes swap_lanes(Lanes a) {
+  if constexpr (distance == 8) return {a.hi, a.lo};
+  if constexpr (distance == 4) {
+    return {_mm256_permute2f128_ps(a.lo, a.lo, 1), _mm256_permute2f128_ps(a.hi, a.hi, 1)};
+  }
+  constexpr int places = distance == 1 ? 0xB1 : 0x4E;
+  return {_mm256_permute_ps(a.lo, places), _mm256_permute_ps(a.hi, places)};
+}
+
 inline IntLanes load_int(const int32_t* from) {
   const __m256i* halves = reinterpret_cast<const __m256i*>(from);
   return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
@@ -129,6 +140,9 @@ inline IntLanes operator+(IntLanes a, IntLanes b) {
 }
 inline IntLanes operator-(IntLanes a, IntLanes b) {
   return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)};
+}
+inline IntLanes operator*(IntLanes a, IntLanes b) {
+  return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)};
 }
 inline IntLanes operator&(IntLanes a, IntLanes b) {
   return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)};

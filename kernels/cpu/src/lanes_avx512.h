@@ -31,6 +31,15 @@ inline void store_first(float* to, Lanes a, int64_t count) {
 }
 inline Lanes broadcast(float a) { return {_mm512_set1_ps(a)}; }
 
+// Lane i gets lane i ^ distance: 1, 2, 4 or 8.
+template <int distance>
+inline Lanes swap_lanes(Lanes a) {
+  if constexpr (distance == 1) return {_mm512_permute_ps(a.v, 0xB1)};
+  if constexpr (distance == 2) return {_mm512_permute_ps(a.v, 0x4E)};
+  if constexpr (distance == 4) return {_mm512_shuffle_f32x4(a.v, a.v, 0xB1)};
+  return {_mm512_shuffle_f32x4(a.v, a.v, 0x4E)};
+}
+
 inline IntLanes load_int(const int32_t* from) { return {_mm512_loadu_si512(from)}; }
 inline void store_int(int32_t* to, IntLanes a) { _mm512_storeu_si512(to, a.v); }
 inline IntLanes broadcast_int(int32_t a) { return {_mm512_set1_epi32(a)}; }
@@ -74,8 +83,17 @@ inline Lanes round_to_even(Lanes a) {
 // a * 2^n, rounded once, for whole n within -200..200.
 inline Lanes times_power_of_two(Lanes a, Lanes n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
+// Lane i with i + 8, then i + 4, i + 2, i + 1.
+inline float sum_of_lanes(Lanes a) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
 inline IntLanes operator+(IntLanes a, IntLanes b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline IntLanes operator-(IntLanes a, IntLanes b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+inline IntLanes operator*(IntLanes a, IntLanes b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 inline IntLanes operator&(IntLanes a, IntLanes b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline IntLanes operator|(IntLanes a, IntLanes b) { return {_mm512_or_si512(a.v, b.v)}; }
 inline IntLanes operator^(IntLanes a, IntLanes b) { return {_mm512_xor_si512(a.v, b.v)}; }

@@ -48,6 +48,14 @@ inline Lanes broadcast(float a) {
   return {{four, four, four, four}};
 }
 
+// Lane i gets lane i ^ distance: 1, 2, 4 or 8.
+template <int distance>
+inline Lanes swap_lanes(const Lanes& a) {
+  Lanes swapped = {};
+  for (int i = 0; i < 16; ++i) swapped.v[i / 4][i % 4] = lane_of(a, i ^ distance);
+  return swapped;
+}
+
 inline IntLanes load_int(const int32_t* from) {
   IntLanes a;
   memcpy(&a, from, sizeof(a));
@@ -115,6 +123,9 @@ inline IntLanes operator+(const IntLanes& a, const IntLanes& b) {
 }
 inline IntLanes operator-(const IntLanes& a, const IntLanes& b) {
   return for_quarters<IntLanes>([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline IntLanes operator*(const IntLanes& a, const IntLanes& b) {
+  return for_quarters<IntLanes>([&](int i) { return a.v[i] * b.v[i]; });
 }
 inline IntLanes operator&(const IntLanes& a, const IntLanes& b) {
   return for_quarters<IntLanes>([&](int i) { return a.v[i] & b.v[i]; });

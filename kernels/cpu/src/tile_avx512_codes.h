@@ -167,6 +167,7 @@ struct CodesOf<width, false> : Dense<width> {};
 template <int width>
 struct Integers {
   static constexpr int kBits = width;
+  static constexpr bool kPlain = true;  // no table
   CodesOf<width> codes;
 
   explicit Integers(const ql::TileSegment&) {}
@@ -184,6 +185,7 @@ struct Integers {
 template <int width, class Table>
 struct SmallFloats {
   static constexpr int kBits = width;
+  static constexpr bool kPlain = false;
   CodesOf<width> codes;
   Table table;
 
@@ -197,6 +199,16 @@ struct SmallFloats {
     codes.template unpack<1>(packed, chunks);
     for (__m512i& chunk : chunks) chunk = table(chunk);
   }
+};
+
+// What `codes` is, without const and reference.
+template <class T>
+struct Bare {
+  using Type = T;
+};
+template <class T>
+struct Bare<const T&> {
+  using Type = T;
 };
 
 // Calls body(decoder) with what unpacks the codes of `s`.

@@ -1,8 +1,7 @@
-// int8 activations, few tokens: codes are multiplied as they are unpacked, and never stored.
+// int8 activations, one or two tokens: codes are multiplied as they are unpacked, and never stored.
 //
-// One token is limited by memory, so what matters is to read it in order and to need few
-// instructions per byte. With more tokens, every unpacked vector is used for all of them, and their
-// sums stay in registers.
+// This is limited by memory, so what matters is to read it in order and to need few instructions per
+// byte.
 #pragma once
 
 #include "tile_avx512.h"
@@ -10,7 +9,6 @@
 namespace vnni {
 namespace {
 
-constexpr int64_t kTileTokens = 8;  // that are multiplied at the same time
 constexpr int64_t kCodesAhead = 8192, kMetaAhead = 256;  // bytes
 
 inline void prefetch(const uint8_t* at) {
@@ -29,16 +27,17 @@ constexpr bool asks_ahead(int bits, int tokens) {
 }
 
 // Chains of VPDPBUSD that share the sums of a token, to hide its latency.
-constexpr int chains_of(int tokens) { return tokens == 1 ? 4 : tokens < 4 ? 2 : 1; }
+constexpr int chains_of(int tokens) { return tokens == 1 ? 4 : 2; }
 
-// Dot products of 16 rows with some tokens over the columns of a piece. One block after the other:
-// memory likes to be read in order.
+// Adds to `dots` the products of 16 rows with some tokens over the columns of a run. One block after
+// the other: memory likes to be read in order.
 template <int tokens, class Codes>
 inline void block_dots(const Codes& codes, const uint8_t* packed, const int8_t* values,
                        int64_t stride, int64_t columns, DotLanes (&dots)[tokens]) {
   constexpr int chains = chains_of(tokens);
   constexpr int64_t bytes = unit_bytes(Codes::kBits);
   DotLanes parts[chains][tokens] = {};
+  __builtin_memcpy(parts[0], dots, sizeof(dots));
   const int8_t* const end = values + columns;
   do {
     if constexpr (asks_ahead(Codes::kBits, tokens)) {
@@ -48,7 +47,7 @@ inline void block_dots(const Codes& codes, const uint8_t* packed, const int8_t* 
     codes.template unpack<chains>(packed, chunks);
 #pragma GCC unroll 4
     for (int c = 0; c < kUnitChunks; ++c) {
-#pragma GCC unroll 8
+#pragma GCC unroll 2
       for (int t = 0; t < tokens; ++t) {
         DotLanes& part = parts[c % chains][t];
         part = dot4(part, chunks[c], four_values(values + t * stride + ql::kChunkColumns * c));
@@ -57,7 +56,7 @@ inline void block_dots(const Codes& codes, const uint8_t* packed, const int8_t* 
     packed += bytes;
     values += kUnitColumns;
   } while (values < end);
-#pragma GCC unroll 8
+#pragma GCC unroll 2
   for (int t = 0; t < tokens; ++t) {
     dots[t] = parts[0][t];
 #pragma GCC unroll 4
@@ -67,8 +66,8 @@ inline void block_dots(const Codes& codes, const uint8_t* packed, const int8_t* 
   }
 }
 
-// Adds a segment's share to the totals of a strip's blocks.
-template <int tokens, int blocks, class Codes, class Meta>
+// A segment's totals of a strip's blocks.
+template <int tokens, int blocks, bool same_zero, class Codes, class Meta>
 __attribute__((noinline)) void add_segment(const ql::TileSegment& s, const Codes& codes,
                                            const Meta& reader, const SegmentInput& in,
                                            int64_t strip, __m512 (&sums)[2][tokens]) {
@@ -76,70 +75,125 @@ __attribute__((noinline)) void add_segment(const ql::TileSegment& s, const Codes
   const uint8_t* meta = s.meta + strip * s.meta_stride;
   const int64_t meta_bytes = block_meta_bytes(s);
   const float* factors = s.factors + strip * ql::kStripRows;
-  __m512 totals[blocks][tokens];
-  __builtin_memcpy(totals, sums, sizeof(totals));
+  __m512 totals[blocks][tokens] = {};
   const float* piece_sums = in.sums;
-  for (int64_t k = 0; k < s.padded; k += s.piece) {
-    const int64_t columns = smaller(s.piece, s.padded - k);
-    const float* group = in.scale_at(k);
+  const int32_t* term = in.terms;
+  for (int64_t begin = 0; begin < s.padded; begin += s.piece, ++term) {
+    const int64_t end = smaller(begin + s.piece, s.padded);
+    const float* next_sums = piece_sums;
     prefetch(meta + kMetaAhead);
 #pragma GCC unroll 2
-    for (int b = 0; b < blocks; ++b) {
-      DotLanes dots[tokens];
-      block_dots(codes, packed, in.values + k, in.value_stride, columns, dots);
-      const BlockMeta own = reader.read(meta, factors + ql::kBlockRows * b);
+    for (int b = 0; b < blocks; ++b, meta += meta_bytes) {
+      next_sums = piece_sums;
+      int64_t k = begin;
+      do {  // once, but for short activation groups
+        const int64_t columns = same_zero ? end - begin : smaller(in.run, end - k);
+        const float* group = same_zero ? nullptr : in.scale_at(k);
+        DotLanes dots[tokens];
 #pragma GCC unroll 8
-      for (int t = 0; t < tokens; ++t) {
-        const __m512 sum = _mm512_set1_ps(piece_sums[t * in.sum_stride]);
-        __m512 term = _mm512_fnmadd_ps(own.zero, sum, floats_of(dots[t]));
-        if (group) term = _mm512_mul_ps(term, _mm512_set1_ps(group[t * in.scale_stride]));
-        totals[b][t] = _mm512_fmadd_ps(term, own.scale, totals[b][t]);
-      }
-      packed += block_code_bytes(columns, Codes::kBits);
-      meta += meta_bytes;
+        for (int t = 0; t < tokens; ++t) {
+          const __m512i start = same_zero ? _mm512_set1_epi32(term[t * in.term_stride])
+                                          : _mm512_setzero_si512();
+          dots[t] = reinterpret_cast<DotLanes>(start);
+        }
+        block_dots(codes, packed, in.values + k, in.value_stride, columns, dots);
+        const BlockMeta own = reader.read(meta, factors + ql::kBlockRows * b);
+#pragma GCC unroll 8
+        for (int t = 0; t < tokens; ++t) {
+          __m512 value = floats_of(dots[t]);
+          if constexpr (!same_zero) {
+            const __m512 sum = _mm512_set1_ps(next_sums[t * in.sum_stride]);
+            value = _mm512_fnmadd_ps(own.zero, sum, value);
+            if (group) value = _mm512_mul_ps(value, _mm512_set1_ps(group[t * in.scale_stride]));
+          }
+          totals[b][t] = _mm512_fmadd_ps(value, own.scale, totals[b][t]);
+        }
+        packed += block_code_bytes(columns, Codes::kBits);
+        k += columns;
+        ++next_sums;
+      } while (k < end);
     }
-    ++piece_sums;
+    piece_sums = next_sums;
   }
   __builtin_memcpy(sums, totals, sizeof(totals));
 }
 
-// All of a strip's outputs for some tokens, from `first` on.
-template <int tokens>
-void decode_tile(const ql::TiledWeight& w, const ql::TileInput& in, const ql::TileOutput& out,
-                 int64_t strip, int64_t first) {
-  const int64_t blocks = tile_blocks(w, strip);
-  __m512 totals[2][tokens] = {};
-  InputCursor cursor(in, first);
-  for (int64_t i = 0; i < w.segment_count; ++i) {
-    const ql::TileSegment& s = w.segments[i];
-    const SegmentInput input = cursor.next(s);
-    with_codes(s, [&](const auto& codes) {
-      if (blocks == 1) {
-        add_segment<tokens, 1>(s, codes, AnyMeta(s), input, strip, totals);
-      } else if constexpr (tokens <= 2) {
-        with_meta(s, [&](const auto& meta) {
-          add_segment<tokens, 2>(s, codes, meta, input, strip, totals);
-        });
-      } else {
-        add_segment<tokens, 2>(s, codes, AnyMeta(s), input, strip, totals);
-      }
-    });
+// Adds the piece at column k of each block to whole sums. `half`: which one of a pair it is.
+template <int half, int tokens, int blocks, class Codes>
+inline const uint8_t* add_whole_piece(const ql::TileSegment& s, const Codes& codes,
+                                      const WholeReader& reader, const SegmentInput& in,
+                                      const uint8_t* packed, const uint8_t* meta, int64_t k,
+                                      DotLanes (&sums)[blocks][tokens]) {
+  const int64_t columns = smaller(s.piece, s.padded - k);
+  const __m512i units = _mm512_set1_epi32(s.code_units);
+  const int32_t* terms = in.terms + k / s.piece / 2;
+  prefetch(meta + kMetaAhead);
+#pragma GCC unroll 2
+  for (int b = 0; b < blocks; ++b) {
+    DotLanes dots[tokens] = {};
+    block_dots(codes, packed, in.values + k, in.value_stride, columns, dots);
+    const WholeMeta own = reader.read(meta + b * block_meta_bytes(s));
+    const __m512i scale = _mm512_mullo_epi32(own.scale, units);
+    const __m512i zero = half ? _mm512_slli_epi32(own.zero, 16) : own.zero;
+#pragma GCC unroll 2
+    for (int t = 0; t < tokens; ++t) {
+      const __m512i pair = _mm512_set1_epi32(terms[t * in.term_stride]);
+      sums[b][t] = dot2(sums[b][t], zero, pair) + times(dots[t], scale);
+    }
+    packed += block_code_bytes(columns, Codes::kBits);
   }
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t row = strip * ql::kStripRows + b * ql::kBlockRows;
-    for (int t = 0; t < tokens; ++t) store_rows(w, in, out, row, first + t, totals[b][t]);
-  }
+  return packed;
 }
 
-// All of a strip's outputs, in tiles of nearly the same number of tokens.
-void decode_strip(const ql::TiledWeight& w, const ql::TileInput& in, const ql::TileOutput& out,
-                  int64_t strip) {
-  const int64_t tiles = (in.tokens + kTileTokens - 1) / kTileTokens;
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t first = i * in.tokens / tiles, last = (i + 1) * in.tokens / tiles;
-    with_constant<1, kTileTokens>(
-        last - first, [&](auto count) { decode_tile<count.value>(w, in, out, strip, first); });
+// add_segment for whole sums.
+template <int tokens, int blocks, class Codes>
+__attribute__((noinline)) void add_whole_segment(const ql::TileSegment& s, const Codes& codes,
+                                                 const SegmentInput& in, int64_t strip,
+                                                 __m512 (&sums)[2][tokens]) {
+  const uint8_t* packed = s.codes + strip * s.codes_stride;
+  const uint8_t* meta = s.meta + strip * s.meta_stride;
+  const int64_t meta_step = blocks * block_meta_bytes(s);
+  const WholeReader reader(s);
+  __m512 totals[blocks][tokens] = {};
+  for (int64_t run = 0; run < s.padded; run += ql::kWholeRun) {
+    const int64_t end = smaller(run + ql::kWholeRun, s.padded);
+    DotLanes whole[blocks][tokens] = {};
+    for (int64_t k = run; k < end; k += 2 * s.piece, meta += 2 * meta_step) {
+      packed = add_whole_piece<0>(s, codes, reader, in, packed, meta, k, whole);
+      if (k + s.piece < end) {
+        packed = add_whole_piece<1>(s, codes, reader, in, packed, meta + meta_step, k + s.piece,
+                                    whole);
+      }
+    }
+#pragma GCC unroll 2
+    for (int b = 0; b < blocks; ++b) {
+      const __m512 factor =
+          whole_factor(s, s.factors + strip * ql::kStripRows + ql::kBlockRows * b);
+#pragma GCC unroll 2
+      for (int t = 0; t < tokens; ++t) {
+        totals[b][t] = _mm512_fmadd_ps(floats_of(whole[b][t]), factor, totals[b][t]);
+      }
+    }
   }
+  __builtin_memcpy(sums, totals, sizeof(totals));
+}
+
+// A segment's totals, by the fastest way.
+template <int tokens, int blocks>
+void add_any_segment(const ql::TileSegment& s, const SegmentInput& in, int64_t strip,
+                     __m512 (&totals)[2][tokens]) {
+  const Terms terms = terms_of(s, in.act_group);
+  with_codes(s, [&](const auto& codes) {
+    if constexpr (Bare<decltype(codes)>::Type::kPlain) {
+      if (terms == Terms::kWhole) {
+        return add_whole_segment<tokens, blocks>(s, codes, in, strip, totals);
+      }
+      if (terms == Terms::kSameZero && s.scale_kind == ql::SCALE_F16) {
+        return add_segment<tokens, blocks, true>(s, codes, HalfMeta(s), in, strip, totals);
+      }
+    }
+    add_segment<tokens, blocks, false>(s, codes, AnyMeta(s), in, strip, totals);
+  });
 }
 
 }  // namespace

@@ -77,19 +77,28 @@ inline BlockMeta block_meta(const ql::TileSegment& s, const uint8_t* meta, const
   return {stored_scales(s, meta) * load(factors), zero_lanes_of(s, meta)};
 }
 
-// Writes the first `rows` lanes of y of a token (all 16 when rows >= 16): total, token scale, bias.
+// The biases of the `rows` rows from `first_row` on, at most 16.
+inline Lanes bias_of(const ql::TileOutput& out, int64_t first_row, int64_t rows) {
+  if (!out.bias || rows <= 0) return zero_lanes();
+  return rows >= kLanes ? load(out.bias + first_row) : load_first(out.bias + first_row, rows);
+}
+
+// Writes the first `rows` lanes of y of a token (all 16 when rows >= 16).
+inline void store_rows(const ql::TileOutput& out, int64_t token, int64_t first_row, int64_t rows,
+                       Lanes value) {
+  float* y = out.y + token * out.y_stride + first_row;
+  if (rows >= kLanes) {
+    store(y, out.accumulate ? load(y) + value : value);
+  } else {
+    store_first(y, out.accumulate ? load_first(y, rows) + value : value, rows);
+  }
+}
+
+// The same of a total: times the token scale, plus the bias.
 inline void finish_rows(const ql::TileOutput& out, int64_t token, int64_t first_row, int64_t rows,
                         float token_scale, Lanes total) {
-  float* y = out.y + token * out.y_stride + first_row;
-  const float* bias = out.bias ? out.bias + first_row : nullptr;
-  const Lanes scale = broadcast(token_scale);
-  if (rows >= kLanes) {
-    const Lanes value = fma(total, scale, bias ? load(bias) : zero_lanes());
-    store(y, out.accumulate ? load(y) + value : value);
-    return;
-  }
-  const Lanes value = fma(total, scale, bias ? load_first(bias, rows) : zero_lanes());
-  store_first(y, out.accumulate ? load_first(y, rows) + value : value, rows);
+  const Lanes bias = bias_of(out, first_row, rows);
+  store_rows(out, token, first_row, rows, fma(total, broadcast(token_scale), bias));
 }
 
 }  // namespace

@@ -1,9 +1,23 @@
 // Rearranging weights on any processor, and the geometry of their tiles.
+#include <numeric>
+
 #include "tile_pack.h"
 
 namespace {
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Where two-level scales have sums in integers (has_whole_sums): of how many a code's step and a
+// zero point's consist.
+void set_units(const QlSegment& s, TileSegment& t) {
+  if (s.scale_kind != ql::SCALE_CODE || s.float_values) return;
+  const int64_t largest = (1 << s.bits) - 1, zeros = (1 << s.zero_bits) - 1;
+  const int64_t common = s.zero_bits ? std::gcd(largest, zeros) : 1;
+  const int64_t units = s.zero_bits ? zeros / common : 1;
+  if (units * largest * ((1 << s.scale_bits) - 1) > ql::kMostWhole) return;
+  t.code_units = static_cast<int32_t>(units);
+  t.zero_units = s.zero_bits ? static_cast<int32_t>(largest / common) : 0;
+}
 
 // Fills everything of a segment's tiles but its pointers.
 TileSegment geometry(const QlSegment& s) {
@@ -24,6 +38,7 @@ TileSegment geometry(const QlSegment& s) {
   t.zero_kind = s.zero_bits == 0 ? ql::ZERO_NONE : fits ? ql::ZERO_NIBBLE : ql::ZERO_BYTE;
   t.zero_constant = s.zero_constant;
   t.zero_step = s.zero_step;
+  set_units(s, t);
   t.codes_stride = 2 * block_code_bytes(t.padded, t.bits);
   t.meta_stride = 2 * t.pieces * block_meta_bytes(t);
   return t;

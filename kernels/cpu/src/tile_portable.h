@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "numbers.h"
+#include "tile_rounding.h"
 
 namespace {
 
@@ -16,7 +17,8 @@ using ql::TileInput;
 using ql::TileOutput;
 using ql::TileSegment;
 
-// Scales and zero points of the 16 rows of a block in one piece.
+// Scales and zero points of the 16 rows of a block in one piece. With whole sums, what a dot product
+// and a sum of activations are multiplied by: integers.
 struct PieceMeta {
   float scales[kBlockRows];
   float zeros[kBlockRows];
@@ -89,6 +91,15 @@ inline float zero_of(const TileSegment& s, const uint8_t* meta, int64_t r) {
   }
 }
 
+// The zero point of a segment with whole sums.
+inline int32_t zero_in_units(const TileSegment& s, const uint8_t* meta, int64_t r) {
+  switch (s.zero_kind) {
+    case ql::ZERO_BYTE: return meta[kBlockRows + r] * s.zero_units;
+    case ql::ZERO_NIBBLE: return (meta[r] >> s.scale_bits) * s.zero_units;
+    default: return static_cast<int32_t>(s.zero_constant);
+  }
+}
+
 // Where a piece of a block lies: `blocks` of the strip follow one another in each piece.
 inline const uint8_t* codes_at(const TileSegment& s, int64_t strip, int64_t blocks, int64_t block,
                                int64_t piece) {
@@ -121,9 +132,15 @@ inline void decode_chunk(const uint8_t* block, int32_t bits, int64_t chunk, uint
 // The scales and zero points of the rows of a block in one piece. In int8 mode the unit of float
 // elements goes into the scales, and they have zero points.
 template <bool int8>
-void decode_meta(const TileSegment& s, const uint8_t* stored, const float* factors,
+void decode_meta(const TileSegment& s, const uint8_t* stored, const float* factors, bool whole,
                  PieceMeta* meta) {
   for (int64_t r = 0; r < kBlockRows; ++r) {
+    if (whole) {
+      const int32_t scale = stored[r] & ((1 << s.scale_bits) - 1);
+      meta->scales[r] = static_cast<float>(scale * s.code_units);
+      meta->zeros[r] = static_cast<float>(scale * zero_in_units(s, stored, r));
+      continue;
+    }
     meta->scales[r] = stored_scale(s, stored, r) * factors[r];
     if (int8) meta->scales[r] *= s.integer_unit;
     meta->zeros[r] = s.float_values && !int8 ? 0.0f : zero_of(s, stored, r);
@@ -131,7 +148,7 @@ void decode_meta(const TileSegment& s, const uint8_t* stored, const float* facto
 }
 
 template <bool int8>
-void decode_block(const TiledWeight& w, int64_t strip, int64_t block,
+void decode_block(const TiledWeight& w, int64_t strip, int64_t block, int64_t act_group,
                   const Scratch<int8>& scratch) {
   const int64_t blocks = tile_blocks(w, strip);
   PieceMeta* meta = scratch.meta;
@@ -139,8 +156,9 @@ void decode_block(const TiledWeight& w, int64_t strip, int64_t block,
   for (int64_t i = 0; i < w.segment_count; ++i) {
     const TileSegment& s = w.segments[i];
     const float* factors = s.factors + strip * kStripRows + block * kBlockRows;
+    const bool whole = int8 && has_whole_sums(s, act_group);
     for (int64_t piece = 0; piece < s.pieces; ++piece, ++meta) {
-      decode_meta<int8>(s, meta_at(s, strip, blocks, block, piece), factors, meta);
+      decode_meta<int8>(s, meta_at(s, strip, blocks, block, piece), factors, whole, meta);
       const uint8_t* stored = codes_at(s, strip, blocks, block, piece);
       for (int64_t chunk = 0; chunk < piece_columns(s, piece) / ql::kChunkColumns; ++chunk) {
         uint8_t codes[64];
@@ -161,50 +179,102 @@ void decode_block(const TiledWeight& w, int64_t strip, int64_t block,
   }
 }
 
-// Ends the sums of a block's rows for one token: token scale, bias, output.
-inline void finish(const TiledWeight& w, const TileOutput& out, int64_t first_row, int64_t token,
-                   float scale, const float* totals) {
-  for (int64_t r = 0; r < kBlockRows && first_row + r < w.rows; ++r) {
-    const float bias = out.bias ? out.bias[first_row + r] : 0.0f;
-    float* y = out.y + token * out.y_stride + first_row + r;
-    const float value = __builtin_fmaf(totals[r], scale, bias);
-    *y = out.accumulate ? *y + value : value;
+// What a block's rows start from: the bias.
+inline void begin(const TiledWeight& w, const TileOutput& out, int64_t first_row, float* y) {
+  for (int64_t r = 0; r < kBlockRows; ++r) {
+    y[r] = out.bias && first_row + r < w.rows ? out.bias[first_row + r] : 0.0f;
   }
 }
 
-void multiply(const TiledWeight& w, const TileInput& in, int64_t token,
-              const Scratch<true>& scratch, float* totals) {
-  const int8_t* a = in.values + token * in.value_stride;
-  const float* sums = in.sums + token * in.sum_stride;
-  const float* act_scales = in.scales + token * in.scale_stride;
-  const PieceMeta* meta = scratch.meta;
-  const uint8_t* values = scratch.values;
-  for (int64_t r = 0; r < kBlockRows; ++r) totals[r] = 0.0f;
-  for (int64_t i = 0; i < w.segment_count; ++i) {
-    const TileSegment& s = w.segments[i];
-    const float* piece_sums = sums + sum_offset(s.padded, s.piece);
-    for (int64_t piece = 0; piece < s.pieces; ++piece, ++meta) {
-      int32_t dots[kBlockRows] = {};
-      for (int64_t k = 0; k < piece_columns(s, piece); ++k, ++a, values += kBlockRows) {
-        for (int64_t r = 0; r < kBlockRows; ++r) dots[r] += values[r] * *a;
-      }
+inline void finish(const TiledWeight& w, const TileOutput& out, int64_t first_row, int64_t token,
+                   const float* y) {
+  for (int64_t r = 0; r < kBlockRows && first_row + r < w.rows; ++r) {
+    float* to = out.y + token * out.y_stride + first_row + r;
+    *to = out.accumulate ? *to + y[r] : y[r];
+  }
+}
+
+// Where a token and a block are, in a segment.
+struct Cursor {
+  const int8_t* a;
+  const float* sums;
+  const float* act_scales;
+  const PieceMeta* meta;
+  const uint8_t* values;
+};
+
+// The dot products of columns [first, last) of a segment: at.a and at.values go on.
+inline void dot_columns(Cursor& at, int64_t first, int64_t last, int32_t* dots) {
+  for (int64_t r = 0; r < kBlockRows; ++r) dots[r] = 0;
+  for (int64_t k = first; k < last; ++k, ++at.a, at.values += kBlockRows) {
+    for (int64_t r = 0; r < kBlockRows; ++r) dots[r] += at.values[r] * *at.a;
+  }
+}
+
+void add_runs(const TileSegment& s, int64_t act_group, Cursor& at, float* totals) {
+  const int64_t run = run_columns(s, act_group);
+  const float* sums = at.sums + sum_offset(s.padded, run);
+  for (int64_t k = 0; k < s.padded; k += run, ++sums) {
+    const PieceMeta& own = at.meta[k / s.piece];
+    int32_t dots[kBlockRows];
+    dot_columns(at, k, smaller_of(k + run, s.padded), dots);
+    for (int64_t r = 0; r < kBlockRows; ++r) {
+      float t = __builtin_fmaf(-own.zeros[r], *sums, static_cast<float>(dots[r]));
+      if (act_group > 0) t *= at.act_scales[k / act_group];
+      totals[r] = __builtin_fmaf(t, own.scales[r], totals[r]);
+    }
+  }
+}
+
+// `factors` are those of the block's rows.
+void add_whole_runs(const TileSegment& s, const float* factors, Cursor& at, float* totals) {
+  const float* sums = at.sums + sum_offset(s.padded, s.piece);
+  const PieceMeta* own = at.meta;
+  const float unit = 1.0f / static_cast<float>(s.code_units);
+  for (int64_t begin = 0; begin < s.padded; begin += ql::kWholeRun) {
+    const int64_t end = smaller_of(begin + ql::kWholeRun, s.padded);
+    int32_t t[kBlockRows] = {};
+    for (int64_t k = begin; k < end; k += s.piece, ++sums, ++own) {
+      int32_t dots[kBlockRows];
+      dot_columns(at, k, smaller_of(k + s.piece, end), dots);
       for (int64_t r = 0; r < kBlockRows; ++r) {
-        float t = __builtin_fmaf(-meta->zeros[r], piece_sums[piece], static_cast<float>(dots[r]));
-        if (in.act_group) t *= act_scales[piece * s.piece / in.act_group];
-        totals[r] = __builtin_fmaf(t, meta->scales[r], totals[r]);
+        t[r] += static_cast<int32_t>(own->scales[r]) * dots[r] -
+                static_cast<int32_t>(own->zeros[r]) * static_cast<int32_t>(*sums);
       }
     }
-    sums += sum_count(s.padded);
-    if (in.act_group) act_scales += act_group_count(s.padded, in.act_group);
+    for (int64_t r = 0; r < kBlockRows; ++r) {
+      totals[r] = __builtin_fmaf(static_cast<float>(t[r]), factors[r] * unit, totals[r]);
+    }
   }
 }
 
-void multiply(const TiledWeight& w, const TileInput& in, int64_t token,
-              const Scratch<false>& scratch, float* totals) {
+// One token times the block that begins at `row`: y[16] += its sums.
+void multiply(const TiledWeight& w, const TileInput& in, int64_t row, int64_t token,
+              const Scratch<true>& scratch, float* y) {
+  Cursor at{in.values + token * in.value_stride, in.sums + token * in.sum_stride,
+            in.scales + token * in.scale_stride, scratch.meta, scratch.values};
+  for (int64_t i = 0; i < w.segment_count; ++i) {
+    const TileSegment& s = w.segments[i];
+    float totals[kBlockRows] = {};
+    if (has_whole_sums(s, in.act_group)) {
+      add_whole_runs(s, s.factors + row, at, totals);
+    } else {
+      add_runs(s, in.act_group, at, totals);
+    }
+    const float scale = segment_scale(in, token, i);
+    for (int64_t r = 0; r < kBlockRows; ++r) y[r] = __builtin_fmaf(totals[r], scale, y[r]);
+    at.meta += s.pieces;
+    at.sums += sum_count(s.padded);
+    if (in.act_group > 0) at.act_scales += act_group_count(s.padded, in.act_group);
+  }
+}
+
+void multiply(const TiledWeight& w, const TileInput& in, int64_t, int64_t token,
+              const Scratch<false>& scratch, float* y) {
   const float* x = in.floats + token * in.value_stride;
   const PieceMeta* meta = scratch.meta;
   const float* values = scratch.values;
-  for (int64_t r = 0; r < kBlockRows; ++r) totals[r] = 0.0f;
+  float totals[kBlockRows] = {};
   for (int64_t i = 0; i < w.segment_count; ++i) {
     const TileSegment& s = w.segments[i];
     for (int64_t piece = 0; piece < s.pieces; ++piece, ++meta) {
@@ -219,6 +289,8 @@ void multiply(const TiledWeight& w, const TileInput& in, int64_t token,
       }
     }
   }
+  const float scale = in.scales ? in.scales[token * in.scale_stride] : 1.0f;
+  for (int64_t r = 0; r < kBlockRows; ++r) y[r] = __builtin_fmaf(totals[r], scale, y[r]);
 }
 
 template <bool int8>
@@ -227,77 +299,15 @@ void strips(const TiledWeight& w, const TileInput& in, const TileOutput& out, in
   const Scratch<int8> scratch(memory, total_pieces(w));
   for (int64_t strip = first; strip < last; ++strip) {
     for (int64_t block = 0; block < tile_blocks(w, strip); ++block) {
-      decode_block(w, strip, block, scratch);
+      const int64_t row = strip * kStripRows + block * kBlockRows;
+      decode_block(w, strip, block, in.act_group, scratch);
       for (int64_t token = 0; token < in.tokens; ++token) {
-        float totals[kBlockRows];
-        multiply(w, in, token, scratch, totals);
-        const bool has_scale = int8 ? in.act_group == 0 : in.scales != nullptr;
-        const float scale = has_scale ? in.scales[token * in.scale_stride] : 1.0f;
-        finish(w, out, strip * kStripRows + block * kBlockRows, token, scale, totals);
+        float y[kBlockRows];
+        begin(w, out, row, y);
+        multiply(w, in, row, token, scratch, y);
+        finish(w, out, row, token, y);
       }
     }
-  }
-}
-
-// The largest of `former` and the magnitudes of x. Bits of magnitudes order like the magnitudes, with
-// NaNs above infinity.
-inline float largest_of(const float* x, int64_t count, float former) {
-  int32_t largest = load<int32_t>(&former);
-  for (int64_t k = 0; k < count; ++k) {
-    const int32_t bits = load<int32_t>(x + k) & 0x7FFFFFFF;
-    largest = bits > largest ? bits : largest;
-  }
-  return load<float>(&largest);
-}
-
-// amax / 127; NaN when a value is not finite, so that everything computed from it says so.
-inline float scale_of_largest(float largest) {
-  return load<int32_t>(&largest) >= 0x7F800000 ? float_of_bits(0x7FC00000u) : largest / 127.0f;
-}
-
-// x / scale rounded to nearest, ties to even, within +-127; 0 when the scale is 0 or NaN.
-inline int8_t round_value(float x, float scale) {
-  if (!(scale > 0.0f)) return 0;
-  float value = x / scale;
-  value = value > 127.0f ? 127.0f : value;
-  value = value < -127.0f ? -127.0f : value;
-  // Adding 1.5 * 2^23 leaves the rounded integer in the low mantissa bits.
-  const float shifted = value + 0x1.8p23f;
-  return static_cast<int8_t>(load<int32_t>(&shifted) - 0x4B400000);
-}
-
-inline void write_sums(const TileSegment& s, const int8_t* values, float* sums) {
-  for (int64_t span = 16; span <= ql::kMaxPiece; span *= 2) {
-    for (int64_t k = 0; k < s.padded; k += span) {
-      int32_t sum = 0;
-      for (int64_t j = k; j < k + span && j < s.padded; ++j) sum += values[j];
-      *sums++ = static_cast<float>(sum);
-    }
-  }
-}
-
-void round_token(const TiledWeight& w, const float* x, int64_t act_group, int8_t* values,
-                 float* sums, float* scales) {
-  if (!act_group) {
-    float largest = 0.0f;
-    for (int64_t i = 0; i < w.segment_count; ++i) {
-      largest = largest_of(x + w.segments[i].start, w.segments[i].length, largest);
-    }
-    *scales = scale_of_largest(largest);
-  }
-  for (int64_t i = 0; i < w.segment_count; ++i) {
-    const TileSegment& s = w.segments[i];
-    const int64_t span = act_group ? act_group : s.padded;
-    for (int64_t k = 0; k < s.padded; k += span) {
-      const int64_t end = k + span < s.length ? k + span : s.length;
-      if (act_group) *scales = scale_of_largest(largest_of(x + s.start + k, end - k, 0.0f));
-      for (int64_t j = k; j < end; ++j) values[j] = round_value(x[s.start + j], *scales);
-      if (act_group) ++scales;
-    }
-    for (int64_t j = s.length; j < s.padded; ++j) values[j] = 0;
-    write_sums(s, values, sums);
-    values += s.padded;
-    sums += sum_count(s.padded);
   }
 }
 

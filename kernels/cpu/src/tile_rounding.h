@@ -1,14 +1,18 @@
-// Activations to int8 (round_token of tiles.h), for units with vectors. Bits are those of
-// tile_portable.h.
+// Activations to integers (TileForm and round_token of tiles.h), for every unit.
 #pragma once
 
-#include "lanes.h"
+#include "tile_rotation.h"
 #include "tiles.h"
 
 namespace {
 
-// Bits of the largest magnitude among x[0..count) and `former`: they order like the magnitudes,
-// with infinity and NaNs at the top.
+// What numbers that share a scale have in common.
+struct Extremes {
+  int32_t magnitude = 0;  // bits of the largest one: they order like the magnitudes, with infinity
+                          // and NaNs at the top
+  float low = 0.0f, high = 0.0f;  // with 0 among the numbers; asymmetric only
+};
+
 inline int32_t largest_bits(const float* x, int64_t count, int32_t former) {
   const IntLanes magnitude = broadcast_int(INT32_MAX);
   IntLanes largest[4];
@@ -30,23 +34,55 @@ inline int32_t largest_bits(const float* x, int64_t count, int32_t former) {
   return result;
 }
 
-// amax / 127; NaN when it is not finite, so that everything computed from it says so.
-inline float scale_of_largest(int32_t bits) {
-  if (bits >= 0x7F800000) return __builtin_nanf("");
-  float largest;
-  memcpy(&largest, &bits, sizeof(largest));
-  return largest / 127.0f;
+inline void widen_range(const float* x, int64_t count, Extremes& extremes) {
+  Lanes low = broadcast(extremes.low), high = broadcast(extremes.high);
+  for (int64_t k = 0; k < count; k += kLanes) {
+    const Lanes some = load_first(x + k, smaller_of(count - k, kLanes));
+    low = min_of(some, low);
+    high = max_of(some, high);
+  }
+  extremes.low = -highest(-low);
+  extremes.high = highest(high);
 }
 
-// x[0..count) / scale to the nearest integers, ties to even, within +-127; zeros when the scale is
-// 0 or NaN, and from `count` to `padded`, a multiple of 16.
-inline void round_values(const float* x, int64_t count, int64_t padded, float scale,
+inline void widen(const float* x, int64_t count, bool symmetric, Extremes& extremes) {
+  extremes.magnitude = largest_bits(x, count, extremes.magnitude);
+  if (!symmetric) widen_range(x, count, extremes);
+}
+
+// A scale, and the codes there are.
+struct Grid {
+  float scale, least, most;
+};
+
+inline Grid grid_of(const ql::TileRounding& how, const Extremes& extremes) {
+  if (extremes.magnitude >= 0x7F800000) return {__builtin_nanf(""), 0.0f, 0.0f};
+  if (how.symmetric) {
+    float largest;
+    memcpy(&largest, &extremes.magnitude, sizeof(largest));
+    const float most = static_cast<float>((1 << (how.bits - 1)) - 1);
+    return {largest * how.clip / most, -most, most};
+  }
+  const float steps = static_cast<float>((1 << how.bits) - 1);
+  const float low = extremes.low * how.clip, high = extremes.high * how.clip;
+  const float scale = (high - low) / steps;
+  if (!(scale > 0.0f)) return {scale, 0.0f, 0.0f};
+  // More than `steps` only where the scale is subnormal; a code must fit an int8 even then.
+  float zero = __builtin_nearbyintf(-low / scale);
+  zero = zero < 127.0f ? zero : 127.0f;
+  return {scale, -zero, steps - zero};
+}
+
+// x[0..count) / scale to the nearest integers, ties to even, within the grid; zeros when the scale
+// is 0 or NaN, and from `count` to `padded`, a multiple of 16.
+inline void round_values(const float* x, int64_t count, int64_t padded, const Grid& grid,
                          int8_t* values) {
-  if (!(scale > 0.0f)) {
+  if (!(grid.scale > 0.0f)) {
     memset(values, 0, static_cast<size_t>(padded));
     return;
   }
-  const Lanes divisor = broadcast(scale), most = broadcast(127.0f), least = broadcast(-127.0f);
+  const Lanes divisor = broadcast(grid.scale);
+  const Lanes most = broadcast(grid.most), least = broadcast(grid.least);
   for (int64_t k = 0; k < padded; k += kLanes) {
     const int64_t left = count - k;
     const Lanes a = left >= kLanes ? load(x + k) : load_first(x + k, left > 0 ? left : 0);
@@ -73,31 +109,74 @@ inline void write_sums(const int8_t* values, int64_t padded, float* sums) {
   }
 }
 
+// Repeats a scale for what lies in padded columns [begin, end) of segment `index`.
+inline void write_scales(int64_t act_group, int64_t index, int64_t begin, int64_t end, float scale,
+                         float* token_scales, float* segment_scales) {
+  if (act_group <= 0) {
+    token_scales[act_group ? index : 0] = scale;
+    return;
+  }
+  for (int64_t k = begin; k < end; k += act_group) segment_scales[k / act_group] = scale;
+}
+
+// Rounds a token, segment i of it as rounding_of(i) says.
+template <class RoundingOf>
+void round_segments(const ql::TiledWeight& w, const RoundingOf& rounding_of, int64_t act_group,
+                    const float* x, int8_t* values, float* sums, float* scales) {
+  float* segment_scales = scales;
+  for (int64_t i = 0; i < w.segment_count;) {
+    const ql::TileRounding how = rounding_of(i);
+    Extremes all;
+    int64_t end = i;
+    do {
+      const ql::TileSegment& s = w.segments[end++];
+      if (!how.group) widen(x + s.start, s.length, how.symmetric, all);
+    } while (end < w.segment_count && rounding_of(end).joined);
+    Grid grid = grid_of(how, all);
+    for (; i < end; ++i) {
+      const ql::TileSegment& s = w.segments[i];
+      const int64_t span = how.group ? how.group : s.padded;
+      for (int64_t k = 0; k < s.padded; k += span) {
+        const int64_t columns = smaller_of(s.padded - k, span);
+        const int64_t left = s.length - k, count = left > 0 ? smaller_of(left, columns) : 0;
+        if (how.group) {
+          Extremes own;
+          widen(x + s.start + k, count, how.symmetric, own);
+          grid = grid_of(how, own);
+        }
+        round_values(x + s.start + k, count, columns, grid, values + k);
+        write_scales(act_group, i, k, k + columns, grid.scale, scales, segment_scales);
+      }
+      write_sums(values, s.padded, sums);
+      values += s.padded;
+      sums += sum_count(s.padded);
+      if (act_group > 0) segment_scales += act_group_count(s.padded, act_group);
+    }
+  }
+}
+
+// Eight bits for all; one scale, or one for every act_group columns.
 void round_token(const ql::TiledWeight& w, const float* x, int64_t act_group, int8_t* values,
                  float* sums, float* scales) {
-  if (!act_group) {
-    int32_t largest = 0;
-    for (int64_t i = 0; i < w.segment_count; ++i) {
-      largest = largest_bits(x + w.segments[i].start, w.segments[i].length, largest);
-    }
-    *scales = scale_of_largest(largest);
-  }
+  const auto same = [&](int64_t i) { return ql::TileRounding{8, 1, 1.0f, i > 0, act_group}; };
+  round_segments(w, same, act_group, x, values, sums, scales);
+}
+
+void round_token_as(const ql::TiledWeight& w, const ql::TileForm& form, const float* x, float* work,
+                    int8_t* values, float* sums, float* scales) {
+  const auto given = [&](int64_t i) { return form.rounding[i]; };
+  round_segments(w, given, form_act_group(w, form), arranged(w, form, x, work), values, sums,
+                 scales);
+}
+
+void arrange_token(const ql::TiledWeight& w, const ql::TileForm& form, const float* x, float* work,
+                   float* floats) {
+  const float* from = arranged(w, form, x, work);
   for (int64_t i = 0; i < w.segment_count; ++i) {
     const ql::TileSegment& s = w.segments[i];
-    const float* from = x + s.start;
-    if (!act_group) {
-      round_values(from, s.length, s.padded, *scales, values);
-    } else {
-      for (int64_t k = 0; k < s.padded; k += act_group) {
-        const int64_t count = smaller_of(s.length - k, act_group);
-        const int64_t padded = smaller_of(s.padded - k, act_group);
-        *scales = scale_of_largest(largest_bits(from + k, count, 0));
-        round_values(from + k, count, padded, *scales++, values + k);
-      }
-    }
-    write_sums(values, s.padded, sums);
-    values += s.padded;
-    sums += sum_count(s.padded);
+    memcpy(floats, from + s.start, static_cast<size_t>(s.length) * sizeof(float));
+    for (int64_t k = s.length; k < s.padded; ++k) floats[k] = 0.0f;
+    floats += s.padded;
   }
 }
 

@@ -21,23 +21,43 @@
 // strip of at most 16 rows has block 0 only.
 //
 // The arithmetic is fixed, so that every instruction set, number of threads and number of tokens
-// gives the same bits. Per output row and token, over all pieces p of all segments in order:
+// gives the same bits. Per output row and token:
 //
-//   int8:   dot   = sum over the piece of code * a                  int32, exact
-//           t     = fma(-zero, float(sum of a), float(dot))         both exact in float32
-//           [act_group: t *= scale of the activation group]
-//           total = fma(t, scale, total)
-//           y     = fma(total, token scale, bias)      (bias 0 when there is none; token scale 1
-//                                                       when activation groups have theirs)
-//   exact:  acc   = fma(x[k], value(code) - zero, acc)  from 0, k in order over the piece
-//           total = fma(acc, scale, total)
-//           y     = fma(total, token scale, bias)      (token scale 1: x was not rounded)
+//   int8:   y = bias (0 when there is none); for each segment in order:
+//             total = 0; for each run of its columns that share a scale, in order:
+//               dot   = sum over the run of code * a                  int32, exact
+//               t     = fma(-zero, float(sum of a), float(dot))       both exact in float32
+//               [act_group: t *= scale of the activation group]
+//               total = fma(t, scale, total)
+//             y = fma(total, scale of the token in the segment, y)    (1 when groups have theirs)
+//   exact:  total = 0; for each piece of all segments in order:
+//             acc   = fma(x[k], value(code) - zero, acc)  from 0, k in order over the piece
+//             total = fma(acc, scale, total)
+//           y = fma(total, token scale, bias)      (token scale 1: x was not rounded)
 //
-// scale = stored scale as a number * factor of the row (* integer_unit in int8 mode, which is 1 for
-// integers); `a` are activations rounded to int8. Float elements are looked up in the segment's table
-// first: as small integers where those exist (e2m1 in halves, e2m3 in eighths: `integer_values`),
-// which is what int8 mode needs, as floats in exact mode. Others (e3m2, e4m3, e5m2) have no int8 mode: their inputs are rounded to int8 and
-// multiplied as floats by the exact kernel, with the token scale at the end.
+// A run is a piece; where activation groups are shorter than pieces (16, 32 or 64 columns of 128,
+// say) it is a group, and several runs meet the same scale of the weight.
+//
+// Two-level scales are integers but for one number per row: where activations have no groups, the
+// pieces of 512 columns are summed as integers (has_whole_sums), which costs less and rounds less.
+// With zero_step = zero_units / code_units in lowest terms, the loop above is
+//
+//             for every kWholeRun columns:
+//               t     = sum over their pieces of
+//                       scale code * (code_units * dot - zero_units * zero code * sum of a)
+//                                                                        int32, exact
+//               total = fma(float(t), factor of the row * (1 / code_units), total)
+//
+// where for the same zero in all rows zero_units * zero code is zero_constant.
+//
+// Elsewhere scale = stored scale as a number * factor of the row (* integer_unit in int8 mode, which is 1 for
+// integers); `a` are activations rounded to integers. Float elements are looked up in the segment's
+// table first: as small integers where those exist (e2m1 in halves, e2m3 in eighths:
+// `integer_values`), which is what int8 mode needs, as floats in exact mode. Others (e3m2, e4m3,
+// e5m2) have no int8 mode: their inputs are rounded and multiplied as floats by the exact kernel,
+// with the token scale at the end.
+//
+// How a token is rounded is TileForm's matter: rotation, order of the columns, widths and scales.
 #pragma once
 
 #include <cstdint>
@@ -50,6 +70,10 @@ constexpr int64_t kChunkColumns = 4;
 constexpr int64_t kMaxPiece = 128;
 constexpr int64_t kColumnPad = 32;
 constexpr int64_t kTailBytes = 64;  // readable past the end of codes and of meta: whole-vector loads
+constexpr int64_t kWholeRun = 512;     // columns whose sums are integers; see has_whole_sums
+constexpr int64_t kMostWhole = 32767;  // code_units * largest code * largest scale code: times 127
+                                       // and kWholeRun, it fits 32 bits
+constexpr int64_t kSegmentScales = -1;  // as `act_group`: a token has one scale per segment
 
 enum ScaleKind : int32_t {
   SCALE_F16 = 0,   // 16 halves a block
@@ -84,6 +108,8 @@ struct TileSegment {
   int32_t scale_kind;
   int32_t scale_bits;
   int32_t zero_kind;
+  int32_t code_units;       // of two-level scales with small enough numbers (kMostWhole), else 0
+  int32_t zero_units;       // 0 with ZERO_NONE
   float zero_constant;      // 2^(bits-1) for symmetric integers; 12 for e2m1 and 60 for e2m3 in int8
                             // mode; exact mode subtracts it for integers only
   float zero_step;
@@ -102,15 +128,16 @@ struct TileInput {
   const int8_t* values;   // int8 mode
   const float* floats;    // exact mode
   const float* sums;      // int8 mode: sums of `values`, see sums_of
-  const float* scales;    // one per token, or per token and activation group; null in exact mode
-                          // when all are 1
+  const float* scales;    // per token: one, or one per segment or activation group; null in exact
+                          // mode when all are 1
   int64_t value_stride;   // of values or floats; an odd multiple of 64 keeps tokens in different
                           // cache sets
   int64_t sum_stride;
   int64_t scale_stride;
-  int64_t act_group;      // 0: one scale per token; else a multiple of 128: padded columns that share
-                          // one; groups begin anew with each segment (act_group_count). For int8
-                          // mode: elsewhere the scales of groups are in the floats already
+  int64_t act_group;      // 0: one scale per token; kSegmentScales: one per segment; else padded
+                          // columns that share one: 16, 32, 64 or a multiple of 128. Groups begin
+                          // anew with each segment (act_group_count). For int8 mode: elsewhere the
+                          // scales of segments and groups are in the floats already
   int64_t tokens;
 };
 
@@ -119,6 +146,40 @@ struct TileOutput {
   int64_t y_stride;
   const float* bias;   // [N] or null
   bool accumulate;     // y += instead of y =  (after the last fma: a residual connection)
+};
+
+// How the columns of one segment are rounded to integers: a number is about code * scale. With the
+// extremes of the columns that share a scale, in float32, quotients to nearest, ties to even:
+//
+//   symmetric   scale = clip * amax / (2^(bits-1) - 1); codes within +-(2^(bits-1) - 1)
+//   asymmetric  low = clip * min(x, 0), high = clip * max(x, 0), scale = (high - low) / (2^bits - 1),
+//               zero = -low / scale; codes, less the zero, within -zero .. 2^bits - 1 - zero
+//
+// The scale is NaN, and codes 0, when a number is not finite; codes are 0 when the scale is 0.
+struct TileRounding {
+  int32_t bits;       // 2..8
+  int32_t symmetric;  // 1, or 0: at most 7 bits, so that a code less its zero fits an int8
+  float clip;         // share of the range that is kept, above 0 and at most 1
+  int32_t joined;     // 1: has the format and (without groups) the scale of the segment before it
+  int64_t group;      // columns that share a scale: 16, 32, 64 or a multiple of 128; 0: all
+};
+
+// What is done to a token before it is multiplied, in this order:
+//
+//   1. a rotation, x times blocks of (H (x) S) / sqrt(m s): H [m, m] is `dense`, S Sylvester's
+//      Hadamard matrix of order s = `power`. x is multiplied by `norm` first, then by S in stages
+//      1, 2, 4, ...: (u, v) -> (u + v, u - v) for numbers so far apart; then each output of H is
+//      acc = fma(x[i], H[i][j], acc) from 0, i in order.
+//   2. an order: column k of the weight meets x[order[k]].
+//   3. rounding, segment by segment of the weight.
+struct TileForm {
+  const float* dense;   // null when m is 1
+  int64_t dense_order;  // m; 0: no rotation
+  int64_t power;        // s: 1, or a power of two of at least 16. K is a multiple of m s
+  const int32_t* order;          // [K], null: as it is
+  const TileRounding* rounding;  // [segments], null: tokens stay floats
+  float norm;
+  int32_t reserved;
 };
 
 // What one instruction set offers for tiled weights. Strips are independent: any thread may compute
@@ -134,6 +195,12 @@ struct TileKernels {
   // NaN when a value is not finite (then the values are 0).
   void (*round_token)(const TiledWeight& w, const float* x, int64_t act_group, int8_t* values,
                       float* sums, float* scales);
+  // The same in the form `form`, with scales per form_act_group. `work` holds form_work_floats.
+  void (*round_token_as)(const TiledWeight& w, const TileForm& form, const float* x, float* work,
+                         int8_t* values, float* sums, float* scales);
+  // Rotation and order alone: padded floats.
+  void (*arrange_token)(const TiledWeight& w, const TileForm& form, const float* x, float* work,
+                        float* floats);
   // Rows ids[0..count) (or first..first+count when ids is null), dequantized: out [count, K].
   void (*dequantize_rows)(const TiledWeight& w, const int64_t* ids, int64_t first, int64_t count,
                           float* out);
@@ -182,10 +249,26 @@ inline int64_t sum_offset(int64_t padded, int64_t piece) {
   return at;
 }
 
-// Activation groups of a segment. They begin anew with each segment, so that a piece lies in one: the
-// piece at padded column k of a segment has the scale k / act_group of that segment's.
+// Activation groups of a segment. They begin anew with each segment: padded column k of one has the
+// scale k / act_group of that segment's.
 inline int64_t act_group_count(int64_t padded, int64_t act_group) {
   return (padded + act_group - 1) / act_group;
+}
+
+// Whether int8 mode sums a segment's pieces as integers.
+inline bool has_whole_sums(const ql::TileSegment& s, int64_t act_group) {
+  return s.code_units > 0 && act_group <= 0;
+}
+
+// Columns of a run elsewhere (see above); less at the end of a segment.
+inline int64_t run_columns(const ql::TileSegment& s, int64_t act_group) {
+  return act_group > 0 && act_group < s.piece ? act_group : s.piece;
+}
+
+// Of a token in segment `index`: what ends the segment.
+inline float segment_scale(const ql::TileInput& in, int64_t token, int64_t index) {
+  if (in.act_group > 0) return 1.0f;
+  return in.scales[token * in.scale_stride + (in.act_group == ql::kSegmentScales ? index : 0)];
 }
 
 inline int64_t tile_padded_columns(const ql::TiledWeight& w) {
@@ -194,14 +277,34 @@ inline int64_t tile_padded_columns(const ql::TiledWeight& w) {
   return total;
 }
 
-// Scales of a token: one, or one per activation group of all segments.
+// Scales of a token: one, or one per segment, or one per activation group of all segments.
 inline int64_t tile_scale_count(const ql::TiledWeight& w, int64_t act_group) {
   if (!act_group) return 1;
+  if (act_group == ql::kSegmentScales) return w.segment_count;
   int64_t total = 0;
   for (int64_t i = 0; i < w.segment_count; ++i) {
     total += act_group_count(w.segments[i].padded, act_group);
   }
   return total;
+}
+
+// The act_group of tokens that are rounded in a form: what all its groups are multiples of. A segment
+// that has fewer scales than the others repeats them.
+inline int64_t form_act_group(const ql::TiledWeight& w, const ql::TileForm& form) {
+  int64_t common = 0;
+  for (int64_t i = 0; i < w.segment_count; ++i) {
+    for (int64_t rest = form.rounding[i].group; rest;) {
+      const int64_t next = common % rest;
+      common = rest;
+      rest = next;
+    }
+  }
+  return common ? common : ql::kSegmentScales;
+}
+
+// What a rotation and an order need to work: two tokens, in whole vectors.
+inline int64_t form_work_floats(const ql::TiledWeight& w, const ql::TileForm& form) {
+  return form.dense_order || form.order ? 2 * ((w.columns + 15) / 16 * 16) : 0;
 }
 
 inline int64_t tile_sum_count(const ql::TiledWeight& w) {

@@ -23,6 +23,7 @@ constexpr int64_t kKvHeads = 2, kCapacity = 320, kSequences = 2;
 struct Sides {
   const char* name;
   ql::KvFormat key, value;
+  int64_t sinks = 0;
 };
 
 constexpr Sides kSides[] = {
@@ -32,22 +33,30 @@ constexpr Sides kSides[] = {
     {"int4h16/int8g16", {4, 16, 0, 0}, {8, 0, 16, 0}},
     {"int8g16/int4h16g32", {8, 0, 16, 0}, {4, 16, 32, 0}},
     {"int4r/int8r", {4, 0, 0, 1}, {8, 0, 0, 1}},
+    {"int4/int8k64", {4, 0, 0, 0}, {8, 0, 0, 0}, 64},
+    {"int8r/f32k3", {8, 0, 0, 1}, {32, 0, 0, 0}, 3},
 };
 
 class Cache {
  public:
   Cache(const Sides& sides, int64_t head_dim)
-      : layer_{sides.key, sides.value, kSequences, kKvHeads, head_dim, kCapacity, nullptr, nullptr},
+      : layer_{sides.key, sides.value, kSequences,  kKvHeads, head_dim, kCapacity,
+               nullptr,   nullptr,     sides.sinks, nullptr,  nullptr},
         keys_(kv_side_bytes(sides.key, layer_), 0, 64),
-        values_(kv_side_bytes(sides.value, layer_), 0, 64) {
+        values_(kv_side_bytes(sides.value, layer_), 0, 64),
+        sink_keys_(kSequences * kKvHeads * kv_sink_floats(sides.key, layer_), 0, 64),
+        sink_values_(kSequences * kKvHeads * kv_sink_floats(sides.value, layer_), 0, 64) {
     layer_.keys = keys_.get();
     layer_.values = values_.get();
+    layer_.sink_keys = sink_keys_.get();
+    layer_.sink_values = sink_values_.get();
   }
   const ql::KvLayer& layer() const { return layer_; }
 
  private:
   ql::KvLayer layer_;
   Exact<uint8_t> keys_, values_;
+  Exact<float> sink_keys_, sink_values_;
 };
 
 // Prompts of different places in the cache, then single tokens; returns everything computed.
@@ -55,12 +64,14 @@ Exact<float> run(const Sides& sides, int64_t head_dim, int64_t share, float unus
                  int32_t threads) {
   const Cache cache(sides, head_dim);
   const int64_t heads = kKvHeads * share, tokens[] = {67, 1, 150, 1, 80, 1};
-  const ql::AttentionShape shapes[] = {{heads, 0, 0.2f, 0.0f}, {heads, 50, 0.3f, 20.0f}};
+  const ql::AttentionShape shapes[] = {{heads, 0, 0.2f, 0.0f, 0, 0},
+                                       {heads, 50, 0.3f, 20.0f, 0, 0},
+                                       {heads, 70, 0.2f, 0.0f, 1, 0}};
   Exact<int64_t> sequences(kSequences, 8), firsts(kSequences, 8);
   sequences[0] = 1;
   sequences[1] = 0;
   Random random(static_cast<uint64_t>(head_dim));
-  Exact<float> all = exact_floats(2 * kSequences * 300 * heads * head_dim);
+  Exact<float> all = exact_floats(3 * kSequences * 300 * heads * head_dim);
   int64_t written = 0;
   for (const int64_t count : tokens) {
     const int64_t rows = kSequences * count;
@@ -95,7 +106,7 @@ Exact<float> run(const Sides& sides, int64_t head_dim, int64_t share, float unus
 
 void check_attention(int32_t threads) {
   for (const Sides& sides : kSides) {
-    const bool rotates = sides.key.rotate != 0;
+    const bool rotates = sides.key.rotate != 0 || sides.value.rotate != 0;
     for (const int64_t head_dim : {rotates ? 48 : 17, 32}) {
       for (const float unusual : {0.0f, NAN, INFINITY, 3e38f}) {
         if (unusual != 0.0f && head_dim == 32) continue;

@@ -11,8 +11,10 @@ constexpr int64_t kVocabulary = 150, kLayers = 2, kSequenceCount = 3, kEngineCap
 
 class Decoder {
  public:
-  // `mode` is a QlInputMode of tiled weights.
-  Decoder(int32_t mode, const ql::KvFormat& key, const ql::KvFormat& value) : mode_(mode) {
+  // `mode` is a QlInputMode of tiled weights. `changed`: in other bases, with inputs rotated, put
+  // in order and rounded to few bits, first positions kept, attention in integers.
+  Decoder(int32_t mode, const ql::KvFormat& key, const ql::KvFormat& value, bool changed)
+      : mode_(mode), changed_(changed) {
     const int64_t q = kHeads * kHeadDim, kv = kKvHeadCount * kHeadDim;
     for (int64_t i = 0; i < kLayers; ++i) {
       const bool second = i == 1;
@@ -42,15 +44,24 @@ class Decoder {
       layer.attention_scale = 0.2f;
       layer.attention_softcap = second ? 30.0f : 0.0f;
       layer.rope = second ? -1 : 0;
+      layer.key = key;
+      layer.value = value;
+      if (changed) {
+        layer.o.form = form(layer.o, 16);
+        layer.down.form = form(layer.down, 20);
+        layer.key_basis = matrix(kKvHeadCount * kHeadDim * kHeadDim);
+        layer.query_bits = second ? 4 : 0;
+        layer.sinks = 3;
+      }
       layers_.push_back(layer);
     }
-    describe(key, value);
+    describe();
   }
   Decoder(const Decoder&) = delete;
   const QlModel& model() const { return model_; }
 
  private:
-  void describe(const ql::KvFormat& key, const ql::KvFormat& value) {
+  void describe() {
     const Exact<float>& frequencies = floats_.emplace_back(exact_floats(kHeadDim / 2 - 3));
     random_.fill(frequencies, 0.001f, 1.0f);
     rope_ = {frequencies.get(), frequencies.count(), 1.0f, 0};
@@ -74,9 +85,41 @@ class Decoder {
     model_.norm_epsilon = 1e-6f;
     model_.logit_scale = 1.0f;
     model_.logit_softcap = 30.0f;
-    model_.key = key;
-    model_.value = value;
     model_.activation = QL_GELU_TANH;
+    model_.integer_attention = changed_;
+    if (changed_) {
+      model_.enter = dense(kHidden, kHidden, QL_DENSE_BF16);
+      model_.leave = dense(kHidden, kHidden, QL_DENSE_F16);
+    }
+  }
+
+  // Rotation of blocks of `block` (a power of two, or 20 with a dense part), an order, and rounding
+  // to 4 bits where the linear rounds.
+  const ql::TileForm* form(QlLinear& linear, int64_t block) {
+    ql::TileForm& form = forms_.emplace_back();
+    form.power = block == 20 ? 1 : block;
+    form.dense_order = block == 20 ? block : 1;
+    form.dense = block == 20 ? matrix(block * block) : nullptr;
+    form.norm = 0.25f;
+    std::vector<int32_t>& order = orders_.emplace_back();
+    for (int64_t k = 0; k < linear.columns; ++k) {
+      order.push_back(static_cast<int32_t>((7 * k + 3) % linear.columns));
+    }
+    form.order = order.data();
+    if (linear.mode == QL_INPUT_EXACT) return &form;
+    std::vector<ql::TileRounding>& rounding = roundings_.emplace_back();
+    for (int64_t i = 0; i < linear.tiled->segment_count; ++i) {
+      rounding.push_back({4, 0, 1.0f, 0, linear.mode == QL_INPUT_ROUNDED ? 32 : 0});
+    }
+    form.rounding = rounding.data();
+    linear.act_group = 0;
+    return &form;
+  }
+
+  const float* matrix(int64_t count) {
+    const Exact<float>& values = floats_.emplace_back(exact_floats(count));
+    random_.fill(values, -0.3f, 0.3f);
+    return values.get();
   }
 
   const float* norm(int64_t count) {
@@ -119,6 +162,7 @@ class Decoder {
   }
 
   int32_t mode_;
+  bool changed_;
   uint64_t seed_ = 0;
   Random random_{17};
   std::deque<std::vector<QlLinear>> linears_;
@@ -126,6 +170,9 @@ class Decoder {
   std::deque<Tiles> tiles_;
   std::deque<Exact<float>> floats_;
   std::deque<Exact<uint16_t>> halves_;
+  std::deque<ql::TileForm> forms_;
+  std::deque<std::vector<int32_t>> orders_;
+  std::deque<std::vector<ql::TileRounding>> roundings_;
   std::vector<QlLayer> layers_;
   QlRope rope_;
   QlModel model_;

@@ -1,0 +1,278 @@
+"""A decoder described with tensors, and the same in the C structs of `src/engine.h`, which has the
+formulas.
+
+Tensors are not copied: `Description` keeps alive what the structs point to. Weights are never
+written, so several engines may run over one decoder, each in a mode and with a cache of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantlib.formats.activation import ActivationFormat, ActivationSegment
+from quantlib.formats.scheme import CHANNEL, Segment, WeightFormat
+from quantlib.kernels.cpu import engine_structs as c
+from quantlib.kernels.cpu.forms import BlockRotation, Form, form
+from quantlib.kernels.kv_format import KvFormat, SideFormat, padded_columns
+from quantlib.kernels.layouts import TiledWeight
+
+_DENSE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_EXACT, _INT8, _ROUNDED = 0, 1, 2
+"""QlInputMode."""
+MODES = {"exact": None, "int8": 0, "int8g128": 128}
+"""How activations are taken -> how many columns of a token share a scale: 0: all; None: they are
+not rounded. Weights without an integer form (fp8, e3m2) stay exact with groups."""
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+_EXACT_CACHE = KvFormat.parse("f32")
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """A matrix [N, K], a bias, float32 [N], and what is done to its input x.
+
+    weight:      tiled, or a contiguous float32, float16 or bfloat16 tensor.
+    mode:        what its scheme asks for, a key of MODES, where `activations` says nothing; dense
+                 ones are always exact.
+    activations: how its scheme rounds x; none: as `mode` says.
+    rotation:    of x, in every mode; before the order.
+    order:       int32 [K]: column k of the weight meets x[order[k]], in every mode.
+    """
+
+    weight: TiledWeight | Tensor
+    bias: Tensor | None = None
+    mode: str = "exact"
+    activations: tuple[ActivationSegment, ...] = ()
+    rotation: BlockRotation | None = None
+    order: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        rows, columns = self.weight.shape
+        return rows, columns
+
+    def activations_in(self, mode: str | None) -> tuple[ActivationSegment, ...]:
+        """How x is rounded in an engine's mode; None: as the weight's scheme says."""
+        if isinstance(self.weight, Tensor):
+            return ()
+        if mode is None and self.activations:
+            return self.activations
+        group = MODES[mode or self.mode]
+        if group is None or (group and not self.weight.all_integer):
+            return ()
+        how = ActivationFormat(8, group=group)
+        if not group:
+            return (ActivationSegment(0, self.shape[1], how),)
+        parts = self.weight.segments  # groups begin anew with each
+        return tuple(ActivationSegment(part.start, part.length, how) for part in parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer; norms are float32 vectors, None where the model has none. See QlLayer.
+
+    key_basis:  float32 [kv_heads, d, d]: q and k of a KV head are multiplied by it after the rope.
+    query_bits: q is rounded to so many bits, in every mode; 0: it is not.
+    cache:      how keys and values are kept unless an engine is told otherwise.
+    """
+
+    qkv: tuple[Linear, ...]
+    o: Linear
+    gate_up: tuple[Linear, ...]
+    down: Linear
+    intermediate: int
+    attention_scale: float
+    input_norm: Tensor | None = None
+    attention_out_norm: Tensor | None = None
+    ffn_norm: Tensor | None = None
+    ffn_out_norm: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    window: int = 0
+    attention_softcap: float = 0.0
+    rope: int = 0
+    key_basis: Tensor | None = None
+    query_bits: int = 0
+    cache: KvFormat = _EXACT_CACHE
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """A whole model. See QlModel.
+
+    ropes:    inverse frequencies (float32) and scaling of each.
+    residual: float32 [hidden, hidden]: what the embedding gives is multiplied by it, and what goes
+              to the final norm by its transpose: the residual stream's basis.
+    """
+
+    layers: tuple[Layer, ...]
+    ropes: tuple[tuple[Tensor, float], ...]
+    final_norm: Tensor | None
+    embedding: Linear
+    head: Linear
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm_epsilon: float
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
+    activation: str = "silu"
+    residual: Tensor | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+        return self.embedding.shape[0]
+
+    @property
+    def hidden(self) -> int:
+        """Size of a token's vector."""
+        return self.embedding.shape[1]
+
+
+class Description:
+    """A decoder as C structs: `model`, and what it points to.
+
+    mode:              a key of MODES for all tiled weights; None: each weight's own.
+    kv:                how all layers keep keys and values; None: each layer's own way.
+    integer_attention: see src/attention.h.
+    Raises FormatError when the kernels cannot do to an input what a linear asks for.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        sequences: int,
+        capacity: int,
+        mode: str | None,
+        kv: KvFormat | None,
+        integer_attention: bool,
+    ) -> None:
+        self._mode, self._kv = mode, kv
+        self._forms: dict[tuple[object, ...], Form] = {}
+        self._held: list[object] = [decoder]
+        layers = (c.Layer * len(decoder.layers))(*map(self._layer, decoder.layers))
+        ropes = (c.Rope * len(decoder.ropes))(
+            *(
+                c.Rope(frequencies.data_ptr(), len(frequencies), scaling)
+                for frequencies, scaling in decoder.ropes
+            )
+        )
+        self.model = c.Model(
+            layers=layers,
+            ropes=ropes,
+            final_norm=_pointer(decoder.final_norm),
+            embedding=_weight(decoder.embedding),
+            head=self._linear(decoder.head),
+            layer_count=len(layers),
+            rope_count=len(ropes),
+            vocabulary=decoder.vocabulary,
+            hidden=decoder.hidden,
+            heads=decoder.heads,
+            kv_heads=decoder.kv_heads,
+            head_dim=decoder.head_dim,
+            sequences=sequences,
+            capacity=capacity,
+            embedding_scale=decoder.embedding_scale,
+            norm_epsilon=decoder.norm_epsilon,
+            logit_scale=decoder.logit_scale,
+            logit_softcap=decoder.logit_softcap,
+            activation=_ACTIVATIONS[decoder.activation],
+            integer_attention=integer_attention,
+        )
+        if decoder.residual is not None:  # y = x @ U is a linear with the weight U^T
+            self.model.enter = self._linear(Linear(decoder.residual.T.contiguous()))
+            self.model.leave = self._linear(Linear(decoder.residual.contiguous()))
+
+    def _layer(self, layer: Layer) -> c.Layer:
+        cache = layer.cache if self._kv is None else self._kv
+        return c.Layer(
+            input_norm=_pointer(layer.input_norm),
+            attention_out_norm=_pointer(layer.attention_out_norm),
+            ffn_norm=_pointer(layer.ffn_norm),
+            ffn_out_norm=_pointer(layer.ffn_out_norm),
+            q_norm=_pointer(layer.q_norm),
+            k_norm=_pointer(layer.k_norm),
+            key_basis=self._basis(layer.key_basis),
+            qkv=self._linears(layer.qkv),
+            gate_up=self._linears(layer.gate_up),
+            qkv_count=len(layer.qkv),
+            gate_up_count=len(layer.gate_up),
+            o=self._linear(layer.o),
+            down=self._linear(layer.down),
+            intermediate=layer.intermediate,
+            window=layer.window,
+            attention_scale=layer.attention_scale,
+            attention_softcap=layer.attention_softcap,
+            rope=layer.rope,
+            query_bits=layer.query_bits,
+            key=_kv_side(cache.key),
+            value=_kv_side(cache.value),
+            sinks=cache.sinks,
+        )
+
+    def _basis(self, basis: Tensor | None) -> int | None:
+        """[kv_heads, d, d] with columns padded to whole vectors."""
+        if basis is None:
+            return None
+        size = basis.shape[-1]
+        padded = torch.nn.functional.pad(basis.float(), (0, padded_columns(size) - size))
+        self._held.append(padded := padded.contiguous())
+        return padded.data_ptr()
+
+    def _linears(self, linears: Sequence[Linear]) -> ctypes.Array[c.Linear]:
+        return (c.Linear * len(linears))(*map(self._linear, linears))
+
+    def _linear(self, linear: Linear) -> c.Linear:
+        described = _weight(linear)
+        self._held.append(linear)
+        activations = linear.activations_in(self._mode)
+        if activations and not isinstance(linear.weight, Tensor):
+            described.mode = _INT8 if linear.weight.all_integer else _ROUNDED
+        simple = self._mode is not None or not linear.activations
+        if simple and linear.rotation is None and linear.order is None:
+            described.act_group = activations[0].format.group if activations else 0
+        else:
+            described.form = self._form(linear, activations).address
+        return described
+
+    def _form(self, linear: Linear, activations: tuple[ActivationSegment, ...]) -> Form:
+        """Linears with the same form share it, and with it the engine's work on their input."""
+        if isinstance(linear.weight, Tensor):
+            segments: tuple[Segment, ...] = (
+                Segment(0, linear.shape[1], WeightFormat("int8", CHANNEL)),
+            )
+        else:
+            segments = linear.weight.segments
+        spans = tuple((part.start, part.length) for part in segments)
+        order = None if linear.order is None else linear.order.numpy().tobytes()
+        key = (spans, activations, id(linear.rotation), order)
+        if key not in self._forms:
+            self._forms[key] = form(segments, activations, linear.rotation, linear.order)
+        return self._forms[key]
+
+
+def _weight(linear: Linear) -> c.Linear:
+    """A linear without anything done to its input."""
+    rows, columns = linear.shape
+    described = c.Linear(bias=_pointer(linear.bias), rows=rows, columns=columns, mode=_EXACT)
+    if isinstance(linear.weight, Tensor):
+        described.dense = linear.weight.data_ptr()
+        described.dense_type = _DENSE_TYPES[linear.weight.dtype]
+    else:
+        described.tiled = linear.weight.address
+    return described
+
+
+def _kv_side(side: SideFormat) -> c.KvFormat:
+    return c.KvFormat(side.bits, side.wide, side.group, side.rotate)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,125 @@
+// What the int8 kernels of AVX2 share: a segment's format and activations, and the way from dot
+// products to totals. The arithmetic is in tiles.h.
+#pragma once
+
+#include "tile_avx2_codes.h"
+#include "tile_avx2_dot.h"
+#include "tile_meta.h"
+
+namespace {
+
+// Calls f(bytes, dot) for the format of a segment.
+template <class Function>
+inline void with_bytes(const ql::TileSegment& s, const Function& f) {
+  if (s.integer_values) {
+    if (s.bits == 4) return f(CodeBytes<4, true>(s), Dots<dots_width(24)>());
+    return f(CodeBytes<6, true>(s), Dots<dots_width(120)>());
+  }
+  switch (s.bits) {
+    case 2:
+      return f(CodeBytes<2, false>(s), Dots<dots_width(3)>());
+    case 3:
+      return f(CodeBytes<3, false>(s), Dots<dots_width(7)>());
+    case 4:
+      return f(CodeBytes<4, false>(s), Dots<dots_width(15)>());
+    case 5:
+      return f(CodeBytes<5, false>(s), Dots<dots_width(31)>());
+    case 6:
+      return f(CodeBytes<6, false>(s), Dots<dots_width(63)>());
+    case 7:
+      return f(CodeBytes<7, false>(s), Dots<dots_width(127)>());
+    default:
+      return f(CodeBytes<8, false>(s), Dots<dots_width(255)>());
+  }
+}
+
+// The activations of one segment, from the first of some tokens on.
+struct SegmentInput {
+  const int8_t* values;
+  const float* sums;    // of the segment's runs
+  const float* scales;  // of its activation groups
+  const ql::TileInput* all;
+  int64_t index;        // of the segment
+  int64_t run;          // columns of a run; tiles.h says what these are
+  int64_t runs;         // of a piece
+  bool whole;           // has_whole_sums
+
+  float sum(int64_t token, int64_t at) const { return sums[token * all->sum_stride + at]; }
+  float scale(int64_t token, int64_t k) const {
+    return scales[token * all->scale_stride + k / all->act_group];
+  }
+};
+
+// Calls f(segment, its activations from `token` on) for each segment.
+template <class Function>
+inline void for_segments(const ql::TiledWeight& w, const ql::TileInput& in, int64_t token,
+                         const Function& f) {
+  const int8_t* values = in.values + token * in.value_stride;
+  const float* sums = in.sums + token * in.sum_stride;
+  const float* scales = in.scales + token * in.scale_stride;
+  for (int64_t i = 0; i < w.segment_count; ++i) {
+    const ql::TileSegment& s = w.segments[i];
+    const int64_t run = run_columns(s, in.act_group);
+    f(s, SegmentInput{values, sums + sum_offset(s.padded, run), scales, &in, i, run, s.piece / run,
+                      has_whole_sums(s, in.act_group)});
+    values += s.padded;
+    sums += sum_count(s.padded);
+    if (in.act_group > 0) scales += act_group_count(s.padded, in.act_group);
+  }
+}
+
+// What dot products and sums of activations of a piece are multiplied by: floats, or with whole sums
+// the bits of integers.
+struct RunMeta {
+  Lanes scale, zero;
+};
+
+inline RunMeta run_meta(const ql::TileSegment& s, const SegmentInput& in, const uint8_t* meta,
+                        const float* factors) {
+  if (!in.whole) {
+    const BlockMeta own = block_meta(s, meta, factors);
+    return {own.scale * broadcast(s.integer_unit), own.zero};
+  }
+  const IntLanes stored = load_u8(meta);
+  const IntLanes scale = stored & broadcast_int((1 << s.scale_bits) - 1);
+  IntLanes zero = broadcast_int(static_cast<int32_t>(s.zero_constant));
+  if (s.zero_kind == ql::ZERO_NIBBLE) {
+    zero = (stored >> s.scale_bits) * broadcast_int(s.zero_units);
+  } else if (s.zero_kind == ql::ZERO_BYTE) {
+    zero = load_u8(meta + ql::kBlockRows) * broadcast_int(s.zero_units);
+  }
+  return {bits_as_floats(scale * broadcast_int(s.code_units)), bits_as_floats(scale * zero)};
+}
+
+// Adds the dot product of run number `at`, which begins at column k, less zero * sum, times the
+// scales, to the total, or to a whole sum.
+template <class Dot>
+inline void add_run(Dot, const SegmentInput& in, int64_t token, int64_t at, int64_t k,
+                    const RunMeta& meta, IntLanes dot, IntLanes& whole, Lanes& total) {
+  const float sum = in.sum(token, at);
+  if (in.whole) {
+    const int32_t integer = static_cast<int32_t>(sum);
+    if (Dot::kOffset) dot = dot + broadcast_int(Dot::kOffset * integer);
+    const IntLanes zeros = float_bits(meta.zero) * broadcast_int(integer);
+    whole = whole + dot * float_bits(meta.scale) - zeros;
+    return;
+  }
+  Lanes t = floats_of(dot);
+  if (Dot::kOffset) t = fma(broadcast(Dot::kOffset), broadcast(sum), t);  // whole: exact
+  t = fma(meta.zero, broadcast(-sum), t);
+  if (in.all->act_group > 0) t = t * broadcast(in.scale(token, k));
+  total = fma(t, meta.scale, total);
+}
+
+// Whether a run of whole sums ends before column `end`, where a piece does.
+inline bool ends_run(const ql::TileSegment& s, const SegmentInput& in, int64_t end) {
+  return in.whole && (end % ql::kWholeRun == 0 || end == s.padded);
+}
+
+// The total with a run's whole sum.
+inline Lanes end_run(const ql::TileSegment& s, const float* factors, IntLanes whole, Lanes total) {
+  const Lanes factor = load(factors) * broadcast(1.0f / static_cast<float>(s.code_units));
+  return fma(floats_of(whole), factor, total);
+}
+
+}  // namespace

@@ -1,0 +1,77 @@
+// A panel of unpacked codes, the stretch of columns that it holds, and dot products with it.
+#pragma once
+
+#include "tile_avx512_few.h"
+
+namespace vnni {
+namespace {
+
+constexpr int64_t kPanelColumns = 2048;  // at most: 64 KB of codes, from the L2 cache
+constexpr int64_t kPanelPieces = kPanelColumns / kUnitColumns;  // at most
+constexpr int64_t kPanelTokens = 6;
+
+// Columns of a stretch, a multiple of kWholeRun.
+constexpr int64_t stretch_columns(int64_t tokens) {
+  return tokens < 64 ? ql::kWholeRun : kPanelColumns;
+}
+
+// What a thread keeps for a strip. With whole sums, scales and zeros are WholeMeta: of each piece, and
+// of each pair of pieces.
+struct Panel {
+  uint8_t codes[kPanelColumns * ql::kStripRows];
+  float scales[kPanelPieces][ql::kStripRows];
+  float zeros[kPanelPieces][ql::kStripRows];
+};
+constexpr int64_t kZerosAfter = kPanelPieces * ql::kStripRows;  // scales in Panel
+
+// A stretch of a segment's columns in a strip, ready to be multiplied.
+struct Stretch {
+  const uint8_t* codes;  // 8 bits each
+  const Panel* panel;    // scales and zeros
+  const float* factors;  // of the strip's rows
+  SegmentInput in;       // from the stretch's first column, run and piece on
+  int64_t first;         // the stretch's first column in the segment
+  int64_t columns, piece;
+  int32_t code_units;
+};
+
+// What the tile's tokens have, and what to ask memory for meanwhile.
+struct TileView {
+  float (*totals)[ql::kStripRows];
+  const uint8_t* ahead;  // codes that come next
+  int64_t ahead_step;    // bytes of them to ask for, for every unit of columns
+};
+
+// Dot products of a run, whose blocks are block_bytes apart; on entry, `dots` holds what they start
+// from.
+template <int tokens, int blocks>
+inline const uint8_t* panel_dots(const uint8_t* codes, int64_t block_bytes, const int8_t* values,
+                                 int64_t stride, int64_t columns, const uint8_t* ahead,
+                                 int64_t ahead_step, DotLanes (&dots)[tokens][blocks]) {
+  const int8_t* const end = values + columns;
+  do {
+    prefetch_to_l2(ahead);
+    prefetch_to_l2(ahead + 64);
+    ahead += ahead_step;
+#pragma GCC unroll 4
+    for (int c = 0; c < kUnitChunks; ++c) {
+      __m512i rows[blocks];
+#pragma GCC unroll 2
+      for (int b = 0; b < blocks; ++b) {
+        rows[b] = _mm512_loadu_si512(codes + 64 * c + b * block_bytes);
+      }
+#pragma GCC unroll 8
+      for (int t = 0; t < tokens; ++t) {
+        const __m512i four = four_values(values + t * stride + ql::kChunkColumns * c);
+#pragma GCC unroll 2
+        for (int b = 0; b < blocks; ++b) dots[t][b] = dot4(dots[t][b], rows[b], four);
+      }
+    }
+    codes += 64 * kUnitChunks;
+    values += kUnitColumns;
+  } while (values < end);
+  return ahead;
+}
+
+}  // namespace
+}  // namespace vnni
