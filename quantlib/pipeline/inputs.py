@@ -7,7 +7,7 @@ order, rounded, and put back. Kernels sum in another order; the numbers they mul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -99,11 +99,18 @@ def cache_settings(run: Run, model: nn.Module | None = None) -> dict[str, CacheS
     return {attention.module: CacheSettings(kv) for attention in wiring.attentions}
 
 
-def round_cache(model: PreTrainedModel, run: Run) -> None:
-    """Have the model's attention round keys and values as the run's KV format keeps them."""
+def round_cache(
+    model: PreTrainedModel, run: Run, caches: Mapping[str, CacheSettings] | None = None
+) -> dict[str, AttentionState]:
+    """Have the model's attention round keys and values as the run's KV format keeps them.
+
+    caches: the run's `cache_settings`, for a model whose blocks are not in place. Returns the
+    states of attention modules that round.
+    """
     states = {}
-    for name, settings in cache_settings(run, model).items():
+    for name, settings in (cache_settings(run, model) if caches is None else caches).items():
         state = model.get_submodule(name).__dict__.get(ATTRIBUTE) or AttentionState()
         states[name] = replace(state, kv=settings.kv)
     if states:
         attach_attention(model, states)
+    return states

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch
@@ -24,6 +24,7 @@ from quantlib.models.rows import LinearGroup
 from quantlib.pipeline.inputs import round_inputs
 from quantlib.rounding.asymmetric import Moments
 from quantlib.rounding.objective import OutputMetric
+from quantlib.transforms.attention import ATTRIBUTE, AttentionState
 
 ADDITIVE_TOLERANCE = 1e-4
 """A block adds its writers' outputs to the stream when its output equals their sum up to this,
@@ -56,6 +57,7 @@ class PlannedBlock:
                       quantized one.
     inputs:           weight -> how its inputs are rounded (nothing: not at all), and the order in
                       which it reads them (None: their own).
+    caches:           attention module -> its state when keys and values are rounded.
     After `observe`, `outputs` are the exact ones [W, T, D], and `groups` are in the order in which
     they run.
     """
@@ -70,10 +72,11 @@ class PlannedBlock:
         exact: Tensor,
         quantized: Tensor,
         windows: Windows,
+        caches: Mapping[str, AttentionState] | None = None,
     ) -> None:
         self.stream, self.index, self.module = stream, index, module
         self.groups = list(groups)
-        self.inputs = dict(inputs)
+        self.inputs, self.caches = dict(inputs), dict(caches or {})
         self.exact, self.quantized, self.windows = exact, quantized, windows
         names = [name for group in groups for name in group.members]
         self.parameters = {name: stream.model.get_parameter(name) for name in names}
@@ -238,7 +241,10 @@ class PlannedBlock:
 
     @contextmanager
     def _rounding(self, rounded: bool) -> Iterator[None]:
-        """Round the inputs of linears, straight through for gradients."""
+        """Round the inputs of linears, keys and values, straight through for gradients; or not."""
+        for name, state in self.caches.items():
+            chosen = state if rounded else replace(state, kv=None, query_bits=0)
+            setattr(self.stream.model.get_submodule(name), ATTRIBUTE, chosen)
         with ExitStack() as hooks:
             for name, inputs in self.inputs.items():
                 if rounded and inputs[0]:

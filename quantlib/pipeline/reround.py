@@ -2,8 +2,8 @@
 rounded blocks produce.
 
 The bank rounds every weight as if all others were exact, and their inputs too. Here schemes are
-fixed, so each block is given the hidden states that the quantized model really has there, inputs of
-linears rounded as the plan says. Its groups are taken in the order in which they run. A group's
+fixed, so each block is given the hidden states that the quantized model really has there; inputs of
+linears are rounded as the plan says, keys and values as the KV format does. Its groups are taken in the order in which they run. A group's
 target is moved towards what makes good what the stream lacks behind it (`rounding.asymmetric`), it
 is rounded by GPTQ and coordinate descent on the inputs it will really have, and kept if the block
 then loses less than before on windows that were not fitted; the bank's entry stays otherwise. At
@@ -32,9 +32,10 @@ from quantlib.models.rows import LinearGroup
 from quantlib.pipeline.block_rounding import BlockRounding
 from quantlib.pipeline.calibrate import WorkDirStore
 from quantlib.pipeline.dense import bank_weight
-from quantlib.pipeline.inputs import clip_names
+from quantlib.pipeline.inputs import cache_settings, clip_names, round_cache
 from quantlib.pipeline.planned_block import Inputs, PlannedBlock, Windows
 from quantlib.pipeline.run import Run
+from quantlib.transforms.attention import AttentionState
 
 REROUND_VERSION = 2
 """Raise when re-rounding changes: plans are then re-rounded again."""
@@ -80,6 +81,7 @@ def _reround_blocks(
     """Re-round from the last block whose inputs are stored and before which nothing is missing."""
     blocks = run.model_map.blocks
     stream = BlockStream(run.source, run.model_map)
+    caches = round_cache(stream.model, run, cache_settings(run))
     entered = _enter(run, stream, schemes)
     stored = [i for i in range(1, len(blocks)) if store.has(f"block.{i}")]
     start = max((i for i in stored if all(_has(run, k) for k in keys[:i])), default=0)
@@ -89,7 +91,7 @@ def _reround_blocks(
         for index, block in enumerate(blocks):
             said = block
             if index >= start:
-                left, outcome = _reround_block(run, stream, store, index, schemes, inputs)
+                left, outcome = _reround_block(run, stream, store, index, schemes, inputs, caches)
                 if index + 1 < len(blocks):
                     store.save_all(f"block.{index + 1}", left)
                 store.drop(f"block.{index}")
@@ -135,6 +137,7 @@ def _reround_block(
     index: int,
     schemes: Mapping[str, str],
     inputs: str,
+    caches: Mapping[str, AttentionState],
 ) -> tuple[dict[str, Tensor], Outcome]:
     """Re-round one block, keep it in the bank, and carry both hidden states through it."""
     started = time.monotonic()
@@ -156,6 +159,7 @@ def _reround_block(
             entering["exact"],
             entering["quantized"],
             Windows.split(len(run.windows)),
+            {path: state for path, state in caches.items() if path.startswith(f"{name}.")},
         )
         work = BlockRounding(run, block, schemes)
         kept = work.finish()

@@ -16,7 +16,7 @@ from torch import Tensor
 from quantlib.errors import RoundingError
 from quantlib.formats.activation import ActivationSegment, fake_quantize, with_clips
 
-CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
 """Shares of the range that are tried."""
 
 

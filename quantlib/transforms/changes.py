@@ -13,8 +13,8 @@ would change its function.)
 
 Per key/value head with basis B: values W <- B^T W, output projection W <- W B for the columns of
 every query head that uses it. Down projection with Hadamard matrix H before it: W <- W H, where H
-may leave the last columns alone. The channels between an MLP's linears can be put in any order: rows
-of gate and up, columns of down.
+may leave the last columns alone. The channels of a hidden layer can be put in any order: rows of
+gate and up, columns of down.
 
 All sums are in float64, results in float32.
 """

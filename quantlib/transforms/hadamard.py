@@ -28,6 +28,9 @@ from torch import Tensor
 
 from quantlib.errors import TransformError
 
+_DENSE = 512
+"""Largest dense part that `block_size` accepts."""
+_OWN_PASSES = 16
 _RADIX = 64
 _MERGED = 256
 """`rotate` multiplies by Sylvester's part in factors of at most `_RADIX`, the first of several
@@ -59,9 +62,18 @@ def exists(n: int) -> bool:
 
 
 def block_size(n: int) -> int:
-    """The largest b that divides n and has a Hadamard matrix (1 for odd n)."""
+    """The largest b that divides n and has a Hadamard matrix (1 for odd n) that is quickly
+    multiplied by: of orders with a dense part beyond `_DENSE`, such as 1488 = 744 x 2, the product
+    would cost more than the layer behind it."""
     divisors = [d for low in range(1, math.isqrt(n) + 1) if n % low == 0 for d in (low, n // low)]
-    return max(d for d in divisors if exists(d))
+    return max(d for d in divisors if exists(d) and _dense_order(d) <= _DENSE)
+
+
+def _dense_order(n: int) -> int:
+    """Rows of the matrix that kernels multiply by as a whole: Sylvester's part is worth passes of
+    its own from 16 on."""
+    m, s = split(n)
+    return m if s >= _OWN_PASSES else m * s
 
 
 def signs(n: int) -> Tensor:

@@ -22,11 +22,11 @@ from quantlib.pipeline.block_rounding import BlockRounding
 from quantlib.pipeline.calibrate import calibrate
 from quantlib.pipeline.compress import Result, open_run
 from quantlib.pipeline.dense import DenseTrial, bank_weight
-from quantlib.pipeline.inputs import bank_clips
+from quantlib.pipeline.inputs import bank_clips, cache_settings, round_cache
 from quantlib.pipeline.measure import measure
 from quantlib.pipeline.opening import reopen_run
 from quantlib.pipeline.planned_block import PlannedBlock, Windows
-from quantlib.pipeline.reround import reround
+from quantlib.pipeline.reround import _enter, reround
 from quantlib.pipeline.run import Run
 from quantlib.recipe import Recipe
 
@@ -60,10 +60,14 @@ def plan(run: Run, linear: str = "w2g32z4s4") -> dict[str, str]:
 
 @contextmanager
 def block_of(
-    run: Run, schemes: dict[str, str], index: int = 0, noise: float = 0.1
+    run: Run,
+    schemes: dict[str, str],
+    index: int = 0,
+    noise: float = 0.1,
+    stream: BlockStream | None = None,
 ) -> Iterator[PlannedBlock]:
     """A block with made-up hidden states, and the same with noise."""
-    stream = BlockStream(run.source, run.model_map)
+    stream = stream or BlockStream(run.source, run.model_map)
     stream.embed(run.windows[0])
     generator = torch.Generator().manual_seed(index)
     width = run.model_map.weights[0].in_features
@@ -258,6 +262,38 @@ def test_the_model_is_better_by_its_true_kl(run: Run) -> None:
     assert after.kl.value < 0.9 * before.kl.value, "2-bit weights leave much to be made good"
     entries = [run.bank.entry(key).extra for key in keys.values()]
     assert all(0 < extra["after"] <= extra["before"] for extra in entries)
+
+
+@pytest.mark.parametrize("activation", ["", "a4z"])
+@pytest.mark.parametrize("kv", ["f32", "int4"])
+def test_hidden_states_are_those_of_the_model_that_ships(
+    tmp_path: Path, llama: Path, text: str, activation: str, kv: str
+) -> None:
+    """What leaves a block is what the dense model computes there: inputs of linears, keys and
+    values rounded. What the exact block makes is what the exact model does."""
+    given = {"schemes": [f"w4g32zs4{activation}", "w6g64zs6"], "kv": kv}
+    with measured(llama, tmp_path / "work", text, **given) as run:
+        linear, other = map(str, (Scheme.parse(name) for name in given["schemes"]))
+        schemes = {w.name: linear if w.block else other for w in run.model_map.weights}
+        trial = DenseTrial(run)
+        trial.load(schemes)
+        ids = run.windows[:1]
+        stream = BlockStream(run.source, run.model_map)
+        caches = round_cache(stream.model, run, cache_settings(run))
+        entered = _enter(run, stream, schemes)
+        with block_of(run, schemes, stream=stream) as block, torch.no_grad():
+            block.exact, block.quantized = entered["exact"], entered["quantized"]
+            block.caches = {path: state for path, state in caches.items() if "layers.0." in path}
+            work = BlockRounding(run, block, schemes)
+            found = block.carry(work.dense(work.weights))[0]
+            expected = trial.model(ids, output_hidden_states=True).hidden_states[1][0]
+            exact = AutoModelForCausalLM.from_pretrained(llama)
+            clean = exact(ids, output_hidden_states=True).hidden_states[1][0]
+    # A number on the edge between two codes may fall to either side: rare, and a step's width.
+    off = (found - expected).abs() > 1e-4
+    assert float(off.double().mean()) < (0.02 if activation or kv != "f32" else 1e-9)
+    torch.testing.assert_close(block.outputs[0], clean, rtol=EXACT, atol=EXACT)
+    assert float((expected - clean).norm() / clean.norm()) > 0.01
 
 
 def test_columns_that_are_packed_in_another_order(tmp_path: Path, llama: Path, text: str) -> None:

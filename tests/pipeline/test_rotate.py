@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import quantlib
+from quantlib.checkpoint.reader import read_layout
 from quantlib.errors import SearchError, TransformError
 from quantlib.formats.scheme import Scheme
 from quantlib.pipeline.compress import Result
@@ -34,6 +35,18 @@ def test_a_rotated_checkpoint_computes_what_was_measured(
     with torch.no_grad():
         logits = model(ids).logits
     assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(("basis", "high"), [("pca", {}), ("weights", {0: 20, 1: 20})])
+def test_channels_that_are_wide_with_every_scheme_stay_out_of_hadamard_matrices(
+    squeeze: Callable[..., Result], basis: str, high: dict[int, int]
+) -> None:
+    """An eighth of 160, as schemes count it; ResQ itself rotates all of them."""
+    rotation = read_layout(squeeze(**RESQ | {"rotation": basis}).path).rotation()
+    assert rotation is not None
+    assert rotation.hidden_high == {f"model.layers.{i}": count for i, count in high.items()}
+    assert set(rotation.hidden.values()) == {140 if high else 160}
+    assert not rotation.hidden_order, "it is in the weights"
 
 
 def test_members_of_a_group_share_a_scheme_when_their_input_is_rounded(

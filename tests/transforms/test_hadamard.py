@@ -49,12 +49,25 @@ def test_the_order_of_the_kronecker_product_is_dense_then_sylvester() -> None:
     assert torch.equal(signs(48), torch.kron(signs(12), torch.kron(two, two)))
 
 
+def is_quick(n: int) -> bool:
+    """Whether a product with the matrix of order n is mostly additions: at most 512 columns in a
+    dense part, to which Sylvester's part below 16 counts."""
+    return exists(n) and (split(n)[0] if split(n)[1] >= 16 else n) <= 512
+
+
+@pytest.mark.parametrize("n", [1488, 8960 - 1120, 4864 - 608])
+def test_orders_with_a_large_dense_part_are_left_for_smaller_blocks(n: int) -> None:
+    assert exists(n)
+    assert block_size(n) < n
+    assert is_quick(block_size(n))
+
+
 @pytest.mark.parametrize("n", [92, 116, 7, 97, 30, 1380])
 def test_a_size_without_construction_falls_to_blocks(n: int) -> None:
     size = block_size(n)
     assert n % size == 0
     assert exists(size)
-    assert not any(exists(d) for d in range(size + 1, n + 1) if n % d == 0)
+    assert not any(is_quick(d) for d in range(size + 1, n + 1) if n % d == 0)
     with pytest.raises(TransformError, match=f"order {n}: rotate in blocks of {size}"):
         hadamard(n)
 
