@@ -48,6 +48,7 @@ from quantlib.cli.results import described, show
 from quantlib.cli.words import next_commands
 
 if TYPE_CHECKING:
+    from quantlib.pipeline.compress import Result
     from quantlib.pipeline.plan import Budget
 
 WorkBeside = Annotated[
@@ -144,28 +145,31 @@ def compress(
     if dry_run:
         _dry_run(model, budget, fields, download, json)
         return
-    from quantlib.pipeline.compress import compress as run
-
-    quiet_transformers()
-    given: dict[str, Any] = {"size": size, "bits": bits, "engine": engine}
-    given |= {"threads": threads, "mode": mode, "activations": activations}
-    result = run(
-        model,
-        out=output,
-        work=work,
-        floors=budget.floors,
-        ceilings=budget.ceilings,
-        pins=budget.pins,
-        overwrite=overwrite,
-        download=download,
-        progress=Bars(notes()),
-        **given,
-        **fields,
-    )
+    files = {"out": output, "work": work, "overwrite": overwrite, "download": download}
+    result = _run(model, budget, {**files, "threads": threads, "mode": mode, **fields})
     if json:
         print_json(described(result))
     else:
         show(result, model)
+
+
+def _run(model: str, budget: Budget, arguments: dict[str, Any]) -> Result:
+    """All stages, with bars."""
+    from quantlib.pipeline.compress import compress as run
+
+    quiet_transformers()
+    return run(
+        model,
+        size=budget.size,
+        bits=budget.bits,
+        engine=budget.engine,
+        activations=budget.activations,
+        floors=budget.floors,
+        ceilings=budget.ceilings,
+        pins=budget.pins,
+        progress=Bars(notes()),
+        **arguments,
+    )
 
 
 def measure(

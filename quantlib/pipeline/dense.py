@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantlib.calibration.data import windows_sha256
 from quantlib.errors import CheckpointError

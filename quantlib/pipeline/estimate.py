@@ -184,9 +184,9 @@ def _numbers_in_memory(model_map: ModelMap, recipe: Recipe) -> int:
     logits = 6 * recipe.seqlen * vocabulary
     calibration = outside + max(2 * block + 2 * moments + 4 * hidden, logits + 2 * hidden)
     rounding = max(_rounding(model_map, recipe, group) for group in model_map.groups)
-    # a block's weights: in the module, exact, rounded, as targets, and twice as moments of what they
-    # lack; learning has their place, offset and gradient too. Hidden states: two that enter, two
-    # that leave, and the goals of at most four groups.
+    # a block's weights: in the module, exact, rounded, as targets, and twice as moments of what
+    # they lack; learning has their place, offset and gradient too. Hidden states: two that enter,
+    # two that leave, and the goals of at most four groups.
     weights = (6 + 4 * (recipe.learning > 0)) * block
     refinement = outside + weights + 2 * moments + 8 * hidden + rounding
     measuring = model_map.parameters + logits

@@ -3,12 +3,14 @@ rounded blocks produce.
 
 The bank rounds every weight as if all others were exact, and their inputs too. Here schemes are
 fixed, so each block is given the hidden states that the quantized model really has there; inputs of
-linears are rounded as the plan says, keys and values as the KV format does. Its groups are taken in the order in which they run. A group's
-target is moved towards what makes good what the stream lacks behind it (`rounding.asymmetric`), it
-is rounded by GPTQ and coordinate descent on the inputs it will really have, and kept if the block
-then loses less than before on windows that were not fitted; the bank's entry stays otherwise. At
-the end all codes and scales of the block are learned together from there (`rounding.learned`). One
-stage for weights alone, and for weights and activations.
+linears are rounded as the plan says, keys and values as the KV format does. Its groups are taken in
+the order in which they run. Where inputs are rounded, the group's clip factors are chosen
+(`rounding.clips`). Its target is moved towards what makes good what the stream lacks behind it
+(`rounding.asymmetric`), and it is rounded by GPTQ and coordinate descent on the inputs it will
+really have. Either is kept if the block then loses less than before on windows that were not
+fitted; the bank's entry stays otherwise. At the end all codes and scales of the block can be
+learned together from there (`rounding.learned`). One stage for weights alone, and for weights and
+activations.
 
 One block is in memory at a time, with the hidden states of both models. Stacks of experts keep
 their bank entries. Whether the whole ships is decided by the model's true KL (`apply.py`).

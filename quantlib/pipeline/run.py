@@ -164,5 +164,5 @@ def read_windows(recipe: Recipe, tokenizer: Any) -> Tensor:
 
 STATISTICS_VERSION = 1
 """Raise when the meaning of the statistics changes: old work directories then calibrate again."""
-ROUNDING_VERSION = 2
+ROUNDING_VERSION = 3
 """Raise when rounding changes: old banks are then rounded again."""
