@@ -18,7 +18,7 @@ import argparse
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,13 @@ BUDGETS_MB = (89.5, 82.8, 76.2, 69.6, 62.9)
 TARGET_KL = (0.033, 0.062, 0.128, 0.265, 0.65)
 """What the project set out to reach at these sizes."""
 WINDOWS, SEQLEN = 24, 512
-PARTS = ("presets", "budgets", "baselines", "prediction", "refinement")
+PARTS = ("presets", "budgets", "baselines", "prediction", "refinement", "swaps")
 RANDOM_PLANS = 40
 RANDOM_WINDOWS = 6
-SWAPS = 12
 """Windows each random plan is measured on: ranks need fewer than values do."""
+SWAPS = 12
+REFINED: dict[str, dict[str, Any]] = {"plain": {}, "refine": {"refine": True}}
+SWAPPED: dict[str, dict[str, Any]] = {"plain": {}, "swaps": {"swaps": SWAPS}}
 
 
 class Bench:
@@ -182,11 +184,14 @@ def prediction(bench: Bench) -> dict[str, Any]:
     return {"spearman": rho, "windows": RANDOM_WINDOWS, "points": points}
 
 
-def refinement(bench: Bench, scratch: Path) -> dict[str, Any]:
-    """What `--refine` and `--swaps` add at one budget, on the held-out windows."""
+def after_solving(
+    bench: Bench, scratch: Path, variants: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What further work on a plan adds at one budget, on the held-out windows: variants of the
+    recipe by name."""
     rows: list[dict[str, Any]] = []
     source = load_reference(bench)
-    for name, recipe in (("plain", {}), ("refine", {"refine": True}), ("swaps", {"swaps": SWAPS})):
+    for name, recipe in variants.items():
         started = time.monotonic()
         result = bench.compress(82.8, scratch / f"out-{name}", bench.work, **recipe)
         row: dict[str, Any] = {"variant": name, "seconds": round(time.monotonic() - started, 1)}
@@ -255,7 +260,8 @@ def main() -> None:
             "budgets": lambda: budgets(bench, scratch),
             "baselines": lambda: baselines(bench),
             "prediction": lambda: prediction(bench),
-            "refinement": lambda: refinement(bench, scratch),
+            "refinement": lambda: after_solving(bench, scratch, REFINED),
+            "swaps": lambda: after_solving(bench, scratch, SWAPPED),
         }
         for part in options.part or PARTS:
             print(record.write(f"quality_{part}", parts[part]()))

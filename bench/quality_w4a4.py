@@ -16,9 +16,10 @@ others once; a row has a seed's figures, the summary a method's mean and its 95 
 seeds. Each row is written when it is done, and rows that are there are not measured again
 (`--fresh` does).
 
-GPTQ's Hessians are of inputs behind what was rounded already, activations unrounded, as ResQ's code
-has them. `--hessians shared` takes the full-precision model's for all seeds and methods instead:
-SmolLM2 is then done in half the time.
+GPTQ's Hessians are the full-precision model's, collected once and turned into each method's and
+seed's basis. `--hessians prefix` sums them behind what was rounded already, activations unrounded,
+as ResQ's code does: another forward pass of all calibration data for every row, which more than
+doubles the time.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ WHISPER = "whisper"
 MODELS = (*outliers.KINDS, WHISPER)
 ABLATED = ("aligned", "rotated")
 """Models that ResQ's ablation is measured on."""
-HESSIANS = ("prefix", "shared")
+HESSIANS = ("shared", "prefix")
 
 Run = Callable[[Subject, int], Quantized]
 Row = dict[str, Any]

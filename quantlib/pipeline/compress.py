@@ -26,6 +26,7 @@ from quantlib.pipeline.run import Progress, Run
 from quantlib.pipeline.status import already_there
 from quantlib.pipeline.swap import swap
 from quantlib.recipe import FUSED_SCHEMES, Recipe
+from quantlib.search.activations import rounds_inputs
 from quantlib.search.latency import LatencyBudget, format_ms, phase_text
 from quantlib.search.plan import Plan
 from quantlib.search.problem import Problem
@@ -194,6 +195,11 @@ def recipe_for(budget: Budget, **fields: Any) -> Recipe:
     missing = [str(s) for s in pinned if s.weight and str(s) not in recipe.schemes]
     if not missing:
         return recipe
+    if not recipe.rounds_activations and rounds_inputs(missing):
+        raise UsageError(
+            f"a weight is pinned to {', '.join(missing)}, which rounds activations, and "
+            "no candidate does: name candidates that do with --schemes, or use --scheme resq"
+        )
     return Recipe.create(**recipe.model_dump() | {"schemes": (*recipe.schemes, *missing)})
 
 

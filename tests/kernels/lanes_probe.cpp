@@ -19,7 +19,13 @@ Lanes through_i8(Lanes a) {
 Lanes integer_mix(Lanes a, Lanes b) {
   const IntLanes x = float_bits(a), y = float_bits(b);
   const IntLanes sum = (x + (y >> 3)) ^ (shift_right_signed(x, 5) - (y << 7));
-  return floats_of(max_int(sum & broadcast_int(0x00FFFFFF), x | y));
+  return floats_of(max_int(sum & broadcast_int(0x00FFFFFF), x | y)) + floats_of(x * y);
+}
+
+// Each lane with those 1, 2, 4 and 8 places away.
+Lanes swaps(Lanes a) {
+  const Lanes near = swap_lanes<1>(a) + swap_lanes<2>(a) * broadcast(2.0f);
+  return near + (swap_lanes<4>(a) * broadcast(4.0f) + swap_lanes<8>(a) * broadcast(8.0f));
 }
 
 }  // namespace
@@ -55,6 +61,8 @@ PROBE bool probe(const char* name, const float* a, const float* b, const float* 
     each([&](int64_t i) { return through_i8(load(a + i)); });
   } else if (is("integers")) {
     each([&](int64_t i) { return integer_mix(load(a + i), load(b + i)); });
+  } else if (is("swaps")) {
+    each([&](int64_t i) { return swaps(load(a + i)); });
   } else if (is("f16")) {  // the lower halves of a
     each([&](int64_t i) {
       uint16_t halves[16];

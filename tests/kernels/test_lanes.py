@@ -15,7 +15,7 @@ from quantlib.kernels.cpu import build
 
 UNITS = {"portable": (), "avx2": build._ISA_FLAGS["avx2"], "avx512": build._ISA_FLAGS["avx512"]}
 OPERATIONS = ("exp", "silu", "fma", "multiply, then add", "divide", "min", "max", "sqrt", "select")
-OPERATIONS += ("integers", "f16", "sum and highest", "first")
+OPERATIONS += ("integers", "f16", "sum and highest", "first", "swaps")
 WITHIN_4_MILLION = ("round",)
 WITHIN_BYTES = ("through i8",)
 
@@ -110,6 +110,14 @@ def test_halves_become_the_floats_they_are(probes):
     for unit, probe in probes.items():
         found = probe("f16", halves.view(torch.float32))
         assert torch.equal(bits_of(found), bits_of(expected)), unit
+
+
+def test_swapped_lanes_come_from_where_they_should(probes):
+    a = torch.arange(32.0)
+    lanes = torch.arange(32)
+    expected = sum(distance * a[lanes ^ distance] for distance in (1, 2, 4, 8))
+    for unit, probe in probes.items():
+        assert torch.equal(probe("swaps", a), expected), unit
 
 
 def test_first_lanes_leave_the_others_alone(probes):

@@ -14,14 +14,51 @@ struct Mode {
   const char* name;
   bool exact;
   int64_t act_group;
+  bool formed;  // tokens rotated, turned around, and rounded to other widths
 };
 
-constexpr Mode kModes[] = {{"exact", true, 0}, {"int8", false, 0}, {"int8 by groups", false, 128}};
+constexpr Mode kModes[] = {{"exact", true, 0, false},         {"int8", false, 0, false},
+                           {"int8 by groups", false, 128, false}, {"formed, exact", true, 0, true},
+                           {"formed", false, 0, true},        {"formed by groups", false, 32, true}};
+
+// A form for any weight: blocks of 32 are rotated where they fit, and of 4, by a matrix, elsewhere.
+class Form {
+ public:
+  Form(const ql::TiledWeight& weight, const Mode& mode)
+      : order_(weight.columns), dense_(16), rounding_(weight.segment_count) {
+    for (int64_t k = 0; k < weight.columns; ++k) {
+      order_[k] = static_cast<int32_t>(weight.columns - 1 - k);
+    }
+    for (int64_t i = 0; i < 16; ++i) dense_[i] = i % 5 == 0 ? -0.5f : 0.5f;
+    for (int64_t i = 0; i < weight.segment_count; ++i) {
+      rounding_[i] = {i % 2 ? 8 : 4, i % 2 ? 1 : 0, 0.9f, 0, mode.act_group};
+    }
+    view_.order = order_.get();
+    view_.rounding = mode.exact ? nullptr : rounding_.get();
+    view_.norm = 0.25f;
+    view_.power = weight.columns % 32 ? 1 : 32;
+    view_.dense_order = weight.columns % 32 == 0 ? 1 : weight.columns % 4 == 0 ? 4 : 0;
+    if (view_.power == 1) view_.dense = dense_.get();
+  }
+
+  const ql::TileForm& view() const { return view_; }
+
+ private:
+  Exact<int32_t> order_;
+  Exact<float> dense_;
+  Exact<ql::TileRounding> rounding_;
+  ql::TileForm view_{};
+};
 
 int32_t linear(const Tiles& tiles, const Exact<float>& x, const Mode& mode,
                const Exact<float>* bias, const Exact<float>& y, int32_t isa, int32_t threads) {
   const int64_t tokens = x.count() / tiles.view().columns;
   const float* offsets = bias ? bias->get() : nullptr;
+  if (mode.formed) {
+    const Form form(tiles.view(), mode);
+    return ql_linear_as(&tiles.view(), &form.view(), x.get(), tokens, offsets, y.get(), isa,
+                        threads);
+  }
   if (mode.exact) {
     return ql_linear_exact(&tiles.view(), x.get(), tokens, offsets, y.get(), isa, threads);
   }
@@ -116,6 +153,7 @@ void check_weights(int32_t threads) {
     check_shape(33, {{"w2g16z", 100}, {"w4g128z6", 31}, {"w5g32z", 45}}, tokens, threads);
     check_shape(20, {{"w3g128s5", 1}, {"fp8", 57}, {"nvfp4", 99}}, tokens, threads);
   }
+  check_shape(40, {{"w4g64zs4", 1088}, {"w8", 96}}, 9, threads);
   // Enough work for more than one thread.
   check_shape(700, {{"w4g64", 1600}, {"w8", 100}}, 1, threads);
   check_shape(300, {{"w6g256zs7", 600}}, 40, threads);
