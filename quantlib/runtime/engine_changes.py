@@ -139,6 +139,8 @@ def unsupported_changes(checkpoint: PackedCheckpoint, spec: EngineSpec) -> str |
             return f"{name} keeps more than {MAX_SINKS} first positions as they are"
     if "encoder" in around.tensors:
         return "it has an encoder with a basis of its own"
+    if any(((around.settings or {}).get("hidden_high") or {}).values()):
+        return "its Hadamard matrices leave the last hidden channels out"
     for name, scheme in checkpoint.schemes.items():
         activations = checkpoint.activations(name)
         if scheme.weight is None and activations:
