@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -146,6 +146,9 @@ def _common_group(activations: Sequence[ActivationSegment]) -> int:
 def rotate(x: Tensor, rotation: BlockRotation) -> Tensor:
     """x float32 [M, K], rotated as a form of the kernels does it, bit for bit."""
     dense, power = rotation.parts()
+    if rotation.still:
+        rotated, still = x[:, : -rotation.still], x[:, -rotation.still :]
+        return torch.cat([rotate(rotated, replace(rotation, still=0)), still], dim=1)
     y = x * torch.tensor(1 / math.sqrt(rotation.size), dtype=torch.float32)
     apart = 1
     while apart < power:

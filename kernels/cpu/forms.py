@@ -47,7 +47,7 @@ class TileForm(ctypes.Structure):
         ("order", ctypes.c_void_p),
         ("rounding", ctypes.POINTER(TileRounding)),
         ("norm", ctypes.c_float),
-        ("reserved", ctypes.c_int32),
+        ("still", ctypes.c_int32),
     )
 
 
@@ -57,10 +57,12 @@ class BlockRotation:
     Sylvester's Hadamard matrix of order size / m: what `transforms.hadamard.rotate` computes.
 
     dense: [m, m] of +1 and -1; None when m is 1. m divides `size`, the quotient is a power of two.
+    still: how many columns, the last ones, stay as they are.
     """
 
     size: int
     dense: Tensor | None = field(default=None, repr=False)
+    still: int = 0
 
     def __post_init__(self) -> None:
         rows = 1 if self.dense is None else len(self.dense)
@@ -136,11 +138,13 @@ def form(
     described = TileForm(norm=1.0, power=1)
     held: list[object] = []
     if rotation is not None and rotation.size > 1:
-        if columns % rotation.size:
+        rotated = columns - rotation.still
+        if rotation.still < 0 or rotated < 0 or rotated % rotation.size:
             raise FormatError(
-                f"blocks of {rotation.size} do not divide {columns} columns: rotate blocks of a "
-                f"divisor of {columns}"
+                f"blocks of {rotation.size} do not divide {rotated} columns: rotate blocks of a "
+                f"divisor of {rotated}"
             )
+        described.still = rotation.still
         dense, described.power = rotation.parts()
         described.dense_order = 1 if dense is None else len(dense)
         described.dense = None if dense is None else dense.data_ptr()

@@ -182,6 +182,30 @@ def test_rotations_are_those_of_the_transforms_and_bits_those_of_the_reference(
             assert same_bits(found, expected), isa
 
 
+@pytest.mark.parametrize(("columns", "size", "still"), [(192, 32, 32), (110, 48, 14), (52, 12, 4)])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_the_last_columns_may_stay_as_they_are(library, draw, columns, size, still, ordered):
+    weight, packed = draw(33, [("w4g64", columns - still), ("w8", still)])
+    segments = [part.segment for part in weight.segments]
+    generator = torch.Generator().manual_seed(columns)
+    x = torch.randn(5, columns, generator=generator)
+    order = torch.randperm(columns, generator=generator) if ordered else None
+    rotation = BlockRotation(size, rotation_of(size).dense, still)
+    rotated = tile_reference.rotate(x, rotation)
+    assert torch.equal(rotated[:, -still:], x[:, -still:])
+    exact = hadamard.rotate(x[:, :-still].double(), size)
+    assert (rotated[:, :-still].double() - exact).abs().max() <= 3e-6 * x.abs().max()
+    rotated = rotated if order is None else rotated[:, order]
+    tiled = layouts.tile(packed)
+    how = follow([(columns - still, ActivationFormat(4, False)), (still, ActivationFormat(8))])
+    for activations in ((), how):
+        expected = tile_reference.linear(rotated, weight, activations=activations)
+        shaped = form(segments, activations, rotation, order)
+        for isa in filter(library.supports, cpu.ISAS[1:]):
+            found = library.linear(tiled.description, x, None, "exact", isa, form=shaped)
+            assert same_bits(found, expected), isa
+
+
 def test_an_order_is_applied_after_the_rotation_and_before_rounding(library, draw, isa):
     weight, packed = draw(33, [("w4g64", 100), ("w8", 44)])
     segments = [part.segment for part in weight.segments]
@@ -241,6 +265,8 @@ def test_wrong_rotations_and_orders_are_refused(library, draw):
     segments = [part.segment for part in weight.segments]
     with pytest.raises(FormatError, match="do not divide 96"):
         form(segments, (), BlockRotation(64))
+    with pytest.raises(FormatError, match="do not divide 86"):
+        form(segments, (), BlockRotation(32, still=10))
     with pytest.raises(FormatError, match="not 1 times a power of two"):
         BlockRotation(48)
     with pytest.raises(FormatError, match="multiple of 4"):

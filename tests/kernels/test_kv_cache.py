@@ -360,3 +360,17 @@ def test_a_wrong_call_is_explained():
 
 def test_columns_are_padded_to_whole_vectors():
     assert [padded_columns(n) for n in (1, 16, 17, 72, 80)] == [16, 16, 32, 80, 80]
+
+
+@pytest.mark.parametrize(
+    ("name", "positions", "bits"),
+    [
+        ("f32", 5, 32),
+        ("int4", 512, 4 + 32 / 64),  # a scale and a zero of 16 bits each
+        ("int4h16", 512, (8 * 16 + 4 * 48 + 64) / 64),
+        ("int8/int4", 512, 6 + 32 / 64),
+        ("int4k4", 512, 4 + 32 / 64 + 32 * 16 / 512),  # 4 positions in room for 16, besides
+    ],
+)
+def test_the_bits_of_a_number_count_everything(name, positions, bits):
+    assert KvFormat.parse(name).mean_bits(64, positions) == pytest.approx(bits)

@@ -43,6 +43,7 @@ thread_local Buffer scratch_buffer, token_buffer;
 
 constexpr int64_t kMostTokensPerTask = 16;
 constexpr int64_t kTaskWork = 1 << 17;    // multiply-adds: at least so many in a task
+constexpr int64_t kLargeTasks = 8;        // per thread, if all were
 constexpr int64_t kSerialWork = 1 << 20;  // multiply-adds of some 20 us: below it, waking other
                                           // threads costs more than it saves
 
@@ -63,7 +64,8 @@ struct LinearJob {
   ql::TileInput in;
   ql::TileOutput out;
   int64_t scratch_bytes;
-  int64_t tokens_per_task, strips_per_task;
+  int64_t tokens_per_task;
+  int64_t large_tasks, large_strips, small_strips;
   int64_t preparations;  // tasks that prepare tokens; they come first
   std::atomic<int64_t> prepared;
   ql::WaitingRoom waiting;
@@ -144,8 +146,12 @@ void strips_task(LinearJob& job, int64_t index) {
   // Every preparation has a thread, since indices are handed out in order.
   job.waiting.wait([&] { return job.prepared.load() == job.preparations; });
   if (!scratch || __atomic_load_n(&job.out_of_memory, __ATOMIC_RELAXED)) return;
-  const int64_t strips = tile_strips(*job.weight), first = index * job.strips_per_task;
-  const int64_t end = first + job.strips_per_task, last = end < strips ? end : strips;
+  const int64_t strips = tile_strips(*job.weight), later = index - job.large_tasks;
+  const bool large = later < 0;
+  const int64_t first = large ? index * job.large_strips
+                              : job.large_tasks * job.large_strips + later * job.small_strips;
+  const int64_t end = first + (large ? job.large_strips : job.small_strips);
+  const int64_t last = end < strips ? end : strips;
   const auto run =
       job.entry == Entry::kInt8 ? job.kernels->int8_strips : job.kernels->exact_strips;
   run(*job.weight, job.in, job.out, first, last, scratch);
@@ -169,14 +175,18 @@ int64_t rows_per_task(int64_t count, int32_t threads) {
   return ceil_of_quotient(count, 8 * static_cast<int64_t>(threads));
 }
 
-// How many strips: the more tasks, the less the last ones are waited for.
-int64_t strips_per_task(const TiledWeight& w, int64_t work, int32_t threads) {
-  const int64_t strips = tile_strips(w), most = 32 * static_cast<int64_t>(threads);
-  const int64_t fair = ceil_of_quotient(strips, most);
-  const int64_t large = ceil_of_quotient(kTaskWork, ceil_of_quotient(work, strips));
-  const int64_t wanted = fair > large ? fair : large;
-  const int64_t share = ceil_of_quotient(strips, threads);
-  return wanted < share ? wanted : share;
+// Cuts the strips into tasks; returns how many. The first three quarters of the strips come in large
+// tasks, which read memory in order for long, the others in small ones, which are not waited for.
+int64_t cut_strips(LinearJob& job, int64_t work, int32_t threads) {
+  const int64_t strips = tile_strips(*job.weight);
+  const int64_t least = ceil_of_quotient(kTaskWork, ceil_of_quotient(work, strips));
+  const int64_t fair = ceil_of_quotient(strips, kLargeTasks * threads);
+  job.large_strips = fair > least ? fair : least;
+  const int64_t quarter = ceil_of_quotient(job.large_strips, 4);
+  job.small_strips = quarter > least ? quarter : least;
+  job.large_tasks = threads > 1 ? 3 * strips / 4 / job.large_strips : strips / job.large_strips;
+  const int64_t left = strips - job.large_tasks * job.large_strips;
+  return job.large_tasks + ceil_of_quotient(left, job.small_strips);
 }
 
 int32_t run_linear(LinearJob& job, int32_t threads) {
@@ -200,8 +210,7 @@ int32_t run_linear(LinearJob& job, int32_t threads) {
   const int64_t share = ceil_of_quotient(in.tokens, threads);
   job.tokens_per_task = share < kMostTokensPerTask ? share : kMostTokensPerTask;
   job.preparations = ceil_of_quotient(in.tokens, job.tokens_per_task);
-  job.strips_per_task = strips_per_task(w, work, threads);
-  const int64_t tasks = ceil_of_quotient(tile_strips(w), job.strips_per_task);
+  const int64_t tasks = cut_strips(job, work, threads);
   ql::parallel_for(job.preparations + tasks, threads, linear_task, &job);
   token_buffer.trim();
   return job.out_of_memory ? QL_NO_MEMORY : QL_OK;

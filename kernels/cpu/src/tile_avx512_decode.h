@@ -118,27 +118,28 @@ __attribute__((noinline)) void add_segment(const ql::TileSegment& s, const Codes
   __builtin_memcpy(sums, totals, sizeof(totals));
 }
 
-// Adds the piece at column k of each block to whole sums. `half`: which one of a pair it is.
+// Adds the piece at column k of each block to whole sums: dot products to `sums`, which need
+// code_units yet, zeros to `zeros`, which need zero_units. `half`: which one of a pair it is.
 template <int half, int tokens, int blocks, class Codes>
 inline const uint8_t* add_whole_piece(const ql::TileSegment& s, const Codes& codes,
                                       const WholeReader& reader, const SegmentInput& in,
                                       const uint8_t* packed, const uint8_t* meta, int64_t k,
-                                      DotLanes (&sums)[blocks][tokens]) {
+                                      DotLanes (&sums)[blocks][tokens],
+                                      DotLanes (&zeros)[blocks][tokens]) {
   const int64_t columns = smaller(s.piece, s.padded - k);
-  const __m512i units = _mm512_set1_epi32(s.code_units);
   const int32_t* terms = in.terms + k / s.piece / 2;
   prefetch(meta + kMetaAhead);
 #pragma GCC unroll 2
   for (int b = 0; b < blocks; ++b) {
     DotLanes dots[tokens] = {};
     block_dots(codes, packed, in.values + k, in.value_stride, columns, dots);
-    const WholeMeta own = reader.read(meta + b * block_meta_bytes(s));
-    const __m512i scale = _mm512_mullo_epi32(own.scale, units);
+    const WholeMeta own = reader.read_codes(meta + b * block_meta_bytes(s));
     const __m512i zero = half ? _mm512_slli_epi32(own.zero, 16) : own.zero;
 #pragma GCC unroll 2
     for (int t = 0; t < tokens; ++t) {
       const __m512i pair = _mm512_set1_epi32(terms[t * in.term_stride]);
-      sums[b][t] = dot2(sums[b][t], zero, pair) + times(dots[t], scale);
+      sums[b][t] += times(dots[t], own.scale);
+      zeros[b][t] = dot2(zeros[b][t], zero, pair);
     }
     packed += block_code_bytes(columns, Codes::kBits);
   }
@@ -154,15 +155,17 @@ __attribute__((noinline)) void add_whole_segment(const ql::TileSegment& s, const
   const uint8_t* meta = s.meta + strip * s.meta_stride;
   const int64_t meta_step = blocks * block_meta_bytes(s);
   const WholeReader reader(s);
+  const __m512i units = _mm512_set1_epi32(s.code_units);
+  const __m512i zero_units = _mm512_set1_epi32(WholeReader::units_of_zeros(s));
   __m512 totals[blocks][tokens] = {};
   for (int64_t run = 0; run < s.padded; run += ql::kWholeRun) {
     const int64_t end = smaller(run + ql::kWholeRun, s.padded);
-    DotLanes whole[blocks][tokens] = {};
+    DotLanes whole[blocks][tokens] = {}, zeros[blocks][tokens] = {};
     for (int64_t k = run; k < end; k += 2 * s.piece, meta += 2 * meta_step) {
-      packed = add_whole_piece<0>(s, codes, reader, in, packed, meta, k, whole);
+      packed = add_whole_piece<0>(s, codes, reader, in, packed, meta, k, whole, zeros);
       if (k + s.piece < end) {
         packed = add_whole_piece<1>(s, codes, reader, in, packed, meta + meta_step, k + s.piece,
-                                    whole);
+                                    whole, zeros);
       }
     }
 #pragma GCC unroll 2
@@ -171,7 +174,8 @@ __attribute__((noinline)) void add_whole_segment(const ql::TileSegment& s, const
           whole_factor(s, s.factors + strip * ql::kStripRows + ql::kBlockRows * b);
 #pragma GCC unroll 2
       for (int t = 0; t < tokens; ++t) {
-        totals[b][t] = _mm512_fmadd_ps(floats_of(whole[b][t]), factor, totals[b][t]);
+        const DotLanes sum = times(whole[b][t], units) - times(zeros[b][t], zero_units);
+        totals[b][t] = _mm512_fmadd_ps(floats_of(sum), factor, totals[b][t]);
       }
     }
   }

@@ -147,26 +147,34 @@ class WholeReader {
   explicit WholeReader(const ql::TileSegment& s)
       : zero_kind_(s.zero_kind),
         mask_(_mm512_set1_epi32((1 << s.scale_bits) - 1)),
-        shift_(_mm_cvtsi32_si128(s.scale_bits)),
-        minus_units_(_mm512_set1_epi32(0xFFFF & -s.zero_units)),
-        minus_zero_(_mm512_set1_epi32(0xFFFF & -static_cast<int32_t>(s.zero_constant))) {}
+        shift_(_mm512_set1_epi32(s.scale_bits)),
+        zero_(_mm512_set1_epi32(static_cast<int32_t>(s.zero_constant))),
+        minus_units_(_mm512_set1_epi32(0xFFFF & -units_of_zeros(s))) {}
 
   WholeMeta read(const uint8_t* meta) const {
+    const WholeMeta own = read_codes(meta);
+    return {own.scale, _mm512_mullo_epi16(own.zero, minus_units_)};
+  }
+
+  // The same but for the factor of zeros, -units_of_zeros.
+  WholeMeta read_codes(const uint8_t* meta) const {
     const __m512i bytes = bytes_at(meta), scale = _mm512_and_si512(bytes, mask_);
-    __m512i zero = minus_zero_;
+    __m512i zero = zero_;
     if (zero_kind_ == ql::ZERO_NIBBLE) {
-      zero = _mm512_mullo_epi16(_mm512_srl_epi32(bytes, shift_), minus_units_);
+      zero = _mm512_srlv_epi32(bytes, shift_);
     } else if (zero_kind_ == ql::ZERO_BYTE) {
-      zero = _mm512_mullo_epi16(bytes_at(meta + 16), minus_units_);
+      zero = bytes_at(meta + 16);
     }
     return {scale, _mm512_mullo_epi16(zero, scale)};
   }
 
+  static int32_t units_of_zeros(const ql::TileSegment& s) {
+    return s.zero_kind == ql::ZERO_NONE ? 1 : s.zero_units;
+  }
+
  private:
   int32_t zero_kind_;
-  __m512i mask_;
-  __m128i shift_;
-  __m512i minus_units_, minus_zero_;
+  __m512i mask_, shift_, zero_, minus_units_;
 };
 
 // Whether the products of codes and scale codes fit bytes: then they are multiplied with activations

@@ -117,18 +117,23 @@ inline void multiply_rows(const float* dense, int64_t m, float norm, const float
 // The token x [K] as its form's rotation and order leave it: in x itself or in `work`.
 inline const float* arranged(const ql::TiledWeight& w, const ql::TileForm& form, const float* x,
                              float* work) {
-  const int64_t columns = w.columns;
+  const int64_t columns = w.columns, rotated = columns - form.still;
   float* next = work + (columns + kLanes - 1) / kLanes * kLanes;
+  const float* const still = x + rotated;
   if (form.dense_order && form.power == 1) {
-    multiply_rows(form.dense, form.dense_order, form.norm, x, columns, work);
+    multiply_rows(form.dense, form.dense_order, form.norm, x, rotated, work);
     x = work;
   } else if (form.dense_order) {
-    multiply_sylvester(x, columns, form.power, form.norm, work);
+    multiply_sylvester(x, rotated, form.power, form.norm, work);
     x = work;
     if (form.dense_order > 1) {
-      multiply_dense(form.dense, form.dense_order, form.power, x, columns, next);
+      multiply_dense(form.dense, form.dense_order, form.power, x, rotated, next);
       x = next;
     }
+  }
+  if (form.dense_order && form.still) {
+    memcpy((x == work ? work : next) + rotated, still,
+           static_cast<size_t>(form.still) * sizeof(float));
   }
   if (!form.order) return x;
   float* out = x == next ? work : next;

@@ -153,7 +153,7 @@ void check_weights(int32_t threads) {
     check_shape(33, {{"w2g16z", 100}, {"w4g128z6", 31}, {"w5g32z", 45}}, tokens, threads);
     check_shape(20, {{"w3g128s5", 1}, {"fp8", 57}, {"nvfp4", 99}}, tokens, threads);
   }
-  check_shape(40, {{"w4g64zs4", 1088}, {"w8", 96}}, 9, threads);
+  check_shape(40, {{"w2g64z4s4", 1088}, {"w8", 96}}, 9, threads);
   // Enough work for more than one thread.
   check_shape(700, {{"w4g64", 1600}, {"w8", 100}}, 1, threads);
   check_shape(300, {{"w6g256zs7", 600}}, 40, threads);
