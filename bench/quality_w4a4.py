@@ -5,8 +5,9 @@
     python -P -m quantlib.bench.quality_w4a4 --plug quantlib=my.module:function
 
 Models: SmolLM2-135M-Instruct (permuted; `bench.assets`), the same with aligned and with rotated
-outliers (`bench.outliers`), Whisper tiny.en (`bench.speech`). Methods: `bench.w4a4.methods`, and
-what `--plug` brings: a function (subject, seed) -> `Quantized`, of any module that can be imported.
+outliers (`bench.outliers`), Whisper tiny.en (`bench.speech`). Methods: `bench.w4a4.methods`,
+quantlib's own pipeline (`bench.w4a4.ours`), and what `--plug` brings: a function (subject, seed) ->
+`Quantized`, of any module that can be imported.
 
 Calibration is the same for all: 24 windows of 512 tokens of the calibration text, or 24 clips of
 spoken prompts. Language models are measured on 12 held-out windows (KL from full precision and
@@ -36,6 +37,7 @@ from typing import Any
 import torch
 
 from quantlib.bench import assets, outliers, record, speech
+from quantlib.bench.w4a4 import ours
 from quantlib.bench.w4a4.methods import ABLATIONS, METHODS, Method, Quantized, quantize
 from quantlib.bench.w4a4.subjects import Language, Speech, Subject
 from quantlib.calibration.data import load_windows
@@ -54,6 +56,9 @@ HESSIANS = ("shared", "prefix")
 
 Run = Callable[[Subject, int], Quantized]
 Row = dict[str, Any]
+
+OURS: dict[str, Run] = {"quantlib": ours.quantlib, "quantlib_strict": ours.quantlib_strict}
+"""`bench.w4a4.ours`; of language models."""
 
 
 def open_subject(model: str, windows: int, held_out: int) -> Subject:
@@ -210,6 +215,7 @@ def runs(
     known: dict[str, Method] = dict(METHODS)
     if model in ABLATED or names:
         known |= ABLATIONS
+    plugs = plugs if model == WHISPER else OURS | plugs
     for name in names or [*known, *plugs]:
         if name in plugs:
             yield from ((name, seed, plugs[name]) for seed in range(seeds))
@@ -257,9 +263,9 @@ def main() -> None:
     """Measure what is asked for and not there yet."""
     options = arguments()
     plugs = dict(options.plug)
-    unknown = set(options.method) - set(METHODS) - set(ABLATIONS) - set(plugs)
+    unknown = set(options.method) - set(METHODS) - set(ABLATIONS) - set(OURS) - set(plugs)
     if unknown:
-        known = ", ".join([*METHODS, *ABLATIONS, *plugs])
+        known = ", ".join([*METHODS, *ABLATIONS, *OURS, *plugs])
         raise SystemExit(f"there is no method {', '.join(sorted(unknown))}: use {known}")
     settings = {
         "seqlen": SEQLEN,

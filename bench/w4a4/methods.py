@@ -93,6 +93,11 @@ def _uniform(subject: Subject, activation: Callable[[int], Grid]) -> dict[str, S
     }
 
 
+def resq_slices(subject: Subject) -> tuple[dict[str, SitePlan], dict[str, HeadPlan]]:
+    """What ResQ rounds how, by site and by attention module, in whatever basis."""
+    return _sliced(subject), _sliced_heads(subject, {})
+
+
 def _sliced(subject: Subject) -> dict[str, SitePlan]:
     """ResQ's: 1/8 of the residual stream, 1/8 of every head in front of an output projection, with
     scales per head, and no slice in down projections."""

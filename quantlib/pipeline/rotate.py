@@ -19,7 +19,7 @@ from quantlib.checkpoint.provenance import digest
 from quantlib.checkpoint.tensorfile import read_tensors, tensor_content
 from quantlib.errors import TransformError
 from quantlib.formats.scheme import Scheme
-from quantlib.kernels.kv_format import KvFormat
+from quantlib.kernels.kv_format import KvFormat, SideFormat
 from quantlib.pipeline.bytecount import surrounding_bytes
 from quantlib.pipeline.calibrate import calibrate, group_statistics, statistics_key
 from quantlib.pipeline.run import Run
@@ -39,7 +39,7 @@ from quantlib.transforms.moments import Moments, merge, stream_moments
 from quantlib.transforms.rotation import Rotation
 
 KIND = "rotation"
-ROTATION_VERSION = 2
+ROTATION_VERSION = 3
 """Raise when bases come out differently: models are then rotated, and measured, again."""
 _WEIGHTED = 0.5
 """Of token-weighted moments, where there are gradients: those alone follow the calibration text's
@@ -122,13 +122,14 @@ def _find(run: Run) -> Rotation:
         bases = weighted_bases(source, share, kv.value.wide or None, kv.key.wide or None)
         # what is wide with every scheme that has wide columns
         orders = hidden_orders(source, shares[0]) if shares else {}
+    head_dim = wiring.attentions[0].head_dim
     rotation = rotation_of(
         bases,
         wiring,
         run.recipe.seed,
         shares,
-        value_cuts=[*head_cuts(wiring.attentions[0].head_dim, shares), kv.value.wide],
-        key_cuts=[kv.key.wide],
+        value_cuts=[*head_cuts(head_dim, shares), *_starts(kv.value, head_dim)],
+        key_cuts=_starts(kv.key, head_dim),
         mixer="random" if run.recipe.rotation == "pca" else "hadamard",
         hidden_order=orders,
         hidden_high={
@@ -139,6 +140,12 @@ def _find(run: Run) -> Rotation:
     if run.recipe.rotation == "gradients":
         _forget_statistics(folded)
     return rotation
+
+
+def _starts(side: SideFormat, head_dim: int) -> list[int]:
+    """Where the groups of a cached head begin: each has a scale of its own, and columns that differ
+    in size should not be mixed into one another's."""
+    return [group.start for group in side.groups(head_dim)]
 
 
 def _weighed(folded: Run, moments: Moments) -> Source:

@@ -1,0 +1,153 @@
+"""quantlib itself beside the baselines: the pipeline of `quantlib compress --scheme resq --refine`,
+on the same calibration windows, under ResQ's own true bits.
+
+The solver may spend as many bits of weights and of activations as ResQ's slices and scales take in
+the same model, and not one more; the KV cache's format is the best one of no more bits. Embeddings
+and head, which the baselines keep, have 8 bits here: they belong to the checkpoint.
+
+The result is the dense model in memory that rounds what the packed checkpoint would, as
+`pipeline.dense` measures plans.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from quantlib.bench import assets
+from quantlib.bench.packages import default_cache
+from quantlib.bench.w4a4.bits import Bits, count
+from quantlib.bench.w4a4.methods import Quantized, resq_slices
+from quantlib.bench.w4a4.subjects import Language, Subject
+from quantlib.formats.scheme import Scheme
+from quantlib.formats.size import payload_bytes
+from quantlib.kernels.kv_format import KvFormat, SideFormat
+from quantlib.models.rows import Weight
+from quantlib.pipeline.calibrate import calibrate
+from quantlib.pipeline.dense import DenseTrial
+from quantlib.pipeline.measure import measure
+from quantlib.pipeline.opening import open_run
+from quantlib.pipeline.plan import Budget, allocation_problem
+from quantlib.pipeline.reround import reround
+from quantlib.pipeline.rotate import rotated
+from quantlib.pipeline.run import Run
+from quantlib.recipe import Recipe, method_fields
+from quantlib.search.activations import ACTIVATION_BITS, mean_bits
+from quantlib.search.solve import solve
+
+KV = "int4g32"
+"""5 bits with its scales, where ResQ's 1/8 at 8 bits takes 5.2 in heads of 64."""
+STRICT = 4.0
+"""Bits of the strict point, with scales, of weights and of activations."""
+STRICT_KV = "int4"
+OUTSIDE = "w8g64zs6"
+"""Embeddings and head."""
+
+
+def quantlib(subject: Subject, seed: int) -> Quantized:
+    """At no more bits than ResQ, scales and zero points counted."""
+    allowed = resq_bits(subject)
+    return compressed(subject, seed, allowed.weights, allowed.activations, KV)
+
+
+def quantlib_strict(subject: Subject, seed: int) -> Quantized:
+    """At 4.0 bits of weights and of activations, their scales and zero points counted."""
+    return compressed(subject, seed, STRICT, STRICT, STRICT_KV)
+
+
+def resq_bits(subject: Subject) -> Bits:
+    """What faithful ResQ takes in this model."""
+    plans, heads = resq_slices(subject)
+    return count(subject.original, subject.sites, plans, heads)
+
+
+def compressed(
+    subject: Subject, seed: int, weights: float, activations: float, kv: str
+) -> Quantized:
+    """A model of a folder by the whole pipeline, within mean true bits of its linears and their
+    inputs."""
+    if not isinstance(subject, Language) or subject.folder is None:
+        raise ValueError(f"{subject.name} is no language model in a folder")
+    fields = method_fields("resq", activations) | {"kv": kv, "seed": seed}
+    recipe = Recipe.create(
+        data=str(assets.wikipedia_text("calibration")),
+        windows=len(subject.calibration),
+        seqlen=subject.calibration.shape[1],
+        probes=0,
+        probe_windows=1,
+        **fields,
+    )
+    work = default_cache() / "bench" / f"w4a4-{subject.name}-{seed}-{kv}"
+    started = time.monotonic()
+    with open_run(subject.folder, work, recipe) as run:
+        # The first window is the probes', of which there are none.
+        run.all_windows = torch.cat([subject.calibration[:1], subject.calibration])
+        run = rotated(run)
+        schemes = allocate(run, weights, activations)
+        keys = reround(run, schemes)
+        trial = DenseTrial(run)
+        trial.load(schemes, keys)
+        notes = {
+            "minutes": round((time.monotonic() - started) / 60, 1),
+            "seconds": {name: round(spent) for name, spent in run.seconds.items()},
+            "kv": kv,
+        }
+        found = bits_of(run, schemes, KvFormat.parse(kv))
+    shutil.rmtree(work)
+    return Quantized(trial.model, found, notes)
+
+
+def allocate(run: Run, weights: float, activations: float) -> dict[str, str]:
+    """Weight -> scheme of least predicted loss within mean true bits of the blocks' linears and of
+    their inputs."""
+    calibrate(run)
+    table = measure(run)
+    outside = [weight.name for weight in run.model_map.weights_in(None)]
+    pins = tuple(f"{name}={OUTSIDE}" for name in outside)
+    problem = allocation_problem(run.model_map, table, Budget(pins=pins))
+    own = problem.fixed_bytes + sum(table.rows[name][OUTSIDE].bytes for name in outside)
+    allowed = int(sum(w.parameters for w in _linears(run)) * weights / 8)
+    solution = solve(problem, own + allowed, {ACTIVATION_BITS: activations})
+    return dict(problem.schemes(solution.picks))
+
+
+def bits_of(run: Run, schemes: Mapping[str, str], kv: KvFormat) -> Bits:
+    """The bits of a plan, counted as `bits.count` counts the baselines'."""
+    total = stored = codes = acts = act_codes = 0.0
+    for weight in _linears(run):
+        scheme, width = Scheme.parse(schemes[weight.name]), weight.in_features
+        rows = weight.parameters // width
+        segments = scheme.segments(width)
+        total += weight.parameters
+        stored += 8 * payload_bytes((rows, width), segments)
+        codes += rows * sum(part.length * part.format.bits for part in segments)
+        acts += weight.parameters * mean_bits(scheme, width)
+        act_codes += rows * sum(
+            part.length * part.format.bits for part in scheme.activations(width)
+        )
+    head_dim = int(run.source.config.get("head_dim") or _head_dim(run.source.config))
+    sides = (kv.key, kv.value)
+    return Bits(
+        stored / total,
+        codes / total,
+        acts / total,
+        act_codes / total,
+        8 * kv.bytes_per_position(head_dim) / (2 * head_dim),
+        sum(_code_bits(side, head_dim) for side in sides) / (2 * head_dim),
+    )
+
+
+def _code_bits(side: SideFormat, head_dim: int) -> int:
+    return sum(group.columns * group.bits for group in side.groups(head_dim))
+
+
+def _head_dim(config: Mapping[str, Any]) -> int:
+    return int(config["hidden_size"]) // int(config["num_attention_heads"])
+
+
+def _linears(run: Run) -> list[Weight]:
+    return [weight for weight in run.model_map.weights if weight.block is not None]
