@@ -57,7 +57,11 @@ HESSIANS = ("shared", "prefix")
 Run = Callable[[Subject, int], Quantized]
 Row = dict[str, Any]
 
-OURS: dict[str, Run] = {"quantlib": ours.quantlib, "quantlib_strict": ours.quantlib_strict}
+OURS: dict[str, Run] = {
+    "quantlib": ours.quantlib,
+    "quantlib_strict": ours.quantlib_strict,
+    "quantlib_floats": ours.quantlib_floats,
+}
 """`bench.w4a4.ours`; of language models."""
 
 

@@ -42,8 +42,18 @@ FUSED_SCHEMES = ("w4g32", "w4g64", "w4g128", "w8g32", "w8g128", "w8")
 """Candidates that engines with fused linears (vLLM's Marlin path) run: symmetric 4 and 8 bits,
 float16 scales."""
 
-METHODS = ("resq",)
-"""What --scheme knows: candidates, a rotation and a KV cache under one name (`method_fields`)."""
+# fmt: off
+_FLOAT_LINEARS = (
+    "mxfp4amxfp4", "mxfp4amxfp4hmxfp6/8", "mxfp4amxfp4hmxfp8/32", "mxfp4amxfp4hmxfp8/16",
+    "mxfp4amxfp4hmxfp8/8", "mxfp4amxfp4hmxfp8/4", "nvfp4anvfp4", "nvfp4anvfp4hfp8/32",
+    "nvfp4anvfp4hfp8/16", "nvfp4anvfp4hfp8/8", "mxfp6amxfp6", "mxfp8amxfp8",
+)
+# fmt: on
+"""The same in floating point: groups of 32 or 16 share a scale, wide columns have 6 or 8 bits."""
+
+METHODS = ("resq", "resq-fp")
+"""What --scheme knows: candidates, a rotation and a KV cache under one name (`method_fields`), in
+integers or in the floating-point formats of microscaling hardware."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "best": {"windows": 40, "passes": 3, "probes": 8, "probe_windows": 8, "refine": False},
@@ -65,6 +75,12 @@ def method_fields(method: str, activations: float | None = None) -> dict[str, An
     Raises UsageError where no candidate has so few.
     """
     assert method in METHODS
+    if method == "resq-fp":
+        return {
+            "rotation": "gradients",
+            "kv": "int4",
+            "schemes": (*_FLOAT_LINEARS, *_RESQ_EMBEDDINGS),
+        }
     low = 4 if activations is None else int(activations)
     if not 2 <= low <= 8:
         raise UsageError(f"activations can have 2 to 8 bits, not {activations:g}")

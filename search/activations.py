@@ -3,8 +3,8 @@
 Every multiply-add of a linear reads one weight and one activation, so a linear counts by its
 parameters: the mean is over multiply-adds, and a model whose wide columns hold 1/8 of every weight
 has 1/8 of its activations at the wide format's bits. Scales and zero points count, as if they were
-kept: 16 bits for every scale, and a zero point of as many bits as the codes. Otherwise smaller
-groups would look free.
+kept: 16 bits for every scale (microscaling formats have 8), and a zero point of as many bits as the
+codes. Otherwise smaller groups would look free.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ ACTIVATION_BITS = "activation_bits"
 """Name of the cost (`search.problem.Choice.costs`)."""
 SCALE_BITS = 16
 """Of one scale."""
+_SMALL_SCALE_BITS = 8
+"""Of one scale of a microscaling format: e8m0, or e4m3 under one float32 per token."""
+_TOKEN_SCALE_BITS = 32
 
 
 def mean_bits(scheme: Scheme, columns: int) -> float:
@@ -37,6 +40,10 @@ def _scale_bits(part: ActivationSegment) -> int:
     if not format.rounds:
         return 0
     groups = -(-part.length // format.group) if format.group else 1
+    if format.element.startswith("mx"):
+        return groups * _SMALL_SCALE_BITS
+    if format.element == "nvfp4":
+        return groups * _SMALL_SCALE_BITS + _TOKEN_SCALE_BITS
     return groups * (SCALE_BITS + (0 if format.symmetric else format.bits))
 
 

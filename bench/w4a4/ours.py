@@ -59,6 +59,12 @@ def quantlib_strict(subject: Subject, seed: int) -> Quantized:
     return compressed(subject, seed, STRICT, STRICT, STRICT_KV)
 
 
+def quantlib_floats(subject: Subject, seed: int) -> Quantized:
+    """As `quantlib`, in MXFP4 and NVFP4 with MXFP6, MXFP8 and FP8 columns."""
+    allowed = resq_bits(subject)
+    return compressed(subject, seed, allowed.weights, allowed.activations, KV, "resq-fp")
+
+
 def resq_bits(subject: Subject) -> Bits:
     """What faithful ResQ takes in this model."""
     plans, heads = resq_slices(subject)
@@ -66,13 +72,13 @@ def resq_bits(subject: Subject) -> Bits:
 
 
 def compressed(
-    subject: Subject, seed: int, weights: float, activations: float, kv: str
+    subject: Subject, seed: int, weights: float, activations: float, kv: str, method: str = "resq"
 ) -> Quantized:
     """A model of a folder by the whole pipeline, within mean true bits of its linears and their
     inputs."""
     if not isinstance(subject, Language) or subject.folder is None:
         raise ValueError(f"{subject.name} is no language model in a folder")
-    fields = method_fields("resq", activations) | {"kv": kv, "seed": seed}
+    fields = method_fields(method, activations) | {"kv": kv, "seed": seed}
     recipe = Recipe.create(
         data=str(assets.wikipedia_text("calibration")),
         windows=len(subject.calibration),

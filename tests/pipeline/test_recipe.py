@@ -9,6 +9,7 @@ import pytest
 from quantlib.errors import UsageError
 from quantlib.formats.scheme import Scheme
 from quantlib.recipe import FUSED_SCHEMES, NATIVE_SCHEMES, PRESETS, Recipe, method_fields
+from quantlib.search.activations import mean_bits
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -107,6 +108,13 @@ def test_the_candidates_of_resq_are_schemes_with_the_bits_that_were_asked_for(
     assert found == {low, 8}
     assert recipe.rotation == "gradients"
     assert all(Scheme.parse(s).high is None for s in recipe.candidates("embedding"))
+
+
+def test_the_floating_point_method_has_candidates_below_its_budgets() -> None:
+    recipe = Recipe.create(data="text", **method_fields("resq-fp"))
+    linears = [Scheme.parse(name) for name in recipe.candidates("linear")]
+    assert all(s.activation.element != "int" and s.weight is not None for s in linears)
+    assert min(mean_bits(s, 1536) for s in linears) == pytest.approx(4.25)
 
 
 def test_resq_with_bits_that_there_are_not_says_which_there_are() -> None:
