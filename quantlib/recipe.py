@@ -7,6 +7,7 @@ within a quarter of an hour on two cores for a 135M model, `fast` for three minu
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,12 +30,19 @@ points of 4..8 bits. All lie on the front of weighted error against bits per wei
 (bench/results/rounding.json). Symmetric formats do not; groups of 128 do, as smaller steps between
 these widths; they are left out only to round less."""
 _RESQ_LINEARS = (
-    ("w3g64z4s4", ("", "g128"), ("h8/16", "h8/8")),
-    ("w4g64z5s5", ("", "g128", "g64"), ("", "h8/32", "h8/16", "h8/8", "h8x3/16", "h8/4", "h8/2")),
-    ("w5g64zs5", ("g128", "g64"), ("h8/16",)),
+    ("w3g64z4s4", "h8/32", (("g64", 0), ("g128", 0), ("g64", -1))),
+    ("w3g64z4s4", "h8/16", (("g64", 0),)),
+    ("w4g64z5s5", "", (("g64", 0),)),
+    ("w4g64z5s5", "h8/32", (("g64", 0), ("g128", 0), ("g64", 1), ("g64", -1))),
+    ("w4g64z5s5", "h8/16", (("g64", 0), ("g128", 0))),
+    *(("w4g64z5s5", high, (("g64", 0),)) for high in ("h8/8", "h8x3/16", "h8/4", "h8/2")),
+    ("w4g32zs4", "h8/32", (("g64", 0),)),
+    ("w5g64zs5", "h8/32", (("g64", 0), ("g64", 1))),
+    ("w5g64zs5", "h8/16", (("g64", 0),)),
+    ("w6g64zs6", "h8/32", (("g64", 0), ("g64", 1))),
 )
-"""Weights whose inputs are rounded to few bits: their formats, groups of inputs that share a scale,
-and shares of columns at 8 bits."""
+"""Weights whose inputs are rounded to few bits: their formats; shares of columns at 8 bits; how the
+other inputs are rounded, in groups that share a scale, and in how many bits more than asked for."""
 _RESQ_WIDE = ("w4g64z5s5", "w5g64zs5", "w8g64zs6")
 """Weights whose inputs all have 8 bits."""
 _RESQ_EMBEDDINGS = ("w3g32z4s4", "w4g32zs4", "w5g32zs5", "w6g64zs6", "w8g64zs6")
@@ -72,9 +80,13 @@ def method_fields(method: str, activations: float | None = None) -> dict[str, An
     """The fields of a recipe that a method of METHODS stands for.
 
     activations: mean bits that are asked for; low columns get the whole bits in it (4 by default).
-    Raises UsageError where no candidate has so few.
+    Raises UsageError for another method, and where no candidate has so few bits.
     """
-    assert method in METHODS
+    if method not in METHODS:
+        raise UsageError(
+            f"unknown --scheme {method!r}: use {', '.join(METHODS)}; to name candidates one by "
+            "one, use --schemes"
+        )
     if method == "resq-fp":
         return {
             "rotation": "gradients",
@@ -84,12 +96,11 @@ def method_fields(method: str, activations: float | None = None) -> dict[str, An
     low = 4 if activations is None else int(activations)
     if not 2 <= low <= 8:
         raise UsageError(f"activations can have 2 to 8 bits, not {activations:g}")
-    zero = "" if low == 8 else "z"
     linears = [
-        f"{weight}a{low}{zero}{group}{high}"
-        for weight, groups, shares in _RESQ_LINEARS
-        for group in groups
-        for high in shares
+        f"{weight}a{bits}{'' if bits == 8 else 'z'}{group}{high}"
+        for weight, high, inputs in _RESQ_LINEARS
+        for group, more in inputs
+        if 2 <= (bits := low + more) <= 8
     ]
     linears += [f"{weight}a8g128" for weight in _RESQ_WIDE]
     return {
@@ -127,7 +138,9 @@ class Recipe(BaseModel):
     rotation:      the basis the model is changed to before anything is measured: "none"; "pca",
                    ResQ's; "weights" or "gradients", which also weigh what an error costs
                    (`transforms.bases`).
-    kv:            the format of the KV cache the checkpoint is made for (`kernels.kv_format`).
+    kv:            the format of the KV cache the checkpoint is made for (`kernels.kv_format`), or
+                   mean bits, scales counted: every layer's keys and values then get formats of
+                   their own (`pipeline.caches`).
     latency:       latency budgets on this machine, as --latency takes them (`search.latency`).
     """
 
@@ -175,6 +188,11 @@ class Recipe(BaseModel):
     @field_validator("kv")
     @classmethod
     def _known_kv(cls, kv: str) -> str:
+        bits = _number(kv)
+        if bits is not None:
+            if not 2 <= bits <= 16:
+                raise ValueError(f"a KV cache has 2 to 16 bits, not {kv}")
+            return f"{bits:g}"
         try:
             return str(KvFormat.parse(kv))
         except FormatError as error:
@@ -207,6 +225,11 @@ class Recipe(BaseModel):
     def rounds_activations(self) -> bool:
         """Whether some candidate rounds the inputs of linears."""
         return any(Scheme.parse(name).activation.rounds for name in self.schemes)
+
+    @property
+    def kv_bits(self) -> float | None:
+        """Mean bits of the KV cache, where no format is named."""
+        return _number(self.kv)
 
     @model_validator(mode="after")
     def _enough_to_measure(self) -> Recipe:
@@ -256,6 +279,11 @@ def read_fields(path: str | Path) -> dict[str, Any]:
             f"the recipe {path} must be a YAML mapping of fields, such as 'data: text.txt'"
         )
     return data
+
+
+def _number(text: str) -> float | None:
+    """The number that a text is, None when it is none."""
+    return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else None
 
 
 def _sentence(error: dict[str, Any]) -> str:

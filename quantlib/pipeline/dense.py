@@ -93,7 +93,9 @@ class Trials:
 
     def _key(self, schemes: Mapping[str, str], keys: Mapping[str, str] | None) -> str:
         entries = plan_keys(self.run, schemes, keys)
-        return self.run.work.key(KIND, entries=entries, windows=self._windows)
+        return self.run.work.key(
+            KIND, entries=entries, windows=self._windows, kv=self.run.recipe.kv
+        )
 
 
 def measured_kl(result: LanguageResult) -> Estimate:

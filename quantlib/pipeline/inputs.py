@@ -21,6 +21,7 @@ from quantlib.formats.activation import ActivationSegment, fake_quantize, with_c
 from quantlib.formats.scheme import Scheme
 from quantlib.kernels.kv_format import KvFormat
 from quantlib.models import skeleton
+from quantlib.pipeline.caches import allocated_caches
 from quantlib.pipeline.run import Run
 from quantlib.transforms.attention import ATTRIBUTE, AttentionState, attach_attention
 from quantlib.transforms.binding import wire
@@ -92,6 +93,8 @@ def cache_settings(run: Run, model: nn.Module | None = None) -> dict[str, CacheS
 
     model: the source's module, if it is there already.
     """
+    if run.recipe.kv_bits is not None:
+        return {name: CacheSettings(kv) for name, kv in allocated_caches(run).items()}
     kv = KvFormat.parse(run.recipe.kv)
     if str(kv) == "f32":
         return {}

@@ -46,9 +46,8 @@ REROUND_VERSION = 2
 def reround_inputs(run: Run, schemes: Mapping[str, str]) -> str:
     """What re-rounded entries of this plan depend on: the `inputs_hash` of their bank keys."""
     recipe = run.recipe
-    return digest(
-        [run.rounding_hash, dict(schemes), recipe.strength, recipe.learning, REROUND_VERSION]
-    )
+    how = [recipe.kv, recipe.strength, recipe.learning, REROUND_VERSION]
+    return digest([run.rounding_hash, dict(schemes), how])
 
 
 def reround(run: Run, schemes: Mapping[str, str]) -> dict[str, str]:

@@ -46,6 +46,9 @@ _WEIGHTED = 0.5
 few heaviest tokens and cost accuracy on other text."""
 
 
+_FINEST = SideFormat.parse("int4g16h16")
+
+
 def rotated(run: Run) -> Run:
     """The run on the source in the basis that the recipe asks for; itself, when it asks for none.
 
@@ -99,7 +102,8 @@ def wide_shares(recipe: Recipe) -> list[Fraction]:
 
 def _key(run: Run) -> str:
     recipe = run.recipe
-    wanted = [recipe.rotation, recipe.kv, [str(share) for share in wide_shares(recipe)]]
+    kv = recipe.kv if recipe.kv_bits is None else "allocated"
+    wanted = [recipe.rotation, kv, [str(share) for share in wide_shares(recipe)]]
     inputs = digest([run.statistics_hash, wanted, ROTATION_VERSION])
     return run.work.key(KIND, inputs=inputs)
 
@@ -113,13 +117,14 @@ def _find(run: Run) -> Rotation:
         raise TransformError(obstacle)
     if run.recipe.rotation == "gradients":
         calibrate(folded)
-    moments, kv = _moments(folded), KvFormat.parse(run.recipe.kv)
+    moments = _moments(folded)
+    key, value = _sides(run.recipe)
     if run.recipe.rotation == "pca":
         bases, orders = resq_bases(moments, wiring), {}
     else:
         source = _weighed(folded, moments)
         share = max(shares, default=HIGH_SHARE)
-        bases = weighted_bases(source, share, kv.value.wide or None, kv.key.wide or None)
+        bases = weighted_bases(source, share, value.wide or None, key.wide or None)
         # what is wide with every scheme that has wide columns
         orders = hidden_orders(source, shares[0]) if shares else {}
     head_dim = wiring.attentions[0].head_dim
@@ -128,8 +133,8 @@ def _find(run: Run) -> Rotation:
         wiring,
         run.recipe.seed,
         shares,
-        value_cuts=[*head_cuts(head_dim, shares), *_starts(kv.value, head_dim)],
-        key_cuts=_starts(kv.key, head_dim),
+        value_cuts=[*head_cuts(head_dim, shares), *_starts(value, head_dim)],
+        key_cuts=_starts(key, head_dim),
         mixer="random" if run.recipe.rotation == "pca" else "hadamard",
         hidden_order=orders,
         hidden_high={
@@ -140,6 +145,15 @@ def _find(run: Run) -> Rotation:
     if run.recipe.rotation == "gradients":
         _forget_statistics(folded)
     return rotation
+
+
+def _sides(recipe: Recipe) -> tuple[SideFormat, SideFormat]:
+    """The formats that bases of keys and values are made for; where each layer gets its own, one
+    with the finest groups that there are."""
+    if recipe.kv_bits is not None:
+        return _FINEST, _FINEST
+    kv = KvFormat.parse(recipe.kv)
+    return kv.key, kv.value
 
 
 def _starts(side: SideFormat, head_dim: int) -> list[int]:
