@@ -17,7 +17,9 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from quantlib.bench import assets
+from quantlib.checkpoint.disk import atomic_write_json
 from quantlib.evaluation.compare import compare
+from quantlib.pipeline.reporting import report_of
 
 PROMPT = "What is the capital of France?"
 WINDOWS = 12
@@ -76,6 +78,10 @@ def main() -> None:
         f"{WINDOWS} windows of {found.seqlen} tokens, second half scored; ± is one standard error"
     )
 
+    measured = options.folder / "evaluation.json"
+    atomic_write_json(measured, found.to_json())
+    report = report_of(result.work, evaluation=measured)
+
     console.rule("4. It still talks")
     from quantlib.runtime.load import load
 
@@ -83,8 +89,7 @@ def main() -> None:
     console.print(f"[bold]{PROMPT}[/bold]\n{quantized.generate(PROMPT, max_new_tokens=40)}")
     console.rule()
     console.print(
-        f"report      {result.report}\ncheckpoint  {out}\n"
-        f"time        {time.monotonic() - started:.0f} s"
+        f"report      {report}\ncheckpoint  {out}\ntime        {time.monotonic() - started:.0f} s"
     )
 
 

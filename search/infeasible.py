@@ -61,18 +61,20 @@ def least_cost(problem: Problem, name: str) -> float:
 
 
 def made_of(problem: Problem, name: str) -> str:
-    """What the least possible sum of a cost consists of, in words: `0.81 ms are fixed ...; ...`.
+    """What the least possible sum of a cost consists of, in words: `0.81 ms no scheme changes ...`.
 
-    Items in blocks count together, others one by one; the smallest of these are summed.
+    Items in blocks count together, others one by one; the smallest of these are summed, and what
+    costs nothing is left out.
     """
     parts: dict[str, float] = {}
     for item in problem.items:
         part = "the weights in blocks" if item.block else item.name.removesuffix(".weight")
         least = min(choice.costs[name] for choice in item.choices)
         parts[part] = parts.get(part, 0.0) + least
-    ranked = sorted(parts, key=lambda part: -parts[part])
-    words = [f"{_amount(name, problem.fixed_costs.get(name, 0.0))} no scheme changes"]
-    if is_latency(name):
+    ranked = sorted((part for part in parts if parts[part] > 0), key=lambda part: -parts[part])
+    fixed = problem.fixed_costs.get(name, 0.0)
+    words = [f"{_amount(name, fixed)} no scheme changes"] if fixed > 0 else []
+    if is_latency(name) and words:
         words[0] += " (attention, norms, waiting between layers)"
     words += [f"{_amount(name, parts[part])} {part}" for part in ranked[:LARGEST_PARTS]]
     rest = math.fsum(parts[part] for part in ranked[LARGEST_PARTS:])

@@ -218,7 +218,7 @@ def cost_text(cost: str, limit: float) -> str:
     """A limit in words: `11.8 ms for a decoded token ...`, or the plain name of another cost."""
     if is_latency(cost):
         return f"{format_ms(limit)} for {phase_text(cost)}"
-    return f"a limit of {limit:g} on {cost}"
+    return f"a limit of {limit:g} on {cost.replace('_', ' ')}"
 
 
 def format_ms(ms: float) -> str:

@@ -115,6 +115,10 @@ def compress(
     Killed or interrupted anywhere, the same command continues where it stopped. Another budget on
     the same work directory costs seconds.
 
+    With --scheme resq more than weights is rounded: the inputs of linears to a mean of
+    --activations bits, keys and values as --kv says, in a basis of the model in which few columns
+    matter.
+
     Examples:
         quantlib compress path/to/model --size 82.8MB --data text.txt -o OUT
         quantlib compress path/to/model --bits 4.25 --data text.txt -o OUT --fast
@@ -122,6 +126,7 @@ def compress(
         quantlib compress MODEL -o OUT --bits 5 --data text.txt --pin lm_head=w8g64
         quantlib compress MODEL -o OUT --data text.txt --latency 12ms --size 90MB
         quantlib compress MODEL -o OUT --data text.txt --bits 4.4 --scheme resq --activations 4.5
+        quantlib compress MODEL -o OUT --data text.txt --bits 4.4 --rotation gradients --kv 8
         quantlib compress path/to/model --bits 4 --data text.txt -o OUT --dry-run
     """
     fields = recipe_fields(
@@ -200,6 +205,7 @@ def measure(
     Examples:
         quantlib measure path/to/model --data text.txt --work WORK
         quantlib measure path/to/model --data text.txt --work WORK --fast
+        quantlib measure path/to/model --data text.txt --work WORK --scheme resq --activations 4.5
         quantlib search --work WORK --bits 4.25
     """
     from quantlib.pipeline.compress import measured_table, open_run, prepare, recipe_for, rotated

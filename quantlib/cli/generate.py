@@ -28,7 +28,7 @@ Prompts = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="PROMPT",
-        help="What to answer. Several prompts are answered at once, which takes less time.",
+        help="What to answer or to continue. Several prompts at once take less time.",
         show_default=False,
     ),
 ]
@@ -60,12 +60,14 @@ TopP = Annotated[
 DrawSeed = Annotated[
     int, typer.Option(metavar="N", help="Seed of the draws.", rich_help_panel=TEXT)
 ]
-NoChat = Annotated[
-    bool,
+Chat = Annotated[
+    bool | None,
     typer.Option(
-        "--no-chat",
-        help="Continue the prompt as it is: no chat template around it.",
+        "--chat/--no-chat",
+        help="Answer the prompt as a message, in the model's chat template; or continue it as it "
+        "is. Unless said, a message where the model has a template.",
         rich_help_panel=TEXT,
+        show_default=False,
     ),
 ]
 Engine = Annotated[
@@ -112,7 +114,7 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: DrawSeed = 0,
-    no_chat: NoChat = False,
+    chat: Chat = None,
     engine: Engine = "auto",
     mode: Mode = None,
     kv: Kv = None,
@@ -122,11 +124,12 @@ def generate(
 ) -> None:
     """Write text with a packed checkpoint, on quantlib's own kernels.
 
-    The text goes to stdout as it comes (of several prompts, each text when all are done), the speed
-    to stderr.
+    A model with a chat template answers the prompt, any other one continues it. The text goes to
+    stdout as it comes (of several prompts, each text when all are done), the speed to stderr.
 
     Examples:
         quantlib generate OUT "What is the capital of France?"
+        quantlib generate OUT "The capital of France is" --no-chat
         quantlib generate OUT "Once upon a time" --no-chat --temperature 0.8
         quantlib generate OUT "Name a colour." "Name a fruit." --mode exact --kv int8
         quantlib generate OUT --file prompts.txt --max-new-tokens 64 --json
@@ -148,7 +151,7 @@ def generate(
     generation = model.generation(
         asked,
         max_new_tokens,
-        chat=False if no_chat else None,
+        chat=chat,
         temperature=temperature,
         top_p=top_p,
         seed=seed,
@@ -158,7 +161,7 @@ def generate(
         print_json(_described(model, generation))
         return
     _write(asked, generation)
-    _report(model, generation)
+    _report(model, generation, model.chats if chat is None else chat)
 
 
 def _check(**options: tuple[str | None, Sequence[str | None]]) -> None:
@@ -189,17 +192,18 @@ def _write(prompts: Sequence[str], generation: Generation) -> None:
     sys.stdout.flush()
 
 
-def _report(model: QuantizedModel, generation: Generation) -> None:
-    """How fast it was, and what computed it."""
+def _report(model: QuantizedModel, generation: Generation, chat: bool) -> None:
+    """How fast it was, what computed it, and what the prompt was taken for."""
     speed, console = generation.speed, notes()
     if model.plain_reason is not None:
         console.print(f"through transformers: {model.plain_reason}", style="dim")
     if speed is None:
         return
     made_by = _computing(model)
+    template = " with its chat template" if chat else ""
     console.print(
         f"{speed.new_tokens} tokens, {speed.tokens_per_second:.1f} tokens/s; prompt of "
-        f"{speed.prompt_tokens}, {speed.prompt_tokens_per_second:.1f} tokens/s "
+        f"{speed.prompt_tokens}{template}, {speed.prompt_tokens_per_second:.1f} tokens/s "
         f"({made_by['engine']} engine, {made_by['isa']}, {made_by['mode']}, kv {made_by['kv']})",
         style="dim",
     )

@@ -75,7 +75,8 @@ Activations = Annotated[
     float | None,
     typer.Option(
         metavar="BITS",
-        help="The most mean bits of the inputs of linears, where candidates round them: 4, 4.5.",
+        help="The most mean bits of the inputs of linears, scales counted, where candidates round "
+        "them: 4.5 leaves room for 4-bit codes, their scales, and a few columns at 8 bits.",
         rich_help_panel=BUDGET,
     ),
 ]
@@ -83,6 +84,7 @@ Activations = Annotated[
 Engine = Annotated[
     str,
     typer.Option(
+        metavar="quantlib|vllm",
         help="Who will run the checkpoint: quantlib, or vllm, whose fused weights (q/k/v, gate/up) "
         "share a scheme.",
         rich_help_panel=RULES,
@@ -92,8 +94,9 @@ Floor = Annotated[
     list[str] | None,
     typer.Option(
         metavar="WHERE=BITS",
-        help="At least so many bits, such as vision=8 or down_proj=4. WHERE is a component, a "
-        "kind, the end of a name, a glob, or re: and a regular expression. May be repeated.",
+        help="At least so many bits, such as embeddings=8 or down_proj=4. WHERE is a component "
+        "(quantlib inspect lists them), a kind (linear, experts, embedding, head), the end of a "
+        "name, a glob, or re: and a regular expression. May be repeated.",
         rich_help_panel=RULES,
     ),
 ]
@@ -172,7 +175,8 @@ Preset = Annotated[
     str | None,
     typer.Option(
         metavar="best|fast",
-        help="What to spend: best quality (the default), or a few minutes.",
+        help="What to spend: best quality (the default), or a few minutes, without the probes that "
+        "calibrate the predicted KL.",
         rich_help_panel=RECIPE,
     ),
 ]
@@ -193,9 +197,11 @@ Method = Annotated[
     str | None,
     typer.Option(
         "--scheme",
-        metavar="resq",
+        metavar="resq|resq-fp",
         help="Round activations and the KV cache too: resq changes the model's basis, keeps the "
-        "columns that matter at 8 bits, and rounds the others to the bits of --activations.",
+        "columns that matter at 8 bits, and rounds the others to the bits of --activations; "
+        "resq-fp does it in MXFP4 and NVFP4. Sets --schemes, --rotation and --kv, unless they are "
+        "given.",
         rich_help_panel=RECIPE,
     ),
 ]
@@ -205,7 +211,8 @@ Kv = Annotated[
         "--kv",
         metavar="BITS",
         help="KV cache that the checkpoint is made for: 16 (as it is), 8, 4, or a format's name "
-        "such as int4h16.",
+        "such as int4h16 (16 columns of a head at 8 bits) or int4k4 (the first 4 tokens as they "
+        "are).",
         rich_help_panel=RECIPE,
     ),
 ]
@@ -213,8 +220,9 @@ Rotation = Annotated[
     str | None,
     typer.Option(
         metavar="none|pca|weights|gradients",
-        help="Basis the model is changed to before anything is measured; --scheme resq takes "
-        "gradients.",
+        help="Basis the model is changed to before anything is measured: pca puts columns with "
+        "much variance last (ResQ), weights and gradients those whose rounding costs most, by the "
+        "weights that read them or by what the loss says. none unless --scheme says otherwise.",
         rich_help_panel=RECIPE,
     ),
 ]

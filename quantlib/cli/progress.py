@@ -20,14 +20,19 @@ class Bars:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._stage, self._total, self._done = "", 0, 0
-        self._started = self._spoke = 0.0
+        self._started = self._spoke = self._ticked = self._longest = 0.0
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
 
-    def start(self, stage: str, total: int) -> None:
-        """Begin a stage of `total` steps. A stage with nothing left to do is not shown."""
+    def start(self, stage: str, total: int, since: float | None = None) -> None:
+        """Begin a stage of `total` steps. A stage with nothing left to do is not shown.
+
+        since: when it really began, on `time.monotonic`, if that was not now.
+        """
         self._stage, self._total, self._done = stage, total, 0
-        self._started = self._spoke = time.monotonic()
+        self._spoke = time.monotonic()
+        self._started = self._ticked = self._spoke if since is None else since
+        self._longest = 0.0
         if total > 0 and self._console.is_terminal:
             self._bar = _bar(self._console)
             self._task = self._bar.add_task(stage, total=total, message="")
@@ -35,12 +40,15 @@ class Bars:
 
     def tick(self, message: str = "") -> None:
         """One step is done; `message` says which."""
-        self._done += 1
+        now = time.monotonic()
+        self._longest = max(self._longest, now - self._ticked)
+        self._done, self._ticked = self._done + 1, now
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, advance=1, message=escape(message))
-        elif self._done < self._total and time.monotonic() - self._spoke >= LINE_SECONDS:
-            self._spoke = time.monotonic()
-            self.say(f"{self._stage}: {self._done} of {self._total}{self._left()} ({message})")
+        elif self._done < self._total and now - self._spoke >= LINE_SECONDS:
+            self._spoke = now
+            which = f" ({message})" if message else ""
+            self.say(f"{self._stage}: {self._done} of {self._total}{self._left()}{which}")
 
     def finish(self) -> None:
         """End the stage, whether all its steps were done or an error stopped it."""
@@ -56,23 +64,30 @@ class Bars:
         self._console.print(message, markup=False, soft_wrap=True)
 
     def _left(self) -> str:
-        passed = time.monotonic() - self._started
-        return f", about {_duration(passed * (self._total / self._done - 1))} left"
+        """Without the longest step: an embedding among a hundred linears tells nothing of them."""
+        if self._done < 2:
+            return ""
+        passed = self._ticked - self._started - self._longest
+        left = passed / (self._done - 1) * (self._total - self._done)
+        return f", about {_duration(left)} left"
 
 
 def by_stage(bars: Bars) -> Callable[[str, int, int], None]:
-    """`bars` as the callback `(stage, done, total)` that `quantlib.evaluation.compare` calls."""
-    current = ""
+    """`bars` as the callback `(stage, done, total)` that `quantlib.evaluation.compare` calls.
+
+    It hears of a stage when its first step is done, so a stage begins where the one before ended.
+    """
+    current, ended = "", time.monotonic()
 
     def report(stage: str, done: int, total: int) -> None:
-        nonlocal current
+        nonlocal current, ended
         if stage != current:
-            bars.start(stage, total)
+            bars.start(stage, total, ended)
             current = stage
         bars.tick()
         if done >= total:
             bars.finish()
-            current = ""
+            current, ended = "", time.monotonic()
 
     return report
 

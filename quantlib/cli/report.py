@@ -31,20 +31,32 @@ def report(
             rich_help_panel=FILES,
         ),
     ] = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What quantlib eval --json printed: shows what was measured beside what was "
+            "predicted.",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Draw bits per layer, sensitivities, the Pareto front, and predicted against measured loss.
 
-    Needs no model. One self-contained HTML file.
+    Needs no model. One self-contained HTML file: bytes of each part, bits and sensitivity of every
+    layer as pictures, the front with the chosen point, and a table of every weight.
 
     Examples:
         quantlib report --work WORK
         quantlib report --work WORK --plan other_plan.json -o other.html
+        quantlib eval OUT --against MODEL --data held_out.txt --json > eval.json
+        quantlib report --work OUT.work --evaluation eval.json
     """
     from quantlib.pipeline.reporting import report_of
 
-    path = report_of(work, plan, output)
+    path = report_of(work, plan, output, evaluation)
     if json:
         print_json({"report": path})
     else:

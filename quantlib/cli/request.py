@@ -34,7 +34,7 @@ def recipe_fields(
 
     A relative path to the data in a recipe file counts from the file's folder.
     """
-    from quantlib.recipe import kv_name, read_fields
+    from quantlib.recipe import kv_name, method_fields, read_fields
 
     if fast and preset not in (None, "fast"):
         raise UsageError(f"--fast and --preset {preset} contradict each other: give one of them")
@@ -51,7 +51,8 @@ def recipe_fields(
         "refine": refine,
         "latency": tuple(latency) if latency else None,
     }
-    fields |= _method_fields(method, activations)
+    if method is not None:
+        fields |= method_fields(method, activations)
     options |= {"kv": kv_name(kv), "rotation": rotation}
     fields |= {name: value for name, value in options.items() if value is not None}
     if not isinstance(fields.get("data"), str):
@@ -60,20 +61,6 @@ def recipe_fields(
             "hub:name)"
         )
     return fields
-
-
-def _method_fields(method: str | None, activations: float | None) -> dict[str, Any]:
-    """The fields of a recipe that --scheme stands for."""
-    from quantlib.recipe import METHODS, method_fields
-
-    if method is None:
-        return {}
-    if method not in METHODS:
-        raise UsageError(
-            f"unknown --scheme {method!r}: use {', '.join(METHODS)}; to name candidates one by "
-            "one, use --schemes"
-        )
-    return method_fields(method, activations)
 
 
 def _is_relative_path(data: Any, file: Path) -> bool:

@@ -9,6 +9,8 @@ from quantlib.cli.console import answers, facts, table
 from quantlib.cli.words import latency_rows, next_commands, predicted_text
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from quantlib.pipeline.apply import Refinement
     from quantlib.pipeline.compress import Result
 
@@ -67,8 +69,20 @@ def show(result: Result, model: str) -> None:
     out = shlex.quote(str(result.path))
     next_commands(
         f"quantlib eval {out} --against {shlex.quote(model)} --data HELD_OUT_TEXT",
-        f'quantlib generate {out} "The capital of France is"',
+        f"quantlib generate {out} {shlex.quote(_first_prompt(result.path))}",
     )
+
+
+def _first_prompt(checkpoint: Path) -> str:
+    """Something to answer for a model that answers, something to continue for another: half a
+    sentence in a chat template confuses the model before any weight is rounded."""
+    from quantlib.checkpoint.disk import read_json
+
+    settings = checkpoint / "tokenizer_config.json"
+    chats = (checkpoint / "chat_template.jinja").exists() or (
+        settings.exists() and read_json(settings).get("chat_template") is not None
+    )
+    return "What is the capital of France?" if chats else "The capital of France is"
 
 
 def _measured(refinement: Refinement) -> list[tuple[str, str, str]]:

@@ -14,7 +14,7 @@ def predicted_text(plan: Plan) -> str:
     """`0.0613 nats per token, 95 % between 0.0551 and 0.0682`."""
     predicted = plan.predicted
     if "kl" not in predicted:
-        return f"{plan.loss:.3g} (sum of losses: no probes were measured to calibrate it)"
+        return f"{plan.loss:.3g} (sum of losses, often too small: no probes calibrate it)"
     text = f"{predicted['kl']:.3g}"
     if "kl_low" in predicted and "kl_high" in predicted:
         text += f", 95 % between {predicted['kl_low']:.3g} and {predicted['kl_high']:.3g}"

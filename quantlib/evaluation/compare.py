@@ -23,6 +23,7 @@ from quantlib.errors import ModelError
 from quantlib.evaluation.estimate import Estimate
 from quantlib.evaluation.language import LanguageResult, evaluate_language
 from quantlib.evaluation.reference import Reference, reference_logprobs
+from quantlib.search.budget import format_size
 
 Loader = Callable[[Path], tuple[nn.Module, Any]]
 """Folder -> (causal language model, tokenizer or None)."""
@@ -55,7 +56,7 @@ class Comparison:
         """(what, reference, model) as text, for a table; a dash where there is no reference."""
         result = self.result
         rows = [
-            ("weights on disk", _megabytes(self.against_bytes), _megabytes(self.model_bytes)),
+            ("weights on disk", _size(self.against_bytes), _size(self.model_bytes)),
             ("perplexity", _text(result.reference_perplexity), _text(result.perplexity)),
             ("NLL per token (nats)", _text(result.reference_nll), _text(result.nll)),
         ]
@@ -198,8 +199,8 @@ def _stage(progress: StageProgress | None, name: str) -> Callable[[int, int], No
     return None if progress is None else lambda done, total: progress(name, done, total)
 
 
-def _megabytes(count: int | None) -> str:
-    return "-" if count is None else f"{count / 1e6:,.1f} MB"
+def _size(count: int | None) -> str:
+    return "-" if count is None else format_size(count)
 
 
 def _text(estimate: Estimate | None) -> str:

@@ -25,7 +25,7 @@ from quantlib.pipeline.rotate import rotated
 from quantlib.pipeline.run import Progress, Run
 from quantlib.pipeline.status import already_there
 from quantlib.pipeline.swap import swap
-from quantlib.recipe import FUSED_SCHEMES, Recipe
+from quantlib.recipe import FUSED_SCHEMES, Recipe, method_fields
 from quantlib.search.activations import rounds_inputs
 from quantlib.search.latency import LatencyBudget, format_ms, phase_text
 from quantlib.search.plan import Plan
@@ -106,6 +106,7 @@ def compress(
     size: str | None = None,
     bits: float | None = None,
     work: str | Path | None = None,
+    scheme: str | None = None,
     activations: float | None = None,
     engine: str = "quantlib",
     floors: tuple[str, ...] = (),
@@ -124,11 +125,14 @@ def compress(
     data: calibration text (a file, JSONL, a folder, or `hub:name`). size or bits: the budget; or
     latency=["12ms", "prefill=0.5s@512"], alone or with one of them, for `threads` threads of this
     machine (torch's number by default) and activations in `mode` ("exact", "int8"; by default as
-    the schemes say). activations: the most mean bits of the inputs of linears, where the candidates
-    round them (`search.activations`). work: the work directory (`OUT.work` by default), where a
-    killed run continues and where another budget costs seconds. recipe: fields of
+    the schemes say). scheme: a method that rounds activations and the KV cache too, "resq" or
+    "resq-fp" (`recipe.method_fields`). activations: the most mean bits of the inputs of linears,
+    where the candidates round them (`search.activations`). work: the work directory (`OUT.work` by
+    default), where a killed run continues and where another budget costs seconds. recipe: fields of
     `quantlib.recipe.Recipe`, such as preset="fast" or seed=1.
     """
+    if scheme is not None:
+        recipe = method_fields(scheme, activations) | recipe
     budget = Budget(size, bits, engine, tuple(floors), tuple(ceilings), tuple(pins))
     settings = recipe_for(budget, data=str(data), **recipe)
     latency = LatencyBudget(settings.latency, threads, mode)

@@ -9,7 +9,10 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from quantlib.checkpoint.disk import read_json
 from quantlib.checkpoint.provenance import versions
+from quantlib.errors import DataError, UsageError
+from quantlib.evaluation.language import LanguageResult
 from quantlib.pipeline import workfiles
 from quantlib.pipeline.plan import Budget, allocation_problem
 from quantlib.pipeline.workfiles import KnownModel, Outcome
@@ -44,11 +47,17 @@ def write_run_report(
     return write_report(report_data(model, recipe, table, problem, plan, outcome, costs), path)
 
 
-def report_of(work: Path, plan: Path | None = None, path: Path | None = None) -> Path:
+def report_of(
+    work: Path,
+    plan: Path | None = None,
+    path: Path | None = None,
+    evaluation: Path | None = None,
+) -> Path:
     """Draw the report of a work directory, of its own plan unless another is given.
 
+    evaluation: what `quantlib eval --json` printed of the checkpoint made from that plan.
     Raises SearchError for a plan of another model, and a QuantlibError for missing or damaged
-    files.
+    files, and for an evaluation of something else.
     """
     model = workfiles.load_model(work)
     table = workfiles.load_table(work, model.model_map)
@@ -57,9 +66,24 @@ def report_of(work: Path, plan: Path | None = None, path: Path | None = None) ->
     costs = workfiles.load_costs(work, chosen)
     problem = allocation_problem(model.model_map, table, Budget.rules_of(chosen), costs)
     outcome = workfiles.load_outcome(work, chosen)
+    if evaluation is not None:
+        outcome = _evaluated(outcome, evaluation)
     place = path or work / REPORT_FILE
     recipe = workfiles.load_recipe(work)
     return write_run_report(place, model, recipe, table, problem, chosen, outcome, costs)
+
+
+def _evaluated(outcome: Outcome | None, file: Path) -> Outcome:
+    """The outcome with what was measured of it. Raises DataError and UsageError."""
+    found = read_json(file)
+    if not isinstance(found, dict) or not {"result", "model", "model_bytes"} <= set(found):
+        raise DataError(f"{file} is not what quantlib eval --json prints: evaluate again")
+    if outcome is None or outcome.file_bytes != found["model_bytes"]:
+        raise UsageError(
+            f"{file} is an evaluation of {found['model']}, which is not the checkpoint that was "
+            "last made from this plan: evaluate that one"
+        )
+    return replace(outcome, evaluation=LanguageResult.from_json(found["result"]))
 
 
 def report_data(

@@ -49,14 +49,15 @@ def pareto(data: ReportData) -> Picture | None:
         figure, axes = new_figure(HEIGHT)
         _front(axes, front, key)
         _budget(axes, data, key)
+        _promise(axes, data, key)
         _plans(axes, data, key)
         log_axis(axes, "y")
         axes.set_xlabel("MB on disk")
         axes.set_ylabel(f"loss, {data.unit}")
         svg = to_svg(figure, _pareto_words(data), "pareto")
     caption = (
-        "The least loss predicted at each size, and plans that were really measured, with 95 % "
-        "error bars. Lower left is better."
+        "The least loss predicted at each size, where this plan lies on it, and plans that were "
+        "really measured, with 95 % error bars. Lower left is better."
     )
     return Picture("Loss against size", caption, svg, tuple(key))
 
@@ -64,19 +65,22 @@ def pareto(data: ReportData) -> Picture | None:
 def predictions(data: ReportData) -> Picture | None:
     """Measured loss over the sum of predicted ones, with the fitted line and its 95 % band.
 
-    None without probes; only the points when they cannot carry a line.
+    None when nothing was measured; only the points when probes cannot carry a line.
     """
     probes = [probe for probe in data.probes if probe.predicted > 0 and probe.measured > 0]
-    if not probes:
+    here = _chosen(data)
+    if here is not None and not (here.loss > 0 and data.predicted_sum):
+        here = None  # the axes are logarithmic
+    if not probes and here is None:
         return None
-    key: Key = [(css(ACCENT), "probe plans", "dot")]
+    key: Key = [(css(ACCENT), "probe plans", "dot")] if probes else []
     sums = [probe.predicted for probe in probes]
     measured = [MeasuredPoint("", 0, probe.measured, probe.error) for probe in probes]
     calibration = _calibration(data)
-    here = _chosen(data)
     with style():
         figure, axes = new_figure(HEIGHT)
         ends = [*sums, *([data.predicted_sum] if data.predicted_sum else [])]
+        ends += [here.loss] if here is not None else []
         grid = np.geomspace(min(ends) / 1.25, max(ends) * 1.25, 60)
         axes.plot(grid, grid, color=MUTED, linewidth=1, linestyle=DASHES)
         if calibration is not None:
@@ -84,8 +88,9 @@ def predictions(data: ReportData) -> Picture | None:
             axes.fill_between(grid, lines[:, 1], lines[:, 2], color=ACCENT, alpha=0.18, linewidth=0)
             axes.plot(grid, lines[:, 0], color=ACCENT)
             key.append((css(ACCENT), "fitted line, 95 % band", "line"))
-        _points(axes, sums, measured, ACCENT, 5.5)
-        if here is not None and here.loss > 0 and data.predicted_sum:
+        if probes:
+            _points(axes, sums, measured, ACCENT, 5.5)
+        if here is not None and data.predicted_sum:
             _points(axes, [data.predicted_sum], [here], WARM, 9)
             key.append((css(WARM), "this model", "dot"))
         key.append((css(MUTED), "measured = predicted", "dash"))
@@ -119,6 +124,15 @@ def _budget(axes: Axes, data: ReportData, key: Key) -> None:
     if data.budget_bytes is not None:
         axes.axvline(data.budget_bytes / 1e6, color=MUTED, linewidth=1, linestyle=DASHES)
         key.append((css(MUTED), f"budget {words.size(data.budget_bytes)}", "dash"))
+
+
+def _promise(axes: Axes, data: ReportData, key: Key) -> None:
+    """A ring where the chosen plan was predicted to be."""
+    loss = _promised(data)
+    if loss is not None:
+        place = [data.bytes_after / 1e6], [loss]
+        axes.plot(*place, "o", color=WARM, markersize=11, markerfacecolor="none", zorder=4)
+        key.append((css(WARM), "this plan, predicted", "ring"))
 
 
 def _plans(axes: Axes, data: ReportData, key: Key) -> None:
@@ -159,13 +173,15 @@ def _points(
 
 
 def log_axis(axes: Axes, name: Literal["x", "y"]) -> None:
-    """Logarithmic, with plain numbers: at 1, 2 and 5 of each decade when there are few decades."""
+    """Logarithmic, with plain numbers: at 1, 2 and 5 of each decade when there are few decades, at
+    all nine when there is a part of one."""
     getattr(axes, f"set_{name}scale")("log")
     axis = getattr(axes, f"{name}axis")
     low, high = axis.get_view_interval()
-    steps = (1, 2, 5) if math.log10(high / low) < 2.5 else (1,)
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    decades = math.log10(high / low)
+    steps = tuple(range(1, 10)) if decades < 0.6 else (1, 2, 5) if decades < 2.5 else (1,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**power for power in powers for step in steps]
     axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: words.tick(value)))
@@ -188,6 +204,16 @@ def _chosen(data: ReportData) -> MeasuredPoint | None:
     return next((point for point in data.measured if point.chosen), None)
 
 
+def _promised(data: ReportData) -> float | None:
+    """The chosen plan's predicted loss, as the front counts it: calibrated where the front is."""
+    if data.predicted is not None:
+        return data.predicted[0] if data.predicted[0] > 0 else None
+    if not data.predicted_sum:
+        return None
+    calibration = _calibration(data)
+    return data.predicted_sum if calibration is None else calibration.predict(data.predicted_sum).kl
+
+
 def _pareto_words(data: ReportData) -> str:
     parts = ["Loss against size."]
     if len(data.front) > 1:
@@ -196,7 +222,10 @@ def _pareto_words(data: ReportData) -> str:
             f"{words.number(p.loss)} at {words.size(p.bytes)}" for p in ends[:: len(ends) - 1]
         )
         parts.append(f"Predicted loss falls from {small} to {large}.")
-    here = _chosen(data)
+    promised, here = _promised(data), _chosen(data)
+    if promised is not None:
+        expected = f"{words.number(promised)} at {words.size(data.bytes_after)}"
+        parts.append(f"This plan is predicted to lose {expected}.")
     if here is not None:
         measured = f"{words.size(here.bytes)} and a measured loss of {words.number(here.loss)}"
         parts.append(f"This model has {measured}.")
@@ -205,6 +234,11 @@ def _pareto_words(data: ReportData) -> str:
 
 
 def _prediction_words(data: ReportData, calibration: Calibration | None) -> str:
+    if not data.probes:
+        return (
+            "No probe plans were measured to calibrate the sum of predicted losses, which is often "
+            "too small by itself. On the dashed line it would have come true."
+        )
     probes = words.count(len(data.probes), "measured probe plan")
     if calibration is None:
         return f"{probes}, too few or too alike to fit a line."

@@ -198,6 +198,11 @@ class QuantizedModel:
         headers = self.checkpoint.headers.items()
         return sum(header.nbytes for name, header in headers if name not in kept)
 
+    @property
+    def chats(self) -> bool:
+        """Whether the tokenizer has a chat template, so that prompts are messages unless said."""
+        return getattr(self.tokenizer, "chat_template", None) is not None
+
     def encode(self, prompt: str, chat: bool | None = None) -> Tensor:
         """Token ids of a prompt, int64 [1, tokens]. chat: see `stream`."""
         if self.tokenizer is None:
@@ -205,10 +210,9 @@ class QuantizedModel:
                 "this checkpoint has no tokenizer: copy the source model's tokenizer files "
                 "into it, or give token ids to .model or .make_engine()"
             )
-        template = getattr(self.tokenizer, "chat_template", None)
-        if chat and template is None:
+        if chat and not self.chats:
             raise UsageError("this model's tokenizer has no chat template: use chat=False")
-        if chat or (chat is None and template is not None):
+        if chat or (chat is None and self.chats):
             messages = [{"role": "user", "content": prompt}]
             ids = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_tensors="pt", return_dict=True

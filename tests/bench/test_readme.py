@@ -17,7 +17,9 @@ def rows(name: str) -> list[dict[str, object]]:
 
 
 def test_the_readme_shows_the_committed_results() -> None:
-    assert readme_table.results_table() in readme_table.README.read_text(encoding="utf-8")
+    text = readme_table.README.read_text(encoding="utf-8")
+    assert readme_table.updated(text) == text
+    assert readme_table.results_table() in text
 
 
 @pytest.mark.parametrize("row", rows("quality_budgets"), ids=lambda row: f"{row['budget_mb']}MB")

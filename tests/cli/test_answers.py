@@ -1,6 +1,7 @@
 """What the commands answer, and that --json is JSON and nothing else."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,27 @@ def test_a_pin_makes_its_scheme_a_candidate(
     assert plan["weights"]["model.embed_tokens.weight"]["scheme"] == "w6g64"
 
 
+def test_a_method_rounds_inputs_and_the_cache_too(
+    run: Run, model: Path, text: Path, tmp_path: Path
+) -> None:
+    """A model this small is mostly bases: hence so many bits. Text comes as its schemes say."""
+    out = tmp_path / "out"
+    command = ("compress", model, "-o", out, "--data", text, "--seqlen", 32, "--windows", 6)
+    options = ("--fast", "--bits", 7.5, "--scheme", "resq", "--activations", 6.7, "--kv", "8")
+    answer = run(*command, *options, "--json")
+    assert answer.code == 0, answer
+    plan = json.loads((out / "quantlib_plan.json").read_text())
+    schemes = [row["scheme"] for name, row in plan["weights"].items() if "_proj" in name]
+    assert schemes
+    assert all("a6z" in scheme or "a8" in scheme for scheme in schemes)
+    written = run("generate", out, "Bread", "--max-new-tokens", 3, "--json").json
+    assert written["new_tokens"] == 3
+    assert written["kv"] in ("int8", "f32"), "f32: through transformers, which rounds it itself"
+    recipe = (tmp_path / "out.work" / "recipe.yaml").read_text()
+    assert "rotation: gradients" in recipe
+    assert "kv: int8" in recipe
+
+
 def test_an_edited_plan_is_priced_and_applied(run: Run, measured: Path, tmp_path: Path) -> None:
     assert run("search", "--work", measured, "--bits", 5, "-o", tmp_path / "mine.json").code == 0
     plan = json.loads((tmp_path / "mine.json").read_text())
@@ -168,6 +190,39 @@ def test_the_report_of_a_plan_without_a_checkpoint(run: Run, measured: Path) -> 
     answer = run("report", "--work", measured, "--json")
     assert Path(answer.json["report"]) == measured / "report.html"
     assert "--floor down_proj=4" in (measured / "report.html").read_text()
+
+
+def test_the_report_takes_what_eval_printed(
+    run: Run, fails: Callable[..., str], model: Path, text: Path, measured: Path, tmp_path: Path
+) -> None:
+    assert run("search", "--work", measured, "--bits", 5).code == 0
+    out, file = tmp_path / "out", tmp_path / "eval.json"
+    assert run("apply", measured / "plan.json", "-o", out).code == 0
+    command = ("eval", out, "--against", model, "--data", text, "--seqlen", 32, "--windows", 5)
+    found = run(*command, "--json")
+    file.write_text(found.stdout)
+    report = ("report", "--work", measured, "--evaluation", file)
+    assert "Measured KL" not in (measured / "report.html").read_text()
+    assert run(*report).code == 0
+    page = (measured / "report.html").read_text()
+    assert "Measured KL" in page
+    assert f"{found.json['result']['kl']['value']:.2g}" in page
+    file.write_text(json.dumps({**found.json, "model_bytes": 1}))
+    assert "not the checkpoint that was last made from this plan" in fails(2, *report)
+    file.write_text("{}")
+    assert "is not what quantlib eval --json prints" in fails(1, *report)
+
+
+def test_the_first_prompt_suits_the_model(
+    run: Run, measured: Path, copied: Path, tmp_path: Path
+) -> None:
+    """A question where there is a chat template, half a sentence where there is none."""
+    assert run("search", "--work", measured, "--bits", 5).code == 0
+    apply = ("apply", measured / "plan.json", "--model", copied, "-o")
+    assert "'What is the capital of France?'" in run(*apply, tmp_path / "chats").stderr
+    for file in copied.glob("chat_template*"):
+        file.unlink()
+    assert "'The capital of France is'" in run(*apply, tmp_path / "continues").stderr
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +257,11 @@ def test_generate_modes_and_templates(run: Run, packed: Path) -> None:
     for options in (("--mode", "exact"), ("--mode", "int8"), ("--no-chat",)):
         assert run(*command, *options).code == 0
     plain = run(*command, "--no-chat").json["prompt_tokens"]
-    assert plain < run(*command).json["prompt_tokens"], "the chat template adds tokens"
+    chat = run(*command, "--chat").json["prompt_tokens"]
+    assert plain < chat, "the chat template adds tokens"
+    assert run(*command).json["prompt_tokens"] == chat, "it is used where there is one"
+    assert f"prompt of {chat} with its chat template" in run(*command[:-1]).stderr
+    assert f"prompt of {plain}," in run(*command[:-1], "--no-chat").stderr
 
 
 def test_infinite_figures_are_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:

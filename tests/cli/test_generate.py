@@ -27,7 +27,7 @@ def test_the_text_is_the_answer_and_the_speed_a_note(run: Run, out: Path) -> Non
     assert (
         answer.stdout == run("generate", out, "Bread needs", *COUNT, "--json").json["text"] + "\n"
     )
-    note = r"6 tokens, \d+\.\d tokens/s; prompt of \d+, \d+\.\d tokens/s"
+    note = r"6 tokens, \d+\.\d tokens/s; prompt of \d+ with its chat template, \d+\.\d tokens/s"
     assert re.search(note, answer.stderr)
     assert f"(native engine, {cpu.load().isa}, int8g128, kv f32)" in answer.stderr  # type: ignore[union-attr]
 

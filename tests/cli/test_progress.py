@@ -45,6 +45,24 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(lines) == 20
 
 
+def test_one_long_step_does_not_frighten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An embedding of 60 s before a hundred linears of 1 s."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    screen, written = console(terminal=False)
+    bars = Bars(screen)
+    bars.start("measure", 101)
+    for seconds in (60.0, *[1.0] * 10):
+        clock[0] += seconds
+        bars.tick("group")
+    lines = written.getvalue().splitlines()
+    assert lines[0] == "measure: 1 of 101 (group)", "one step tells nothing of the others"
+    assert lines[1:] == [
+        "measure: 6 of 101, about 2 min left (group)",
+        "measure: 11 of 101, about 2 min left (group)",
+    ]
+
+
 def test_a_stage_with_nothing_to_do_is_not_shown() -> None:
     for terminal in (False, True):
         screen, written = console(terminal)
@@ -61,6 +79,22 @@ def test_a_stage_that_breaks_off_is_not_called_done() -> None:
     bars.tick()
     bars.finish()
     assert "done" not in written.getvalue()
+
+
+def test_the_first_window_of_an_evaluation_takes_time_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening a model and its first window 20 s, every other window 6 s."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    screen, written = console(terminal=False)
+    report = by_stage(Bars(screen))
+    for done, seconds in enumerate((20.0, 6.0, 6.0, 6.0), start=1):
+        clock[0] += seconds
+        report("reference", done, 4)
+    assert written.getvalue().splitlines() == [
+        "reference: 2 of 4, about 12 s left",
+        "reference: 3 of 4, about 6 s left",
+        "reference: done in 38 s",
+    ]
 
 
 def test_evaluation_reports_both_models() -> None:

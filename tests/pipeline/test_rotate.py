@@ -45,7 +45,7 @@ def test_channels_that_are_wide_with_every_scheme_stay_out_of_hadamard_matrices(
     rotation = read_layout(squeeze(**RESQ | {"rotation": basis}).path).rotation()
     assert rotation is not None
     assert rotation.hidden_high == {f"model.layers.{i}": count for i, count in high.items()}
-    assert set(rotation.hidden.values()) == {140 if high else 160}
+    assert set(rotation.hidden.values()) == {128 if high else 160}
     assert not rotation.hidden_order, "it is in the weights"
 
 
@@ -85,7 +85,7 @@ def test_a_limit_on_activation_bits_is_kept(squeeze: Callable[..., Result]) -> N
 def test_a_limit_below_every_candidate_says_what_is_possible(
     squeeze: Callable[..., Result], tmp_path: Path
 ) -> None:
-    with pytest.raises(SearchError, match="activation_bits"):
+    with pytest.raises(SearchError, match="activation bits"):
         squeeze(**RESQ, activations=3.0)
     assert not (tmp_path / "out").exists()
 

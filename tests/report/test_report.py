@@ -9,7 +9,17 @@ from html.parser import HTMLParser
 import pytest
 
 from quantlib.errors import CheckpointError, DataError
-from quantlib.report import MeasuredPoint, ProbePoint, ReportData, WeightRow, render, write_report
+from quantlib.report import (
+    MeasuredPoint,
+    ProbePoint,
+    ReportData,
+    WeightRow,
+    curves,
+    render,
+    words,
+    write_report,
+)
+from quantlib.search.calibrate import Calibration
 
 EMPTY = {field.name: field.default for field in dataclasses.fields(ReportData)}
 VOID = {"meta", "input", "br", "link", "img", "hr"}
@@ -214,6 +224,28 @@ def test_one_window_shows_numbers_without_errors(undrawn):
 def test_probes_that_carry_no_line_are_still_shown(data):
     few = (ProbePoint(0.1, 0.11), ProbePoint(0.2, 0.19))
     assert "too few or too alike" in render(dataclasses.replace(data, probes=few))
+
+
+def test_the_chosen_point_is_on_the_front_even_where_nothing_was_measured(data):
+    """A ring, at the plan's own prediction, else at the calibrated sum of its losses."""
+    plan = dataclasses.replace(data, measured=(), others=())
+    line = Calibration.fit([(p.predicted, p.measured, p.error) for p in data.probes])
+    for predicted, loss in (
+        (data.predicted, data.predicted[0]),
+        (None, line.predict(data.predicted_sum).kl),
+    ):
+        picture = curves.pareto(dataclasses.replace(plan, predicted=predicted))
+        assert "this plan, predicted" in [label for _, label, _ in picture.key]
+        assert f"predicted to lose {words.number(loss)} at" in picture.svg
+    unknown = curves.pareto(dataclasses.replace(plan, predicted=None, predicted_sum=None))
+    assert "this plan, predicted" not in [label for _, label, _ in unknown.key]
+
+
+def test_a_measurement_is_shown_beside_its_sum_where_no_probes_were(data):
+    picture = curves.predictions(dataclasses.replace(data, probes=()))
+    assert [label for _, label, _ in picture.key] == ["this model", "measured = predicted"]
+    assert "No probe plans were measured" in picture.caption
+    assert curves.predictions(dataclasses.replace(data, probes=(), measured=())) is None
 
 
 def test_error_bars_larger_than_the_value_stay_on_the_axis(data):
