@@ -91,6 +91,23 @@ def test_no_number_of_tokens_changes_a_bit(library, draw, isa, scheme):
             assert same_bits(found, expected[:tokens]), (mode, tokens)
 
 
+@pytest.mark.parametrize("scheme", ["w4g128", "w8g32", "w5g64z", "w3g64z5s5", "w2g16s4", "mxfp4"])
+@pytest.mark.parametrize("act_group", [16, 64, 128, 384])
+def test_activation_groups_give_the_same_bits_for_any_number_of_tokens(
+    library, draw, isa, scheme, act_group
+):
+    """Groups shorter and longer than what shares a scale of the weight; a strip of one block."""
+    weight, packed = draw(48, [(scheme, 416), ("w4g64z", 90)])
+    tiled = layouts.tile(packed)
+    x = torch.randn(20, 506, generator=torch.Generator().manual_seed(act_group))
+    expected = tile_reference.linear(x, weight, None, "int8", act_group)
+    for tokens in (*range(1, 10), 13, 20):
+        found = library.linear(
+            tiled.description, x[:tokens], None, "int8", isa=isa, act_group=act_group
+        )
+        assert same_bits(found, expected[:tokens]), tokens
+
+
 @pytest.mark.parametrize("scheme", ["w2g64z4s4", "w4g32zs4", "w3g16s4", "w5g32zs5", "w4g64z5s5"])
 @pytest.mark.parametrize("length", [512, 544, 1200, 2112])
 def test_whole_sums_end_with_their_runs(library, draw, isa, scheme, length):
@@ -120,7 +137,7 @@ def test_the_largest_whole_sums_do_not_overflow(library, isa):
         weight = QuantizedWeight((40, length), (part,))
         packed = PackedWeight.from_tensors(pack(weight), weight.shape, [segment])
         tiled = layouts.tile(packed)
-        for tokens in (1, 5, 14):
+        for tokens in (1, 5, 19):
             x = torch.full((tokens, length), 127.0 * sign)
             found = library.linear(tiled.description, x, None, "int8", isa=isa)
             assert torch.equal(found, tile_reference.linear(x, weight, None, "int8"))

@@ -152,6 +152,16 @@ def test_the_number_of_threads_changes_no_bit(library, draw, isa, mode):
             assert torch.equal(run(library, packed, x, mode, isa=isa, threads=threads), alone)
 
 
+def test_outputs_too_large_for_the_caches_are_those_of_smaller_calls(library, draw, isa):
+    """They are written past the caches, into memory in huge pages: 36 MB of them here."""
+    _, packed = draw(8208, [("w4g32", 32)])
+    x = torch.randn(1100, 32, generator=torch.Generator().manual_seed(9))
+    found = run(library, packed, x, "int8", isa=isa)
+    for first in range(0, 1100, 100):
+        some = slice(first, first + 100)
+        assert torch.equal(run(library, packed, x[some], "int8", isa=isa), found[some])
+
+
 def test_bias_is_added_once_to_each_output(library, draw, isa):
     _, packed = draw(ROWS, [("w4g64", 64)])
     tiled = layouts.tile(packed)

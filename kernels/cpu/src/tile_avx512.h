@@ -11,56 +11,61 @@ namespace {
 enum class Terms {
   kSameZero,  // one zero for all rows, an integer: dot products start from -zero * sum
   kZeros,     // a zero for each row
-  kGroups,    // the same, and each activation group has its own scale
   kWhole,     // has_whole_sums
 };
 
 inline Terms terms_of(const ql::TileSegment& s, int64_t act_group) {
-  if (act_group > 0) return Terms::kGroups;
   if (has_whole_sums(s, act_group)) return Terms::kWhole;
   return s.zero_kind == ql::ZERO_NONE ? Terms::kSameZero : Terms::kZeros;
 }
 
-// What is made of a token's sums for all strips, as integers. kSameZero: -zero * sum for each piece,
+inline int64_t run_count(const ql::TileSegment& s, int64_t act_group) {
+  const int64_t run = run_columns(s, act_group);
+  return (s.padded + run - 1) / run;
+}
+
+// What is made of a token's sums for all strips, as integers. kSameZero: -zero * sum for each run,
 // the same number as the fma of tiles.h gives, exactly. kWhole: the sums of two pieces in the halves
 // of a lane, for VPDPWSSD.
 class TokenTerms {
  public:
-  static int64_t stride(const ql::TiledWeight& w) {
+  static int64_t stride(const ql::TiledWeight& w, int64_t act_group) {
     int64_t count = 0;
-    for (int64_t i = 0; i < w.segment_count; ++i) count += w.segments[i].pieces;
+    for (int64_t i = 0; i < w.segment_count; ++i) count += run_count(w.segments[i], act_group);
     return (count + 15) / 16 * 16;
   }
 
   static void fill(const ql::TiledWeight& w, const ql::TileInput& in, int32_t* terms) {
-    const int64_t step = stride(w);
+    const int64_t step = stride(w, in.act_group);
     for (int64_t t = 0; t < in.tokens; ++t) {
       const float* sums = in.sums + t * in.sum_stride;
       int32_t* to = terms + t * step;
       for (int64_t i = 0; i < w.segment_count; ++i) {
         const ql::TileSegment& s = w.segments[i];
-        fill_segment(s, terms_of(s, in.act_group), sums + sum_offset(s.padded, s.piece), to);
+        const int64_t run = run_columns(s, in.act_group), runs = run_count(s, in.act_group);
+        fill_segment(s, terms_of(s, in.act_group), sums + sum_offset(s.padded, run), runs, to);
         sums += sum_count(s.padded);
-        to += s.pieces;
+        to += runs;
       }
     }
   }
 
  private:
-  static void fill_segment(const ql::TileSegment& s, Terms terms, const float* sums, int32_t* to) {
-    if (terms != Terms::kSameZero && terms != Terms::kWhole) return;
+  static void fill_segment(const ql::TileSegment& s, Terms terms, const float* sums, int64_t runs,
+                           int32_t* to) {
+    if (terms == Terms::kZeros) return;
     const __m512 factor = _mm512_set1_ps(-s.zero_constant);
-    for (int64_t p = 0; p < s.pieces; p += 16) {
-      const __mmask16 mask = lanes_below(s.pieces - p);
-      const __m512 some = _mm512_maskz_loadu_ps(mask, sums + p);
+    for (int64_t i = 0; i < runs; i += 16) {
+      const __mmask16 mask = lanes_below(runs - i);
+      const __m512 some = _mm512_maskz_loadu_ps(mask, sums + i);
       if (terms == Terms::kSameZero) {
-        _mm512_mask_storeu_epi32(to + p, mask, _mm512_cvtps_epi32(_mm512_mul_ps(some, factor)));
+        _mm512_mask_storeu_epi32(to + i, mask, _mm512_cvtps_epi32(_mm512_mul_ps(some, factor)));
         continue;
       }
       const __m512i low = _mm512_and_si512(_mm512_cvtps_epi32(some), _mm512_set1_epi32(0xFFFF));
       const __m512i pairs = _mm512_or_si512(low, _mm512_srli_epi64(low, 16));
-      _mm512_mask_cvtepi64_storeu_epi32(to + p / 2, static_cast<__mmask8>(
-          lanes_below((s.pieces - p + 1) / 2)), pairs);
+      _mm512_mask_cvtepi64_storeu_epi32(
+          to + i / 2, static_cast<__mmask8>(lanes_below((runs - i + 1) / 2)), pairs);
     }
   }
 };
@@ -70,7 +75,7 @@ struct SegmentInput {
   const int8_t* values;
   const float* sums;    // over the segment's runs (tiles.h)
   const float* scales;  // of activation groups; null when there are none
-  const int32_t* terms;  // of the segment's pieces, or pairs of them (TokenTerms)
+  const int32_t* terms;  // of the segment's runs, or pairs of them (TokenTerms)
   int64_t value_stride;
   int64_t sum_stride;
   int64_t scale_stride;
@@ -78,8 +83,10 @@ struct SegmentInput {
   int64_t act_group;
   int64_t run;  // columns of a run
 
-  // Of the activation group of column k of the segment, the first token's; null without groups.
-  const float* scale_at(int64_t k) const { return scales ? scales + k / act_group : nullptr; }
+  // Of the activation group of column k of the segment, the first token's. For segments with groups.
+  const float* scale_at(int64_t k) const {
+    return scales + static_cast<uint32_t>(k) / static_cast<uint32_t>(act_group);
+  }
 };
 
 // Walks over the segments: where the activations of each are, from some token on.
@@ -87,7 +94,7 @@ class InputCursor {
  public:
   InputCursor(const ql::TiledWeight& w, const ql::TileInput& in, const int32_t* terms,
               int64_t token)
-      : in_(in), term_stride_(TokenTerms::stride(w)), token_(token) {
+      : in_(in), term_stride_(TokenTerms::stride(w, in.act_group)), token_(token) {
     terms_ = terms + token * term_stride_;
   }
 
@@ -104,7 +111,7 @@ class InputCursor {
                              run};
     columns_ += s.padded;
     sums_ += sum_count(s.padded);
-    terms_ += s.pieces;
+    terms_ += run_count(s, in_.act_group);
     if (grouped) groups_ += act_group_count(s.padded, in_.act_group);
     return input;
   }

@@ -17,7 +17,7 @@ namespace vnni {
 namespace {
 
 // Adds a stretch's share to the totals of a tile, whose first token is `token`.
-template <int tokens, int blocks, Terms terms>
+template <int tokens, int blocks, bool same_zero, bool grouped>
 __attribute__((noinline)) void panel_tile(const Stretch& s, int64_t token, const TileView& tile) {
   const SegmentInput in = s.in;
   const int8_t* values = in.values + token * in.value_stride;
@@ -37,9 +37,9 @@ __attribute__((noinline)) void panel_tile(const Stretch& s, int64_t token, const
     const int64_t block_bytes = block_code_bytes(columns, 8);
     int64_t k = begin;
     do {  // once, but for short activation groups
-      const int64_t run = terms == Terms::kGroups ? smaller(in.run, end - k) : columns;
+      const int64_t run = grouped ? smaller(in.run, end - k) : columns;
       DotLanes dots[tokens][blocks] = {};
-      if constexpr (terms == Terms::kSameZero) {
+      if constexpr (same_zero) {
 #pragma GCC unroll 8
         for (int t = 0; t < tokens; ++t) {
 #pragma GCC unroll 2
@@ -51,7 +51,7 @@ __attribute__((noinline)) void panel_tile(const Stretch& s, int64_t token, const
       }
       ahead = panel_dots(codes + block_code_bytes(k - begin, 8), block_bytes, values + k,
                          in.value_stride, run, ahead, tile.ahead_step, dots);
-      const float* group = terms == Terms::kGroups ? in.scale_at(s.first + k) : nullptr;
+      const float* group = grouped ? in.scale_at(s.first + k) : nullptr;
 #pragma GCC unroll 2
       for (int b = 0; b < blocks; ++b) {
         const __m512 scale = _mm512_load_ps(scales + 16 * b);
@@ -59,10 +59,10 @@ __attribute__((noinline)) void panel_tile(const Stretch& s, int64_t token, const
 #pragma GCC unroll 8
         for (int t = 0; t < tokens; ++t) {
           __m512 term = floats_of(dots[t][b]);
-          if constexpr (terms != Terms::kSameZero) {
+          if constexpr (!same_zero) {
             term = _mm512_fnmadd_ps(zero, _mm512_set1_ps(sums[t * in.sum_stride]), term);
           }
-          if constexpr (terms == Terms::kGroups) {
+          if constexpr (grouped) {
             term = _mm512_mul_ps(term, _mm512_set1_ps(group[(token + t) * in.scale_stride]));
           }
           totals[t][b] = _mm512_fmadd_ps(term, scale, totals[t][b]);
@@ -81,8 +81,19 @@ __attribute__((noinline)) void panel_tile(const Stretch& s, int64_t token, const
   }
 }
 
+// What a stretch's tiles are multiplied by: Terms, with scales of activation groups or without, or
+// with whole sums folded.
+enum class Kind { kSameZero, kZeros, kSameZeroGroups, kZerosGroups, kWhole, kFolded };
+
+inline Kind kind_of(const ql::TileSegment& s, int64_t act_group) {
+  const Terms terms = terms_of(s, act_group);
+  if (terms == Terms::kWhole) return is_folded(s) ? Kind::kFolded : Kind::kWhole;
+  if (terms == Terms::kSameZero) return act_group > 0 ? Kind::kSameZeroGroups : Kind::kSameZero;
+  return act_group > 0 ? Kind::kZerosGroups : Kind::kZeros;
+}
+
 // Multiplies a stretch with all tokens, in tiles of nearly the same size.
-template <int blocks, Terms terms, bool folded = false>
+template <int blocks, Kind kind>
 void panel_tiles(const Stretch& s, int64_t tokens, const uint8_t* next, int64_t next_bytes,
                  float (*totals)[ql::kStripRows]) {
   const int64_t tiles = (tokens + kPanelTokens - 1) / kPanelTokens;
@@ -92,10 +103,12 @@ void panel_tiles(const Stretch& s, int64_t tokens, const uint8_t* next, int64_t 
     const int64_t token = i * tokens / tiles, last = (i + 1) * tokens / tiles;
     const TileView tile{totals + token, next + i * units * step, step};
     with_constant<1, kPanelTokens>(last - token, [&](auto count) {
-      if constexpr (terms == Terms::kWhole) {
-        whole_tile<count.value, blocks, folded>(s, token, tile);
+      if constexpr (kind == Kind::kWhole || kind == Kind::kFolded) {
+        whole_tile<count.value, blocks, kind == Kind::kFolded>(s, token, tile);
       } else {
-        panel_tile<count.value, blocks, terms>(s, token, tile);
+        constexpr bool same_zero = kind == Kind::kSameZero || kind == Kind::kSameZeroGroups;
+        constexpr bool grouped = kind == Kind::kSameZeroGroups || kind == Kind::kZerosGroups;
+        panel_tile<count.value, blocks, same_zero, grouped>(s, token, tile);
       }
     });
   }
@@ -129,29 +142,14 @@ inline void fill_meta(const ql::TileSegment& s, const uint8_t* meta, int64_t row
   }
 }
 
-// Calls body with the constants that panel_tiles takes.
-template <class Body>
-inline void with_terms(Terms terms, bool folded, const Body& body) {
-  switch (terms) {
-    case Terms::kSameZero:
-      return body(Constant<static_cast<int>(Terms::kSameZero)>{}, Constant<false>{});
-    case Terms::kZeros: return body(Constant<static_cast<int>(Terms::kZeros)>{}, Constant<false>{});
-    case Terms::kGroups:
-      return body(Constant<static_cast<int>(Terms::kGroups)>{}, Constant<false>{});
-    default: break;
-  }
-  if (folded) return body(Constant<static_cast<int>(Terms::kWhole)>{}, Constant<true>{});
-  body(Constant<static_cast<int>(Terms::kWhole)>{}, Constant<false>{});
-}
-
 template <int blocks>
 void panel_segment(const ql::TileSegment& s, const SegmentInput& in, int64_t tokens, int64_t strip,
                    Panel& panel, float (*totals)[ql::kStripRows]) {
   const uint8_t* packed = s.codes + strip * s.codes_stride;
   const uint8_t* meta = s.meta + strip * s.meta_stride;
   const int64_t span = stretch_columns(tokens), step = span / s.piece;
-  const Terms terms = terms_of(s, in.act_group);
-  const bool folded = terms == Terms::kWhole && is_folded(s);
+  const Kind kind = kind_of(s, in.act_group);
+  const bool folded = kind == Kind::kFolded, whole = folded || kind == Kind::kWhole;
   for (int64_t k = 0, piece = 0; k < s.padded; k += span, piece += step) {
     const int64_t columns = smaller(span, s.padded - k);
     const int64_t pieces = smaller(step, s.pieces - piece);
@@ -160,9 +158,10 @@ void panel_segment(const ql::TileSegment& s, const SegmentInput& in, int64_t tok
                     in,          k,       columns,
                     s.piece,     s.code_units};
     stretch.in.values += k;
-    stretch.in.sums += piece * (s.piece / in.run);
-    stretch.in.terms += terms == Terms::kWhole ? piece / 2 : piece;
-    if (terms == Terms::kWhole) {
+    const int64_t runs = piece * (s.piece / in.run);
+    stretch.in.sums += runs;
+    stretch.in.terms += whole ? piece / 2 : runs;
+    if (whole) {
       fill_whole_meta(s, meta, blocks, pieces, panel);
     } else {
       fill_meta(s, meta, strip * ql::kStripRows, blocks, pieces, panel);
@@ -184,9 +183,8 @@ void panel_segment(const ql::TileSegment& s, const SegmentInput& in, int64_t tok
     const int64_t meta_bytes = blocks * pieces * block_meta_bytes(s);
     meta += meta_bytes;
     for (int64_t line = 0; line < meta_bytes; line += 64) prefetch_to_l2(meta + line);
-    with_terms(terms, folded, [&](auto how, auto fold) {
-      panel_tiles<blocks, static_cast<Terms>(how.value), fold.value>(stretch, tokens, packed,
-                                                                     bytes, totals);
+    with_constant<0, static_cast<int>(Kind::kFolded)>(static_cast<int>(kind), [&](auto number) {
+      panel_tiles<blocks, static_cast<Kind>(number.value)>(stretch, tokens, packed, bytes, totals);
     });
   }
 }

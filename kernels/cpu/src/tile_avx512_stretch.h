@@ -1,7 +1,7 @@
 // A panel of unpacked codes, the stretch of columns that it holds, and dot products with it.
 #pragma once
 
-#include "tile_avx512_few.h"
+#include "tile_avx512_decode.h"
 
 namespace vnni {
 namespace {

@@ -9,19 +9,20 @@ namespace {
 constexpr int64_t kManyTokens = 13;  // from here on, panels are faster
 
 // TokenTerms of all tokens come first.
-int64_t term_bytes(const ql::TiledWeight& w, int64_t tokens) {
-  return tokens * TokenTerms::stride(w) * static_cast<int64_t>(sizeof(int32_t));
+int64_t term_bytes(const ql::TiledWeight& w, int64_t tokens, int64_t act_group) {
+  return tokens * TokenTerms::stride(w, act_group) * static_cast<int64_t>(sizeof(int32_t));
 }
 
 int64_t int8_scratch_bytes(const ql::TiledWeight& w, int64_t tokens) {
-  return term_bytes(w, tokens) + (tokens <= kFewest ? 0 : panel_scratch_bytes(tokens));
+  constexpr int64_t shortest = 16;  // activation group: no other has more runs
+  return term_bytes(w, tokens, shortest) + (tokens <= kFewest ? 0 : panel_scratch_bytes(tokens));
 }
 
 void int8_strips(const ql::TiledWeight& w, const ql::TileInput& in, const ql::TileOutput& out,
                  int64_t first, int64_t last, uint8_t* scratch) {
   int32_t* terms = reinterpret_cast<int32_t*>(scratch);
   TokenTerms::fill(w, in, terms);
-  scratch += term_bytes(w, in.tokens);
+  scratch += term_bytes(w, in.tokens, in.act_group);
   for (int64_t strip = first; strip < last; ++strip) {
     // A last strip with a single block is rare, and not worth kernels of its own.
     const bool whole = in.tokens <= kFewest || tile_blocks(w, strip) == 2;
