@@ -218,7 +218,7 @@ def _rounding(model_map: ModelMap, recipe: Recipe, group: LinearGroup) -> int:
 
 
 def _operations(model_map: ModelMap, recipe: Recipe) -> float:
-    """Multiply-adds of calibration, rounding, probes and re-rounding."""
+    """Multiply-adds of finding bases, calibration, rounding, probes and re-rounding."""
     tokens = recipe.windows * recipe.seqlen
     forward = tokens * _parameters(model_map.weights)
     moments = tokens * sum(_moments(model_map, group) for group in model_map.groups)
@@ -228,7 +228,16 @@ def _operations(model_map: ModelMap, recipe: Recipe) -> float:
     probes = recipe.probe_windows * recipe.seqlen * trials * _parameters(model_map.weights)
     learning = 3 * recipe.learning * recipe.seqlen * _parameters(model_map.weights)
     refine = (6 * forward + moments + rounding + learning) if recipe.refine else 0
-    return 4 * forward + moments + len(recipe.schemes) * rounding + probes + refine
+    calibration = 4 * forward + moments
+    bases = {"none": 0, "gradients": calibration + forward + 2 * moments}
+    found = bases.get(recipe.rotation, forward + 2 * moments) + calibration
+    return found + _layouts(recipe) * rounding + probes + refine
+
+
+def _layouts(recipe: Recipe) -> int:
+    """How many times a weight is rounded: candidates may differ in their activations alone."""
+    columns = 4096  # any number that every share of wide columns divides
+    return len({Scheme.parse(name).segments(columns) for name in recipe.schemes})
 
 
 def _rate() -> float:
