@@ -7,8 +7,8 @@ these says anything of quality.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,17 @@ from torch import Tensor
 
 from quantlib.bench.random_weights import random_tensors
 from quantlib.checkpoint.disk import atomic_write, json_bytes
+from quantlib.checkpoint.surroundings import CacheSettings
 from quantlib.checkpoint.tensorfile import LazyTensor, atomic_save_tensors
 from quantlib.checkpoint.writer import CONFIG_FILE, METADATA, source_files, write_checkpoint
 from quantlib.formats.rtn import quantize_rtn
 from quantlib.formats.scheme import Scheme
-from quantlib.formats.weight import pack, packed_layout
+from quantlib.formats.weight import ORDER, pack, packed_layout
+from quantlib.kernels.kv_format import KvFormat
 from quantlib.models.headers import TORCH_DTYPES
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import SINGLE_FILE, Source
+from quantlib.transforms.rotation import Rotation
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SPREAD = 0.02
@@ -92,6 +95,7 @@ class LlamaShape:
         }
 
 
+SMOLLM2 = LlamaShape("SmolLM2-135M shape", 30, 576, 1536, 9, 3, 64, 49152, tied=True)
 LLAMA_1B = LlamaShape("Llama-3.2-1B shape", 16, 2048, 8192, 32, 8, 64, 128256, tied=True)
 LLAMA_8B = LlamaShape("Llama-3.1-8B shape", 32, 4096, 14336, 32, 8, 128, 128256, tied=False)
 
@@ -150,7 +154,27 @@ def pack_rounded(source: Path, out: Path, schemes: Schemes) -> Path:
     )
 
 
-def pack_random(shape: LlamaShape, out: Path, schemes: Schemes) -> Path:
+@dataclass(frozen=True)
+class Around:
+    """What a packed checkpoint asks for besides its weights.
+
+    orders: weight -> the order int32 [K] of its inputs. kv: the format of its KV cache.
+    """
+
+    rotation: Rotation | None = None
+    orders: Mapping[str, Tensor] = field(default_factory=dict)
+    kv: KvFormat | None = None
+
+    def caches(self, layers: int) -> dict[str, CacheSettings]:
+        """Attention module -> its cache."""
+        names = [f"model.layers.{layer}.self_attn" for layer in range(layers)]
+        return {} if self.kv is None else dict.fromkeys(names, CacheSettings(self.kv))
+
+
+PLAIN = Around()
+
+
+def pack_random(shape: LlamaShape, out: Path, schemes: Schemes, around: Around = PLAIN) -> Path:
     """A packed checkpoint of random codes, written one tensor at a time; it has no tokenizer."""
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Tensor | LazyTensor] = {}
@@ -161,7 +185,17 @@ def pack_random(shape: LlamaShape, out: Path, schemes: Schemes) -> Path:
             make = partial(_one_of, suffix, partial(random_tensors, form, segments, generator))
             tensors[name + suffix] = LazyTensor(dtype, stored, make)
     tensors |= {name: _ones(shape.hidden) for name in shape.norms()}
-    return write_checkpoint(out, tensors, shape.config(), chosen, shape.weights(), overwrite=True)
+    tensors |= {name + ORDER: order for name, order in around.orders.items()}
+    return write_checkpoint(
+        out,
+        tensors,
+        shape.config(),
+        chosen,
+        shape.weights(),
+        rotation=around.rotation,
+        caches=around.caches(shape.layers),
+        overwrite=True,
+    )
 
 
 def _one_of(suffix: str, make: Callable[[], dict[str, Tensor]]) -> Tensor:

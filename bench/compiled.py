@@ -80,7 +80,7 @@ class Modules:
 
 def measure(checkpoint: Path, rounds: int) -> dict[str, Any]:
     """Medians and quartiles of tokens per second, the ways taking turns."""
-    native = Quantlib(checkpoint, MODE, CAPACITY)
+    native = Quantlib(checkpoint, MODE, CAPACITY, kv="f32")  # as the others keep them
     compiled, plain = Modules(checkpoint, compiled=True), Modules(checkpoint, compiled=False)
     ways: dict[str, Callable[[], float]] = {
         "native engine": lambda: native.sample(1, NEW).decode,

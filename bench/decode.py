@@ -114,8 +114,8 @@ def _smollm2(found: Found, llama: LlamaCpp | None, work: Path) -> None:
         checkpoints = {
             f" {mb:.1f} MB": _compressed(mb, Path(scratch), work) for mb in sizes if mb is not None
         }
-        losses = _losses(found, llama, theirs, checkpoints)
         ours = [Quantlib(path, MODE, PROMPT + NEW, label) for label, path in checkpoints.items()]
+        losses = _losses(found, llama, theirs, ours)
         found.rows += race(SMOLLM2, [*ours, *theirs, *_eager_engines()], ROUNDS, found, losses)
         for path in checkpoints.values():
             found.footprints.append({"model": SMOLLM2, **footprint.measure(path)})
@@ -139,7 +139,7 @@ def _losses(
     found: Found,
     llama: LlamaCpp | None,
     theirs: Sequence[LlamaBench],
-    checkpoints: Mapping[str, Path],
+    ours: Sequence[Quantlib],
 ) -> dict[str, divergence.Loss]:
     """Engine name -> KL; engines whose KL is not known are left out."""
     notes().print("measuring KL divergences", style="dim")
@@ -148,8 +148,7 @@ def _losses(
     if llama is not None and files:
         measured = found.attempt("llama.cpp KL", lambda: divergence.of_llama(llama, files))
     losses, windows = measured or ({}, divergence.own_windows())
-    ours = {f"quantlib {MODE}{label}": (path, MODE) for label, path in checkpoints.items()}
-    return losses | divergence.of_checkpoints(ours, windows)
+    return losses | divergence.of_engines(ours, windows)
 
 
 def _llama_engines(found: Found, llama: LlamaCpp | None, weighted: bool) -> list[LlamaBench]:

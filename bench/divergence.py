@@ -1,20 +1,23 @@
-"""KL divergence of llama.cpp's files and of quantlib's checkpoints on the same tokens.
+"""KL divergence of llama.cpp's files and of quantlib's engines on the same tokens.
 
 llama.cpp cuts the text into consecutive windows and keeps their tokens beside the full model's
-logits; quantlib is scored on those very tokens. Both score the second half of each window against
-their own run of the full-precision model.
+logits; quantlib is scored on those very tokens, by the engine that is timed: rounded activations,
+keys and values are all in its figure. Both score the second half of each window against their own
+run of the full-precision model.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantlib.bench import artifacts, assets
+from quantlib.bench.engines import Quantlib
 from quantlib.bench.peers.llama_cpp import LlamaCpp
 from quantlib.calibration.data import load_windows
 from quantlib.evaluation.language import evaluate_language
@@ -22,7 +25,6 @@ from quantlib.evaluation.reference import Reference, reference_logprobs
 from quantlib.models import skeleton
 from quantlib.models.source import Source
 from quantlib.pipeline.compress import load_tokenizer
-from quantlib.runtime.load import load
 
 WINDOWS, SEQLEN = 24, 512
 
@@ -55,13 +57,24 @@ def own_windows() -> Tensor:
     return load_windows(text, load_tokenizer(model), SEQLEN, WINDOWS, seed=0)
 
 
-def of_checkpoints(checkpoints: Mapping[str, tuple[Path, str]], windows: Tensor) -> dict[str, Loss]:
-    """Name -> loss, of name -> (checkpoint, mode), on `windows`."""
+def of_engines(engines: Sequence[Quantlib], windows: Tensor) -> dict[str, Loss]:
+    """Engine name -> loss of what it computes on `windows`, int64 [W, tokens]."""
     reference = _reference(windows)
     return {
-        name: _loss(evaluate_language(load(path, mode, engine="plain").model, windows, reference))
-        for name, (path, mode) in checkpoints.items()
+        engine.name: _loss(evaluate_language(_Scored(engine), windows, reference))
+        for engine in engines
     }
+
+
+class _Scored(nn.Module):
+    """An engine as evaluation wants a model: ids [1, T] in, `.logits` [1, T, V] out."""
+
+    def __init__(self, engine: Quantlib) -> None:
+        super().__init__()
+        self._engine = engine
+
+    def forward(self, ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(logits=self._engine.logits(ids[0])[None])
 
 
 def _reference(windows: Tensor) -> Reference:

@@ -43,17 +43,30 @@ def random_tokens(count: int, vocabulary: int) -> list[int]:
 
 
 class Quantlib:
-    """quantlib's native engine on a packed checkpoint."""
+    """quantlib's native engine on a packed checkpoint.
 
-    def __init__(self, checkpoint: Path, mode: str, capacity: int, label: str = "") -> None:
-        """capacity: most tokens of a text. Raises QuantlibError when the engine cannot run it."""
+    Keys and values have 8 bits unless asked otherwise, and attention on them runs in integers; what
+    that loses is part of the KL that `bench.divergence` finds.
+    """
+
+    def __init__(
+        self, checkpoint: Path, mode: str, capacity: int, label: str = "", kv: str = "int8"
+    ) -> None:
+        """mode, kv: of `runtime.engine.Engine`. capacity: most tokens of a text. Raises
+        QuantlibError when the engine cannot run it."""
         from quantlib.runtime.load import load
 
-        loaded = load(checkpoint, mode, engine="native")
-        self.name = f"quantlib {mode}{label}"
+        loaded = load(checkpoint, mode, engine="native", kv=kv)
+        self.name = f"quantlib {mode}{label}, kv {kv}"
         self.nbytes = loaded.checkpoint.total_bytes
         self._engine = loaded.make_engine(sequences=1, capacity=capacity)
         self._vocabulary = int(loaded.checkpoint.config["vocab_size"])
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """After every token of a text [T], by the very engine that `sample` times: float32
+        [T, V]."""
+        self._engine.reset()
+        return self._engine.score(tokens)
 
     def sample(self, prompt: int, new: int) -> Sample:
         """See `Engine`."""

@@ -183,6 +183,12 @@ class KvFormat:
         float32 come on top (`sink_bytes`)."""
         return self.key.bytes_per_position(head_dim) + self.value.bytes_per_position(head_dim)
 
+    def mean_bits(self, head_dim: int, positions: int) -> float:
+        """Bits that a number takes in the cache of a sequence of so many positions: codes, scales,
+        zeros, padding, and the first positions that are kept in float32 besides."""
+        stored = positions * self.bytes_per_position(head_dim) + self.sink_bytes(head_dim)
+        return 8 * stored / (2 * head_dim * positions)
+
     def sink_bytes(self, head_dim: int) -> int:
         """Bytes of the first positions of one sequence and head, in memory."""
         floats = padded_columns(head_dim) * padded_columns(self.sinks)

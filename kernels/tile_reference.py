@@ -149,6 +149,11 @@ def rotate(x: Tensor, rotation: BlockRotation) -> Tensor:
     if rotation.still:
         rotated, still = x[:, : -rotation.still], x[:, -rotation.still :]
         return torch.cat([rotate(rotated, replace(rotation, still=0)), still], dim=1)
+    whole = x.shape[1] // rotation.size * rotation.size
+    if whole < x.shape[1]:
+        y = torch.cat([rotate(x[:, :whole], rotation), x[:, whole:]], dim=1)
+        y[:, -rotation.size :] = rotate(y[:, -rotation.size :], rotation)
+        return y
     y = x * torch.tensor(1 / math.sqrt(rotation.size), dtype=torch.float32)
     apart = 1
     while apart < power:

@@ -24,7 +24,9 @@ from quantlib.kernels.layouts import TiledWeight
 _DENSE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _EXACT, _INT8, _ROUNDED = 0, 1, 2
 """QlInputMode."""
-MODES = {"exact": None, "int8": 0, "int8g128": 128}
+FAST = "fast"
+"""As the schemes say where they round activations, else int8g128."""
+MODES = {"exact": None, "int8": 0, "int8g128": 128, FAST: 128}
 """How activations are taken -> how many columns of a token share a scale: 0: all; None: they are
 not rounded. Weights without an integer form (fp8, e3m2) stay exact with groups."""
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
@@ -56,11 +58,15 @@ class Linear:
         rows, columns = self.weight.shape
         return rows, columns
 
+    def rounds_itself(self, mode: str | None) -> bool:
+        """Whether an engine's mode leaves x to the weight's scheme, and that rounds it."""
+        return mode in (None, FAST) and bool(self.activations)
+
     def activations_in(self, mode: str | None) -> tuple[ActivationSegment, ...]:
         """How x is rounded in an engine's mode; None: as the weight's scheme says."""
         if isinstance(self.weight, Tensor):
             return ()
-        if mode is None and self.activations:
+        if self.rounds_itself(mode):
             return self.activations
         group = MODES[mode or self.mode]
         if group is None or (group and not self.weight.all_integer):
@@ -235,8 +241,8 @@ class Description:
         activations = linear.activations_in(self._mode)
         if activations and not isinstance(linear.weight, Tensor):
             described.mode = _INT8 if linear.weight.all_integer else _ROUNDED
-        simple = self._mode is not None or not linear.activations
-        if simple and linear.rotation is None and linear.order is None:
+        own = linear.rounds_itself(self._mode)
+        if not own and linear.rotation is None and linear.order is None:
             described.act_group = activations[0].format.group if activations else 0
         else:
             described.form = self._form(linear, activations).address

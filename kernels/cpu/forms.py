@@ -78,6 +78,16 @@ class BlockRotation:
                 "parts that transforms.hadamard.split finds"
             )
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether blocks need not divide the columns: one more then follows those that fit, over
+        the last `size` columns, as in `transforms.hadamard.rotate`."""
+        return self.dense is None and self.size >= LEAST_POWER
+
+    def covers(self, columns: int) -> bool:
+        """Whether blocks of this size rotate so many columns."""
+        return columns % self.size == 0 or (self.overlaps and columns > self.size)
+
     def parts(self) -> tuple[Tensor | None, int]:
         """The dense part, float32 and contiguous, and Sylvester's order as the kernels want them:
         an order below LEAST_POWER goes into the dense part."""
@@ -139,7 +149,7 @@ def form(
     held: list[object] = []
     if rotation is not None and rotation.size > 1:
         rotated = columns - rotation.still
-        if rotation.still < 0 or rotated < 0 or rotated % rotation.size:
+        if rotation.still < 0 or rotated < 0 or not rotation.covers(rotated):
             raise FormatError(
                 f"blocks of {rotation.size} do not divide {rotated} columns: rotate blocks of a "
                 f"divisor of {rotated}"

@@ -41,7 +41,8 @@ class CacheSettings:
     """What is done to the keys and values of one attention module (`transforms.AttentionState`).
 
     kv:         the format of its cache.
-    sinks:      so many first tokens are kept as they are.
+    sinks:      so many first tokens are kept as they are, or as many as `kv` keeps so, whichever is
+                more.
     query_bits: bits of its queries; 0: not rounded.
     """
 

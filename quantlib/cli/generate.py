@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TEXT = "Text"
 COMPUTING = "Computing"
 ENGINES = ("auto", "native", "plain")
-MODES = ("exact", "int8", "int8g128", "scheme")
+MODES = ("exact", "int8", "int8g128", "scheme", "fast")
 
 
 Prompts = Annotated[
@@ -84,7 +84,9 @@ Mode = Annotated[
     typer.Option(
         metavar="|".join(MODES),
         help="Activations as they are; rounded to 8 bits per token; per token and 128 columns (the "
-        "native engine's way unless said, much faster than exact); or as each scheme says.",
+        "native engine's way unless said, much faster than exact); as each scheme says; or fast, "
+        "its way where schemes round activations: as they say, attention in 16-bit integers and "
+        "the head as in int8g128.",
         rich_help_panel=COMPUTING,
     ),
 ]

@@ -26,6 +26,7 @@ import torch
 from quantlib.errors import UsageError
 from quantlib.formats.scheme import Scheme
 from quantlib.kernels import timing
+from quantlib.kernels.cpu.forms import why_not
 from quantlib.kernels.timing import Op, TimingTable, this_machine
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.rows import Weight
@@ -52,6 +53,7 @@ def latency_costs(
     """
     names = sorted(budget.limits())
     spec = _engine_spec(config, model_map)
+    _check_inputs(model_map, schemes)
     machine = this_machine(budget.threads or torch.get_num_threads())
     table = TimingTable.load(machine)
     said = table.problem
@@ -151,8 +153,9 @@ class _Prices:
         phase, tokens = phase_of(cost)
         # only the last token of a prompt is given to the head
         at_once = 1 if phase == "decode" or weight.kind != "linear" else min(tokens, CHUNK)
-        mode = self._mode or ("int8" if scheme.activation_bits == 8 else "exact")
-        return Op(weight.out_features, weight.in_features, str(scheme.weight), at_once, mode)
+        mode = self._mode or ("int8" if scheme.activation.is_integer else "exact")
+        columns = str(Scheme(scheme.weight, high=scheme.high))
+        return Op(weight.out_features, weight.in_features, columns, at_once, mode)
 
 
 def _engine_spec(config: Mapping[str, Any], model_map: ModelMap) -> EngineSpec:
@@ -172,6 +175,20 @@ def _engine_spec(config: Mapping[str, Any], model_map: ModelMap) -> EngineSpec:
             f"one: {reason}; give a size instead"
         )
     return EngineSpec.from_config(parsed)
+
+
+def _check_inputs(model_map: ModelMap, schemes: Mapping[str, Sequence[str]]) -> None:
+    """Raises UsageError for a candidate whose inputs the native engine cannot round."""
+    for weight, candidates in schemes.items():
+        columns = model_map.weight(weight).in_features
+        for name in candidates:
+            parsed = Scheme.parse(name)
+            reason = why_not(parsed.segments(columns), parsed.activations(columns))
+            if reason:
+                raise UsageError(
+                    f"latency budgets are for what the native engine runs, and it does not run "
+                    f"{weight} in {name} ({reason}): leave that scheme out, or give a size instead"
+                )
 
 
 def _measure_products(table: TimingTable, ops: Sequence[Op], progress: Progress) -> None:

@@ -39,7 +39,7 @@ from quantlib.transforms.moments import Moments, merge, stream_moments
 from quantlib.transforms.rotation import Rotation
 
 KIND = "rotation"
-ROTATION_VERSION = 3
+ROTATION_VERSION = 4
 """Raise when bases come out differently: models are then rotated, and measured, again."""
 _WEIGHTED = 0.5
 """Of token-weighted moments, where there are gradients: those alone follow the calibration text's

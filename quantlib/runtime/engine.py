@@ -52,13 +52,14 @@ class Engine:
         """
         decoder: what `NativeCheckpoint.read` gives; several engines may share one.
         mode:    activations "exact", or rounded to 8 bits per token ("int8") or per token and 128
-                 columns ("int8g128"); None: each weight's scheme decides.
+                 columns ("int8g128"); None: each weight's scheme decides; "fast": likewise where it
+                 rounds them, and "int8g128" elsewhere.
         kv:      how keys and values are kept, by the names of `quantlib.kernels.kv_format`: "f32",
                  "int8", "int4", "int4g32r", "int8/int4rk4", ...; None: as the checkpoint says for
                  each layer, else "f32".
         threads: at most so many; None: torch's number at each step.
         integer_attention: multiply packed keys and values in integers, queries and weights of
-                 attention rounded to 16 bits; None: in the modes that round to 8 bits.
+                 attention rounded to 16 bits; None: in the modes "int8", "int8g128" and "fast".
         Raises UsageError for an unknown mode or cache, and without compiled kernels.
         """
         library = cpu.load()

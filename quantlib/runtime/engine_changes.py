@@ -68,8 +68,14 @@ def read_changes(checkpoint: PackedCheckpoint, spec: EngineSpec) -> Changes:
     if rotation is None:
         return Changes(caches=kept, query_bits=bits)
     square = (spec.head_dim,) * 2
-    sizes = {i: rotation.hidden.get(block_name(i), 1) for i in layers}
-    rotations = {size: _block_rotation(checkpoint, spec, size) for size in set(sizes.values())}
+    sizes = {
+        i: (rotation.hidden.get(block_name(i), 1), rotation.hidden_high.get(block_name(i), 0))
+        for i in layers
+    }
+    rotations = {
+        (size, still): _block_rotation(checkpoint, spec, size, still)
+        for size, still in set(sizes.values())
+    }
     bases = {i: rotation.key.get(block_name(i)) for i in layers}
     return Changes(
         residual=_basis(checkpoint, "residual", rotation.residual, (spec.hidden,) * 2),
@@ -80,7 +86,7 @@ def read_changes(checkpoint: PackedCheckpoint, spec: EngineSpec) -> Changes:
             and (found := _basis(checkpoint, f"keys of layer {i}", basis, square, spec.kv_heads))
             is not None
         },
-        hidden={i: rotations[size] for i, size in sizes.items() if size > 1},
+        hidden={i: rotations[size] for i, size in sizes.items() if size[0] > 1},
         caches=kept,
         query_bits=bits,
     )
@@ -115,14 +121,19 @@ def _basis(
     return basis.to(torch.float32).contiguous()
 
 
-def _block_rotation(checkpoint: PackedCheckpoint, spec: EngineSpec, size: int) -> BlockRotation:
-    if size < 1 or spec.intermediate % size or not hadamard.exists(size):
+def _block_rotation(
+    checkpoint: PackedCheckpoint, spec: EngineSpec, size: int, still: int
+) -> BlockRotation:
+    """Of all inputs of a down projection but the last `still`."""
+    rotated = spec.intermediate - still
+    fits = 0 <= still < spec.intermediate and hadamard.covers(size, rotated)
+    if not fits or not hadamard.exists(size):
         raise CheckpointError(
-            f"{checkpoint.path} rotates the inputs of down projections in blocks of {size}, and "
-            f"there are {spec.intermediate} of them: make the checkpoint again"
+            f"{checkpoint.path} rotates all inputs of down projections but {still} in blocks of "
+            f"{size}, and there are {spec.intermediate} of them: make the checkpoint again"
         )
     order, _ = hadamard.split(size)
-    return BlockRotation(size, hadamard.signs(order) if order > 1 else None)
+    return BlockRotation(size, hadamard.signs(order) if order > 1 else None, still)
 
 
 def unsupported_changes(checkpoint: PackedCheckpoint, spec: EngineSpec) -> str | None:
@@ -139,8 +150,6 @@ def unsupported_changes(checkpoint: PackedCheckpoint, spec: EngineSpec) -> str |
             return f"{name} keeps more than {MAX_SINKS} first positions as they are"
     if "encoder" in around.tensors:
         return "it has an encoder with a basis of its own"
-    if any(((around.settings or {}).get("hidden_high") or {}).values()):
-        return "its Hadamard matrices leave the last hidden channels out"
     for name, scheme in checkpoint.schemes.items():
         activations = checkpoint.activations(name)
         if scheme.weight is None and activations:

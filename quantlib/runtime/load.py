@@ -21,7 +21,7 @@ from torch import Tensor
 from quantlib.checkpoint.disk import read_json
 from quantlib.checkpoint.reader import PackedCheckpoint, read_layout
 from quantlib.errors import CheckpointError, UsageError
-from quantlib.kernels.cpu.engine_library import MODES, Decoder
+from quantlib.kernels.cpu.engine_library import FAST, MODES, Decoder
 from quantlib.runtime.engine import Engine, NativeCheckpoint
 from quantlib.runtime.generate import (
     Generation,
@@ -36,9 +36,10 @@ from quantlib.runtime.modules import set_mode
 ENGINES = ("auto", "native", "plain")
 SCHEME = "scheme"
 """The mode in which each weight's scheme decides."""
-FAST = "int8g128"
-"""The native engine's mode unless another is asked for: exact activations take several times as
-long, and whole tokens rounded to int8 move the answers several times as far."""
+GROUPED = "int8g128"
+"""The native engine's mode for schemes that round no activations, unless another is asked for:
+exact activations take several times as long, and whole tokens rounded to int8 move the answers
+several times as far."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _GENERATION_FILE = "generation_config.json"
 _log = logging.getLogger(__name__)
@@ -75,8 +76,8 @@ class QuantizedModel:
         self._model_mode = SCHEME
         if mode is not None:
             self.set_mode(mode)
-        elif self._native is not None and not self._native.rounds:
-            self.mode = FAST
+        elif self._native is not None:
+            self.mode = FAST if self._native.rounds else GROUPED
 
     @property
     def model(self) -> Any:
@@ -183,14 +184,18 @@ class QuantizedModel:
         """Take activations as they are ("exact"), or round them to 8 bits.
 
         "int8" rounds per token, "int8g128" per token and 128 columns. "scheme" leaves it to each
-        weight's scheme.
+        weight's scheme: what was measured when the model was compressed, to float32's rounding.
+        "fast" does that too, but the native engine then computes attention in integers of 16 bits
+        (on packed keys and values) and rounds what schemes leave as it is as "int8g128" does: the
+        output head above all.
         """
         if mode not in (SCHEME, *MODES):
             known = ", ".join((*MODES, SCHEME))
             raise UsageError(f"{mode!r} is not a mode to run in: use one of {known}")
-        self.mode = self._model_mode = mode
+        self.mode = mode
+        self._model_mode = SCHEME if mode == FAST else mode
         if self._model is not None:
-            set_mode(self._model, mode)
+            set_mode(self._model, self._model_mode)
 
     def packed_bytes(self) -> int:
         """Bytes of all packed weights."""
@@ -239,9 +244,9 @@ def load(
     """Open a checkpoint that `quantlib compress` wrote.
 
     mode:   activations "exact", or rounded to 8 bits per token ("int8") or per token and 128
-            columns ("int8g128"), or as the schemes say ("scheme"). None: as the schemes say where
-            they round activations; else exact for the transformers model, and the native engine's
-            FAST mode.
+            columns ("int8g128"), or as the schemes say ("scheme", "fast": see
+            `QuantizedModel.set_mode`). None: as the schemes say for the transformers model; of the
+            native engine "fast" where they round activations, else "int8g128".
     dtype:  of the transformers model's activations and of what was kept in 16 bits; the native
             engine computes in float32, so another dtype is the plain way's.
     engine: "native": quantlib's own decode loop; its weights are read at once. "plain": through

@@ -26,6 +26,7 @@ from quantlib.kernels.cpu.engine_library import Decoder, Linear
 from quantlib.kernels.layouts import TiledWeight, tile, tiled_bytes
 from quantlib.kernels.packed import PackedWeight
 from quantlib.runtime.engine import Engine
+from quantlib.runtime.engine_changes import NO_CHANGES, Changes
 from quantlib.runtime.engine_spec import EngineSpec
 from quantlib.runtime.engine_weights import Plan, assemble, layer_prefix, plan_of
 from quantlib.search.latency import phase_of
@@ -131,14 +132,17 @@ class _Watch:
             self._engine.prefill(self._text[length:tokens])
 
 
-def random_model(spec: EngineSpec, scheme: str, own_head: bool) -> Decoder:
-    """A model of this shape with random weights, all matrices in one scheme.
+def random_model(
+    spec: EngineSpec, scheme: str, own_head: bool, changes: Changes = NO_CHANGES
+) -> Decoder:
+    """A model of this shape with random weights, all matrices in one scheme, which says how their
+    inputs are rounded too. changes: what else a checkpoint may ask for while it runs.
 
     Layers beyond what the caches hold share the weights of those before: what has left the caches
     by the time it is used again need not be there twice.
     """
     plan = plan_of(spec, own_head)
-    return assemble(_RandomParts(scheme, plan), spec, plan)
+    return assemble(_RandomParts(scheme, plan), spec, plan, changes)
 
 
 class _RandomParts:
@@ -161,8 +165,8 @@ class _RandomParts:
         if key not in self._tiled:
             self._tiled[key] = tile(self._weight(self._plan.matrices[name]))
         vector = None if bias is None else torch.zeros(self._plan.vectors[bias])
-        rounds = Scheme.parse(self._scheme).activation_bits == 8
-        return Linear(self._tiled[key], vector, "int8" if rounds else "exact")
+        activations = Scheme.parse(self._scheme).activations(self._plan.matrices[name][1])
+        return Linear(self._tiled[key], vector, activations=activations)
 
     def norm(self, name: str) -> Tensor:
         return torch.ones(self._plan.vectors[name])

@@ -54,7 +54,8 @@ class AttentionState:
                 are multiplied by it from the right. Columns that the KV format keeps wide come
                 first.
     kv:         keys and values are rounded as a cache of this format keeps them.
-    sinks:      so many first positions are kept as they are.
+    sinks:      so many first positions are kept as they are, or as many as `kv` keeps so, whichever
+                is more.
     query_bits: queries (in the key basis) are rounded to so many bits, symmetric, with one scale
                 per token and head; 0: not at all.
     observe:    is shown what came in.
@@ -160,8 +161,9 @@ def transform(
     if state.query_bits:
         query = _Rounded.apply(query, lambda x: _round_symmetric(x, state.query_bits))
     if state.kv is not None:
-        key = _round_side(key, state.kv.key, state.sinks)
-        value = _round_side(value, state.kv.value, state.sinks)
+        sinks = max(state.sinks, state.kv.sinks)
+        key = _round_side(key, state.kv.key, sinks)
+        value = _round_side(value, state.kv.value, sinks)
     return query, key, value
 
 

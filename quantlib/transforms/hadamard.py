@@ -30,6 +30,9 @@ from quantlib.errors import TransformError
 
 _DENSE = 512
 """Largest dense part that `block_size` accepts."""
+_QUICK = 32
+"""Largest dense part that `quick_size` accepts: a column takes as many multiplications as the part
+has rows, where Sylvester's takes the logarithm of its order in additions."""
 _OWN_PASSES = 16
 _RADIX = 64
 _MERGED = 256
@@ -90,18 +93,48 @@ def hadamard(n: int) -> Tensor:
     return signs(n).double() / math.sqrt(n)
 
 
+def covers(b: int, width: int) -> bool:
+    """Whether blocks of order b rotate so many columns: they divide them, or may overlap."""
+    overlaps = b >= _OWN_PASSES and not b & (b - 1)
+    return b > 0 and (width % b == 0 or (overlaps and width > b))
+
+
+def quick_size(n: int) -> int:
+    """The order of blocks that mix n columns well and cost next to nothing: n itself where its
+    dense part is small, else the largest power of two, whose blocks overlap (`rotate`)."""
+    if exists(n) and _dense_order(n) <= _QUICK:
+        return n
+    power = 1 << (n.bit_length() - 1)
+    return power if power >= _OWN_PASSES else block_size(n)
+
+
 def rotate(x: Tensor, b: int) -> Tensor:
     """x [..., K] times the block-diagonal matrix of `hadamard(b)`: K is a multiple of b.
 
+    A power of two from 16 on need not divide K: to the blocks that fit, from the first column on,
+    comes one more over the last b columns, on what the others have made of them. So every output
+    mixes b inputs at least, for two passes of additions where they overlap.
+
     Costs K times the sum of a few small orders instead of K b. In the dtype of x.
-    Raises TransformError when b does not divide K or has no construction.
+    Raises TransformError when b does not fit K or has no construction.
     """
     width = x.shape[-1]
-    m, s = split(b)
-    if width % b:
+    split(b)
+    if not covers(b, width):
         raise TransformError(
             f"blocks of {b} do not divide {width} columns: use a divisor of {width}."
         )
+    whole = width // b * b
+    turned = _rotate_blocks(x[..., :whole], b)
+    if whole == width:
+        return turned
+    turned = torch.cat([turned, x[..., whole:]], dim=-1)
+    before, last = turned.split([width - b, b], dim=-1)
+    return torch.cat([before, _rotate_blocks(last, b)], dim=-1)
+
+
+def _rotate_blocks(x: Tensor, b: int) -> Tensor:
+    m, s = split(b)
     y, right = x.reshape(-1, b), b
     for dense, sylvester in _stages(m, s):
         order = dense * sylvester

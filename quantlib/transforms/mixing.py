@@ -91,7 +91,7 @@ def rotation_of(
         cuts = [width - high_columns(width, share) for share in shares]
         streams[name] = vectors @ mixing(width, cuts, mix, generator)
     high = hidden_high or {}
-    sizes = {h.name: hadamard.block_size(h.width - high.get(h.name, 0)) for h in wiring.hiddens}
+    sizes = {h.name: _hadamard_size(h.width, high.get(h.name, 0)) for h in wiring.hiddens}
     drawn: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
     def mixed(vectors: Tensor, cuts: Sequence[int] | None) -> Tensor:
@@ -111,6 +111,11 @@ def rotation_of(
         hidden_order=hidden_order or {},
         hidden_high=high,
     )
+
+
+def _hadamard_size(width: int, high: int) -> int:
+    """All columns get the largest matrix there is; what is left of them may have any number."""
+    return hadamard.quick_size(width - high) if high else hadamard.block_size(width)
 
 
 def head_cuts(head_dim: int, shares: Iterable[Fraction]) -> list[int]:

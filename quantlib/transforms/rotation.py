@@ -47,8 +47,8 @@ class Rotation:
     hidden_order: block -> int64 [I]: channel j of the hidden layer is `order[j]` of the original;
                 fused into what writes and reads it.
     hidden_high: block -> how many channels, the last ones, the Hadamard matrices leave alone; left
-                out: 0. Their blocks divide the others. Channels that stand out belong there: a
-                Hadamard matrix would add their energy to every other column.
+                out: 0. Their blocks cover the others (`hadamard.covers`). Channels that stand out
+                belong there: a Hadamard matrix would add their energy to every other column.
     fold_norms: gains of the norms move into the linears that read them. A stream with a basis needs
                 that and does it anyway; by itself it is a change of scale between columns.
     """
@@ -232,7 +232,7 @@ def _check_hidden(site: Hidden, size: int, high: int) -> None:
             f"Hadamard matrices: leave out 0 to {site.width - 1}, or have no such matrices."
         )
     columns = site.width - high
-    if size < 1 or columns % size:
+    if not hadamard.covers(size, columns):
         which = f"the first {columns} of {site.width}" if high else f"the {columns}"
         raise TransformError(
             f"Hadamard blocks of {size} do not divide {which} columns of {site.down.weight}: use "

@@ -14,6 +14,7 @@ from quantlib.bench.engines import Eager, Quantlib, Sample
 from quantlib.bench.peers.linear import PeerMissing
 from quantlib.bench.peers.llama_cpp import Speed
 from quantlib.errors import CheckpointError
+from quantlib.kernels.cpu import library
 
 ROW = {
     "model", "engine", "bytes", "decode_tok_s", "prefill_tok_s", "decode_quartiles",
@@ -68,6 +69,7 @@ def tiny(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def packed(tiny: Path) -> Path:
+    library.load()  # from the user's own cache folder, before a test takes another
     return pack_rounded(tiny, tiny.with_name("packed"), Schemes("w4g32", "w8g32"))
 
 
@@ -84,7 +86,7 @@ def test_a_quick_run_needs_no_peer(
     monkeypatch.setattr(footprint, "_load_elsewhere", footprint.load_here)
     decode.main(["--quick", "--json"])
     found = json.loads(capsys.readouterr().out)
-    names = ["quantlib int8", "transformers eager bfloat16", "transformers eager float32"]
+    names = ["quantlib int8, kv int8", "transformers eager bfloat16", "transformers eager float32"]
     assert [row["engine"] for row in found["rows"]] == names
     assert all(set(row) == ROW for row in found["rows"])
     assert all(row["decode_tok_s"] > 0 and row["prefill_tok_s"] > 0 for row in found["rows"])
@@ -135,7 +137,7 @@ def test_a_full_run_measures_models_losses_and_footprints(
     found = decode.run(quick=False)
     assert sizes == [76.2, 0.3], "our own size, and that of the smallest of theirs"
     rows = {(row["model"], row["engine"]): row for row in found["rows"]}
-    ours = rows[decode.SMOLLM2, "quantlib int8 0.3 MB"]
+    ours = rows[decode.SMOLLM2, "quantlib int8 0.3 MB, kv int8"]
     assert 0 < ours["kl"] < 1
     assert rows[decode.SMOLLM2, "llama.cpp Q4_0"]["kl"] == 0.5
     assert rows[decode.SMOLLM2, "llama.cpp Q4_K_M"]["kl"] is None
@@ -173,6 +175,20 @@ def test_every_sample_starts_from_an_empty_cache(tiny: Path, packed: Path) -> No
     for _ in range(3):
         assert min(ours.sample(24, 8)) > 0
     assert min(Eager(tiny, "float32").sample(24, 8)) > 0
+
+
+def test_a_loss_is_that_of_the_engine_that_is_timed(
+    tiny: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Coarser keys and values lose more, and the figure says so."""
+    monkeypatch.setattr(divergence.assets, "fetch_smollm2", lambda: tiny)
+    windows = torch.tensor([engines.random_tokens(24, 300), engines.random_tokens(48, 300)[24:]])
+    ours = [Quantlib(packed, "exact", 24, kv=kv) for kv in ("f32", "int8", "int4")]
+    losses = divergence.of_engines(ours, windows)
+    assert list(losses) == [f"quantlib exact, kv {kv}" for kv in ("f32", "int8", "int4")]
+    exact, fine, coarse = (loss.kl for loss in losses.values())
+    assert coarse > 1.02 * exact > 0
+    assert abs(fine - exact) < 0.2 * (coarse - exact)
 
 
 def test_random_tokens_are_tokens_and_the_same_every_time() -> None:

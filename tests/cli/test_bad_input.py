@@ -537,7 +537,7 @@ def test_evaluating_and_generating_need_a_model(
     assert "there is no config.json" in fails(1, "eval", tmp_path / "no", "--data", text)
     assert fails(1, "generate", tmp_path / "no", "Hello")
     assert fails(1, "generate", model, "Hello"), "a dense model is not a checkpoint of ours"
-    assert "unknown --mode" in fails(2, "generate", model, "Hello", "--mode", "fast")
+    assert "unknown --mode" in fails(2, "generate", model, "Hello", "--mode", "quick")
 
 
 def test_a_checkpoint_cut_short(run: Run, fails: Fails, model: Path, text: Path, tmp_path: Path):

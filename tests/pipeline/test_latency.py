@@ -113,6 +113,24 @@ def test_without_a_latency_nothing_is_timed(llama: Path, quick: Path) -> None:
     assert not quick.exists()
 
 
+def test_wide_columns_and_rounded_inputs_are_timed_as_they_run(llama: Path, quick: Path) -> None:
+    model_map = ModelMap.from_source(Source.open(llama))
+    as_schemes_say = LatencyBudget(("decode=1s@8",), 1, None)
+    schemes = ("w4g32", "w4g32a4zh8/8", "w8g32a8g128")
+    assert costs_for(model_map, llama, schemes, as_schemes_say, Silent()) is not None
+    keys = [key.split() for key in json.loads(next(quick.iterdir()).read_text())["ms"]]
+    timed = {(key[0], key[2]) for key in keys if key[0] != "model"}
+    assert timed == {("exact", "w4g32"), ("int8", "w4g32h8/8"), ("int8", "w8g32")}
+
+
+def test_inputs_that_the_engine_does_not_round_are_refused_in_a_sentence(
+    llama: Path, quick: Path
+) -> None:
+    model_map = ModelMap.from_source(Source.open(llama))
+    with pytest.raises(UsageError, match=r"in w4g32amxfp8 \(inputs in .*leave that scheme out"):
+        costs_for(model_map, llama, ("w4g32", "w4g32amxfp8"), BOTH, Silent())
+
+
 def test_a_model_that_the_engine_does_not_run_is_told_why(
     llama: Path, quick: Path, tmp_path: Path
 ) -> None:

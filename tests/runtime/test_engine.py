@@ -209,7 +209,7 @@ def test_packed_keys_and_values_cost_little_accuracy_and_less_memory(llama: Any)
 
 BAD = [
     ({"kv": "int3"}, UsageError, "'int3' is not a format of a KV cache"),
-    ({"mode": "fast"}, UsageError, "'fast' is not a mode"),
+    ({"mode": "quick"}, UsageError, "'quick' is not a mode"),
     ({"capacity": 0}, UsageError, "holds nothing"),
     ({"isa": "sse9"}, UsageError, "sse9"),
 ]

@@ -141,8 +141,8 @@ def test_modes_are_the_schemes_own_or_the_callers(write_packed: Callable[..., An
         loaded.set_mode("scheme")
         assert modes(loaded) == {"scheme"}
         assert torch.equal(loaded.model.model.layers[0].mlp.up_proj(x), found)
-    with pytest.raises(UsageError, match="'fast' is not a mode"):
-        quantlib.load(folder, mode="fast")
+    with pytest.raises(UsageError, match="'quick' is not a mode"):
+        quantlib.load(folder, mode="quick")
 
 
 def test_the_native_engine_is_fast_unless_another_mode_is_asked_for(folder: Path) -> None:

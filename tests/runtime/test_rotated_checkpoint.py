@@ -44,8 +44,9 @@ def orthogonal(size: int, seed: int) -> Tensor:
     return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
 
 
-def rotation_of(family: str) -> Rotation:
-    """Every kind of change that the family's models know, for two blocks."""
+def rotation_of(family: str, high: int = 0) -> Rotation:
+    """Every kind of change that the family's models know, for two blocks. high: so many channels
+    stay outside the Hadamard matrices of the second block."""
     blocks = [f"model.layers.{number}" for number in range(2)]
     hidden = {"qwen3-moe": 8}.get(family, 16)
     return Rotation(
@@ -53,6 +54,7 @@ def rotation_of(family: str) -> Rotation:
         value={block: torch.stack([orthogonal(16, 1), orthogonal(16, 2)]) for block in blocks},
         key={block: orthogonal(16, 3) for block in blocks},
         hidden=dict.fromkeys(blocks, hidden),
+        hidden_high={blocks[1]: high} if high else {},
     )
 
 
@@ -104,15 +106,16 @@ class _Round:
 @pytest.fixture
 def make(build_tiny: Callable[..., Any], tmp_path: Path) -> Callable[..., Made]:
     """`make(family)`: rotated, linears in SCHEME, the output projections of attention in another
-    order, with clip factors; keys and values rounded; embeddings kept, or with 8 bits."""
+    order, with clip factors; keys and values rounded, but for 2 first positions or those that `kv`
+    names; embeddings kept, or with 8 bits."""
 
-    def build(family: str = "llama", embedding: str = "f32") -> Made:
+    def build(
+        family: str = "llama", embedding: str = "f32", high: int = 0, kv: str = "int8/int4"
+    ) -> Made:
         original = build_tiny(family)
         rotated = copy.deepcopy(original)
-        wiring, rotation = wire(rotated), rotation_of(family)
-        caches = {
-            a.module: CacheSettings(KvFormat.parse("int8/int4"), 2, 8) for a in wiring.attentions
-        }
+        wiring, rotation = wire(rotated), rotation_of(family, high)
+        caches = {a.module: CacheSettings(KvFormat.parse(kv), 2, 8) for a in wiring.attentions}
         attach_attention(rotated, states_of(caches))
         rotate_module(rotated, wiring, rotation)
         weights, inputs, shapes, clips, schemes = {}, {}, {}, {}, {}

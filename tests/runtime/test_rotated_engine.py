@@ -21,7 +21,13 @@ from .test_rotated_checkpoint import A_FEW_CODES, Made, difference, make
 pytestmark = pytest.mark.skipif(cpu.load() is None, reason="no compiled kernels")
 __all__ = ["make"]  # a fixture
 
-CASES = [("llama", "f32"), ("llama", "w8g16"), ("llama-untied", "w8g16"), ("gemma2", "f32")]
+# family, embedding's scheme, hidden channels outside the Hadamard matrices of the second block
+CASES = [
+    ("llama", "f32", 24),
+    ("llama", "w8g16", 0),
+    ("llama-untied", "w8g16", 64),
+    ("gemma2", "f32", 0),
+]
 PROMPT = torch.randint(2, 384, (90,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
@@ -38,12 +44,12 @@ def change_config(made: Made, change: Callable[[dict[str, Any]], object]) -> Non
     path.write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize(("family", "embedding"), CASES)
+@pytest.mark.parametrize(("family", "embedding", "high"), CASES)
 def test_exact_logits_are_those_of_transformers(
-    make: Callable[..., Made], family: str, embedding: str
+    make: Callable[..., Made], family: str, embedding: str, high: int
 ) -> None:
     """With every basis and order, and nothing but the weights rounded: to float32's rounding."""
-    made = make(family, embedding)
+    made = make(family, embedding, high)
     change_config(made, lambda described: described.pop("caches"))
     loaded = quantlib.load(made.folder, mode="exact", engine="native")
     expected = plain_logits(loaded.model, PROMPT)
@@ -57,15 +63,15 @@ def _both(loaded: Any) -> list[Any]:
     return [loaded.make_engine(1, 128), TransformersTexts(loaded.model)]
 
 
-@pytest.mark.parametrize(("family", "embedding"), CASES)
+@pytest.mark.parametrize(("family", "embedding", "high"), CASES)
 def test_rounded_logits_are_those_of_transformers(
-    make: Callable[..., Made], family: str, embedding: str
+    make: Callable[..., Made], family: str, embedding: str, high: int
 ) -> None:
     """Activations, queries, keys and values rounded as the checkpoint says. Float32 sums in another
     order move a code at times, whose token is off by some percent then; others agree to the last
     digits, or feel it a little through attention."""
-    made = make(family, embedding)
-    loaded = quantlib.load(made.folder, engine="native")
+    made = make(family, embedding, high)
+    loaded = quantlib.load(made.folder, mode="scheme", engine="native")
     assert (loaded.engine, loaded.mode, loaded.kv) == ("native", "scheme", "int8/int4k2")
     expected = plain_logits(loaded.model, PROMPT)
     found = loaded.make_engine().score(PROMPT)
@@ -76,7 +82,54 @@ def test_rounded_logits_are_those_of_transformers(
     assert difference(exact, expected) > 5 * A_FEW_CODES
 
 
-@pytest.mark.parametrize("mode", [None, "int8", "int8g128", "exact"])
+def test_hidden_channels_that_stay_are_not_rotated(make: Callable[..., Made]) -> None:
+    """The last 16 of 80: a checkpoint that says it rotates them too is another model."""
+    made, logits = make("llama-untied", high=16), []
+    for stored in (16, 0):
+        change_hidden_high(made, stored)
+        loaded = quantlib.load(made.folder, mode="exact", engine="native")
+        logits.append(loaded.make_engine().score(PROMPT))
+    assert difference(*logits) > 5 * A_FEW_CODES
+
+
+@pytest.mark.parametrize("high", [70, 80, -16])
+def test_hadamard_matrices_that_do_not_fit_are_a_sentence(
+    make: Callable[..., Made], high: int
+) -> None:
+    made = make("llama-untied")
+    change_hidden_high(made, high)
+    with pytest.raises(CheckpointError, match=r"in blocks of 16, and there are 80.*again"):
+        quantlib.load(made.folder, engine="native")
+
+
+def change_hidden_high(made: Made, count: int) -> None:
+    """Of the second block, as the checkpoint says it."""
+    change_config(
+        made,
+        lambda described: described["transforms"]["rotation"].update(
+            hidden_high={"model.layers.1": count}
+        ),
+    )
+
+
+@pytest.mark.parametrize(("kv", "kept"), [("int4k3", 3), ("int4k1", 2), ("int4", 2)])
+def test_as_many_first_positions_stay_exact_in_both_engines(
+    make: Callable[..., Made], kv: str, kept: int
+) -> None:
+    """The cache's settings ask for 2, its format for more or less: the larger number counts."""
+    made = make("llama-untied", kv=kv)
+    loaded = quantlib.load(made.folder, mode="exact", engine="native")
+    assert loaded.kv == f"int4k{kept}"
+    unrounded = quantlib.load(made.folder, mode="exact", engine="native", kv="f32")
+    expected = unrounded.make_engine().score(PROMPT)
+    for found in (loaded.make_engine().score(PROMPT), plain_logits(loaded.model, PROMPT)):
+        errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+        # a query's code of 8 bits may fall to the other side, which is far below 4 bits of a value
+        assert not errors[:kept].max() > A_FEW_CODES / 10
+        assert errors[kept:].min() > A_FEW_CODES / 10
+
+
+@pytest.mark.parametrize("mode", [None, "fast", "int8", "int8g128", "exact"])
 @pytest.mark.parametrize("family", ["llama", "llama-untied"])
 def test_a_prompt_in_parts_gives_the_same_bits(
     make: Callable[..., Made], family: str, mode: str | None
@@ -92,11 +145,25 @@ def test_a_prompt_in_parts_gives_the_same_bits(
     assert torch.equal(found[20], whole[-1])
 
 
+def test_text_comes_fast_and_nearly_as_it_was_measured(make: Callable[..., Made]) -> None:
+    """Unless asked otherwise, the head's inputs have 8 bits and attention computes in integers."""
+    made = make("llama", "w8g16")
+    loaded = quantlib.load(made.folder)
+    assert (loaded.engine, loaded.mode) == ("native", "fast")
+    asked = quantlib.load(made.folder, mode="scheme")
+    # of a short text: in a longer one, 16-bit queries move codes that float32's rounding does not
+    found = [one.make_engine().score(PROMPT[:9]) for one in (loaded, asked)]
+    assert 0 < difference(*found) <= A_FEW_CODES
+    # the transformers model computes what was measured all the same
+    assert torch.equal(*(plain_logits(one.model, PROMPT) for one in (loaded, asked)))
+
+
 def test_a_cache_can_be_asked_for_all_the_same(make: Callable[..., Made]) -> None:
     folder = make().folder
-    asked = quantlib.load(folder, engine="native", kv="int4k8")
+    asked = quantlib.load(folder, mode="scheme", engine="native", kv="int4k8")
     assert asked.kv == "int4k8"
-    found = [loaded.make_engine().score(PROMPT) for loaded in (asked, quantlib.load(folder))]
+    other = quantlib.load(folder, mode="scheme")
+    found = [loaded.make_engine().score(PROMPT) for loaded in (asked, other)]
     assert 0.5 > difference(*found) > A_FEW_CODES
 
 

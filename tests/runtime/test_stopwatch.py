@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Gemma2Config, LlamaConfig
 
+from quantlib.formats.scheme import Scheme
 from quantlib.kernels.cpu import stopwatch as products
 from quantlib.runtime import stopwatch
 from quantlib.runtime.engine import Engine
@@ -67,13 +68,23 @@ def test_a_disturbed_measurement_cannot_turn_the_line_around() -> None:
 # -- random models -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["w4g32", "w2g64z4s4", "mxfp4"])
+@pytest.mark.parametrize("scheme", ["w4g32", "w2g64z4s4", "mxfp4", "w8a8", "w4g32a4zg16h8/4"])
 def test_a_random_model_runs_and_its_numbers_are_finite(llama: EngineSpec, scheme: str) -> None:
     model = random_model(llama, scheme, own_head=False)
     assert model.head is model.embedding
     logits = Engine(model, capacity=8).prefill([1, 2, 3])
     assert logits.shape == (96,)
     assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8g128", "w4g32a4zh8/4", "w8"])
+def test_a_random_model_rounds_its_inputs_as_the_scheme_says(
+    llama: EngineSpec, scheme: str
+) -> None:
+    model = random_model(llama, scheme, own_head=False)
+    for layer in model.layers:
+        for linear in (*layer.qkv, layer.o, *layer.gate_up, layer.down):
+            assert linear.activations == Scheme.parse(scheme).activations(linear.shape[1])
 
 
 def test_a_family_with_more_parts_has_them_too() -> None:

@@ -191,10 +191,14 @@ def test_a_model_attends_to_what_the_packed_cache_holds(sinks: int, per_head: bo
     assert float(close.float().mean()) >= 0.99
 
 
-def test_only_the_first_positions_stay_exact() -> None:
+@pytest.mark.parametrize(
+    ("kv", "sinks"), [("int4", 2), ("int4k2", 0), ("int4k1", 2), ("int4k2", 1)]
+)
+def test_only_the_first_positions_stay_exact(kv: str, sinks: int) -> None:
+    """Of the two ways to ask for them, the one that asks for more counts."""
     generator = torch.Generator().manual_seed(5)
     query, key, value = (torch.randn(1, 2, 6, 32, generator=generator) for _ in range(3))
-    _, k, v = transform(query, key, value, AttentionState(kv=KvFormat.parse("int4"), sinks=2))
+    _, k, v = transform(query, key, value, AttentionState(kv=KvFormat.parse(kv), sinks=sinks))
     for rounded, exact in ((k, key), (v, value)):
         assert torch.equal(rounded[:, :, :2], exact[:, :, :2])
         assert bool((rounded[:, :, 2:] != exact[:, :, 2:]).any(-1).all())

@@ -300,7 +300,7 @@ def test_the_last_channels_of_an_order_are_left_out_of_hadamard_matrices(
     rotation = rotation_of(
         weighted_bases(source), small.wiring, 1, hidden_order=orders, hidden_high=high
     )
-    assert rotation.hidden == dict.fromkeys(small.wiring.blocks, 40)
+    assert rotation.hidden == dict.fromkeys(small.wiring.blocks, 32)
     assert rotation.hidden_high == dict.fromkeys(small.wiring.blocks, 8)
     rotation.check(small.wiring)
     for name, order in orders.items():

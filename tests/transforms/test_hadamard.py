@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantlib.errors import TransformError
-from quantlib.transforms.hadamard import block_size, exists, hadamard, rotate, signs, split
+from quantlib.transforms.hadamard import (
+    block_size,
+    covers,
+    exists,
+    hadamard,
+    quick_size,
+    rotate,
+    signs,
+    split,
+)
 
 # The orders up to 300 that need Williamson's or later constructions.
 GAPS = {92, 116, 156, 172, 184, 188, 232, 236, 260, 268, 292}
@@ -110,3 +119,43 @@ def test_rotate_of_a_model_s_size_in_float32(size: int) -> None:
 def test_blocks_that_do_not_divide_the_width_are_refused() -> None:
     with pytest.raises(TransformError, match="blocks of 12 do not divide 32"):
         rotate(torch.zeros(1, 32), 12)
+
+
+@given(
+    b=st.sampled_from([16, 32, 64]),
+    more=st.integers(1, 150),
+    seed=st.integers(0, 99),
+)
+def test_blocks_of_a_power_of_two_may_overlap(b: int, more: int, seed: int) -> None:
+    """Those that fit, then one over the last columns: together a rotation."""
+    width = b + more
+    x = torch.randn(3, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    whole = width // b
+    left = width - whole * b
+    first = torch.block_diag(*[hadamard(b)] * whole, torch.eye(left, dtype=torch.float64))
+    second = torch.block_diag(torch.eye(width - b, dtype=torch.float64), hadamard(b))
+    expected = x @ first @ (second if left else torch.eye(width, dtype=torch.float64))
+    torch.testing.assert_close(rotate(x, b), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(expected.norm(dim=1), x.norm(dim=1), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("b", "width"), [(16, 12), (8, 12), (48, 100), (12, 32), (0, 12)])
+def test_other_blocks_must_divide_the_width(b: int, width: int) -> None:
+    assert not covers(b, width)
+    with pytest.raises(TransformError, match=r"divide|no construction"):
+        rotate(torch.zeros(1, width), b)
+
+
+@pytest.mark.parametrize(
+    ("n", "size"), [(1536, 1536), (1488, 1024), (1440, 1024), (1344, 1024), (140, 128), (12, 12)]
+)
+def test_a_quick_size_covers_all_columns(n: int, size: int) -> None:
+    assert quick_size(n) == size
+    assert covers(size, n)
+
+
+@given(st.integers(1, 4000))
+def test_every_width_has_a_quick_size(n: int) -> None:
+    size = quick_size(n)
+    assert covers(size, n)
+    assert exists(size)

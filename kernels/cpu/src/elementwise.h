@@ -64,10 +64,15 @@ void rotate(float* x, const float* cosine, const float* sine, int64_t count) {
   });
 }
 
+inline void copy_row(const float* from, float* to, int64_t count) {
+  for_lanes(count, [&](int64_t i, int64_t n) { store_some(to + i, load_some(from + i, n), n); });
+}
+
 void turn(const ql::TurnProblem& p) {
   constexpr int64_t kMost = ql::kKvMaxHeadDim;
-  alignas(64) float out[kTileRows * kMost];
+  alignas(64) float in[kTileRows * kMost], out[kTileRows * kMost];
   const int64_t padded = (p.size + kLanes - 1) / kLanes * kLanes;
+  const bool whole = padded == p.size;  // nothing is written beside a head: it can be in place
   // Rows far apart, or the heads of one row side by side: what there is more of makes a tile.
   const bool across = p.rows > 1 && p.heads < kTileRows;
   const int64_t inner = across ? p.rows : p.heads, outer = across ? p.heads : p.rows;
@@ -76,10 +81,12 @@ void turn(const ql::TurnProblem& p) {
     for (int64_t j = 0; j < inner; j += kTileRows) {
       const int64_t count = smaller_of(inner - j, kTileRows);
       float* x = p.x + i * jump + j * step;
-      product({x, p.matrix, out, nullptr, step, padded, padded, p.size}, count, padded);
-      for (int64_t r = 0; r < count; ++r) {
-        memcpy(x + r * step, out + r * padded, static_cast<size_t>(p.size) * sizeof(float));
-      }
+      for (int64_t r = 0; r < count; ++r) copy_row(x + r * step, in + r * padded, p.size);
+      product({in, p.matrix, whole ? x : out, nullptr, padded, padded, whole ? step : padded,
+               p.size},
+              count, padded);
+      if (whole) continue;
+      for (int64_t r = 0; r < count; ++r) copy_row(out + r * padded, x + r * step, p.size);
     }
   }
 }

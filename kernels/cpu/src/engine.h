@@ -18,7 +18,8 @@
 //   logits = softcap(head(norm(leave(x), final_norm)) * logit_scale, logit_softcap)
 //
 // with softcap(z, c) = c * tanh(z / c), or z when c is 0. Keys and values go through the layer's
-// format of the KV cache. What happens to a linear's input is said by its form. Results do not depend on the number of threads, nor on which tokens share a step.
+// format of the KV cache. What happens to a linear's input is said by its form. Results do not
+// depend on the number of threads, nor on which tokens share a step.
 #pragma once
 
 #include "abi.h"

@@ -5,6 +5,8 @@
 namespace ql {
 namespace {
 
+constexpr int64_t kRowsAtOnce = 12;  // two tiles of a product; their heads fit the L1 cache
+
 // One thread's view of a layer's attention.
 class Attention {
  public:
@@ -115,8 +117,14 @@ class Attention {
   }
 
   // Queries of a KV head in some rows, from x on, as they meet keys. They belong to rows `row` and
-  // on of the step.
+  // on of the step. A few at a time, so that each pass finds them in the cache.
   void make_queries(float* x, int64_t kv_head, int64_t row, int64_t rows) const {
+    for (int64_t i = 0; i < rows; i += kRowsAtOnce) {
+      some_queries(x + i * shared_.qkv_stride, kv_head, row + i, std::min(kRowsAtOnce, rows - i));
+    }
+  }
+
+  void some_queries(float* x, int64_t kv_head, int64_t row, int64_t rows) const {
     for (int64_t i = 0; i < rows; ++i) {
       place(x + i * shared_.qkv_stride, group(), layer_.q_norm, row + i);
     }

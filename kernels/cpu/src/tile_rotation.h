@@ -54,6 +54,18 @@ inline void multiply_sylvester(const float* x, int64_t count, int64_t power, flo
   }
 }
 
+// The same for a count that `power` need not divide: the blocks that fit, and one more over the last
+// `power` numbers, on what the others have made of them.
+inline void multiply_overlapping(const float* x, int64_t count, int64_t power, float norm,
+                                 float* out) {
+  const int64_t whole = count / power * power;
+  multiply_sylvester(x, whole, power, norm, out);
+  if (whole == count) return;
+  memcpy(out + whole, x + whole, static_cast<size_t>(count - whole) * sizeof(float));
+  float* const last = out + count - power;
+  multiply_sylvester(last, power, power, norm, last);
+}
+
 // `outputs` rows of H^T times `vectors` neighbouring vectors of x [m, power].
 template <int outputs, int vectors>
 inline void dense_tile(const float* dense, int64_t m, const float* x, int64_t power, float* out) {
@@ -124,7 +136,7 @@ inline const float* arranged(const ql::TiledWeight& w, const ql::TileForm& form,
     multiply_rows(form.dense, form.dense_order, form.norm, x, rotated, work);
     x = work;
   } else if (form.dense_order) {
-    multiply_sylvester(x, rotated, form.power, form.norm, work);
+    multiply_overlapping(x, rotated, form.power, form.norm, work);
     x = work;
     if (form.dense_order > 1) {
       multiply_dense(form.dense, form.dense_order, form.power, x, rotated, next);

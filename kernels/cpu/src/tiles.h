@@ -169,13 +169,16 @@ struct TileRounding {
 //   1. a rotation, x times blocks of (H (x) S) / sqrt(m s): H [m, m] is `dense`, S Sylvester's
 //      Hadamard matrix of order s = `power`. x is multiplied by `norm` first, then by S in stages
 //      1, 2, 4, ...: (u, v) -> (u + v, u - v) for numbers so far apart; then each output of H is
-//      acc = fma(x[i], H[i][j], acc) from 0, i in order. The last `still` columns stay as they are.
+//      acc = fma(x[i], H[i][j], acc) from 0, i in order. Where m is 1, blocks need not divide the
+//      columns: one more, over the last s of them, then follows the blocks that fit. The last
+//      `still` columns stay as they are.
 //   2. an order: column k of the weight meets x[order[k]].
 //   3. rounding, segment by segment of the weight.
 struct TileForm {
   const float* dense;   // null when m is 1
   int64_t dense_order;  // m; 0: no rotation
-  int64_t power;        // s: 1, or a power of two of at least 16. K - still is a multiple of m s
+  int64_t power;        // s: 1, or a power of two of at least 16. K - still is a multiple of m s,
+                        // or m is 1 and it is s or more
   const int32_t* order;          // [K], null: as it is
   const TileRounding* rounding;  // [segments], null: tokens stay floats
   float norm;
