@@ -11,7 +11,8 @@ that shows each expert's rows to the same accumulators.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from quantlib.calibration.statistics import GroupStatistics, MatrixStatistics
 from quantlib.errors import ModelError
 from quantlib.models.memory import empty
-from quantlib.models.modelmap import ModelMap
+from quantlib.models.modelmap import LinearGroup, ModelMap
 
 SAMPLES_PER_WINDOW = 8
 """Tokens of each window whose input and output gradients are kept for standard errors."""
@@ -38,18 +39,46 @@ _EXPERT_LAYOUT = {
 """What transformers' expert modules say of themselves where `_experts_forward` is their forward."""
 
 
+class Rows(Protocol):
+    """How a module's input and output are rows of a matrix product: x [T, K] and y [T, N]."""
+
+    def inputs(self, x: Tensor) -> Tensor: ...
+
+    def outputs(self, y: Tensor) -> Tensor: ...
+
+
+class LinearRows:
+    """The last axis is multiplied; every other one is a token's place."""
+
+    def inputs(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, x.shape[-1])
+
+    outputs = inputs
+
+
+LINEAR_ROWS = LinearRows()
+
+
+def gradient_weights(energy: Tensor) -> Tensor:
+    """Weights w_t [T] of tokens from their gradient energy sum_n (dL/dy_tn)^2: that itself."""
+    return energy
+
+
 @dataclass
 class Accumulator:
     """Sums over tokens for one input (a dense group, or one expert); see `MatrixStatistics`.
 
     members:  weights that read it.
     weighted: whether gradients are coming.
-    pending:  gradients [T, N] of this window's members, until all are there.
+    weigh:    token weights [T] of the Hessian from the gradient energies [T] of one call.
+    calls:    how often each member was called: a model may run a module several times.
+    pending:  gradients [T, N] of one call of the members, until all are there.
     """
 
     members: tuple[str, ...]
     weighted: bool
     generator: torch.Generator
+    weigh: Callable[[Tensor], Tensor] = gradient_weights
     hessian: Tensor | None = None
     tokens: int = 0
     weight_sum: float = 0.0
@@ -58,28 +87,36 @@ class Accumulator:
     sample_g: dict[str, list[Tensor]] = field(default_factory=dict)
     sample_window: list[Tensor] = field(default_factory=list)
     token_weight: list[Tensor] = field(default_factory=list)
-    pending: dict[str, Tensor] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+    pending: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
-    def seen(self, member: str, x: Tensor, y: Tensor, window: int) -> None:
-        """Note input x [..., K] and output y [..., N] of one member."""
-        x = x.detach().reshape(-1, x.shape[-1])
+    def seen(
+        self, member: str, x: Tensor, y: Tensor, window: int, rows: Rows = LINEAR_ROWS
+    ) -> None:
+        """Note input x and output y of one member; of a linear, [..., K] and [..., N]."""
+        self.calls[member] += 1
         if self.weighted:
-            y.register_hook(partial(self._gradient, member, x, window))
+            call = self.calls[member]
+            y.register_hook(partial(self._gradient, member, call, x.detach(), window, rows))
         elif member == self.members[0]:
-            self._add(x.float(), {}, window)
+            self._add(rows.inputs(x.detach()).float(), {}, window)
 
-    def _gradient(self, member: str, x: Tensor, window: int, gradient: Tensor) -> None:
-        self.pending[member] = gradient.detach().reshape(-1, gradient.shape[-1]).float()
-        if len(self.pending) == len(self.members):
-            gradients, self.pending = self.pending, {}
-            self._add(x.float(), gradients, window)
+    def _gradient(
+        self, member: str, call: int, x: Tensor, window: int, rows: Rows, gradient: Tensor
+    ) -> None:
+        gradients = self.pending.setdefault(call, {})
+        gradients[member] = rows.outputs(gradient.detach()).float()
+        if len(gradients) == len(self.members):
+            del self.pending[call]
+            self._add(rows.inputs(x).float(), gradients, window)
 
     def _add(self, x: Tensor, gradients: Mapping[str, Tensor], window: int) -> None:
         """Add the tokens x [T, K] with the gradients [T, N] of all members (none: weight 1)."""
         scaled, weight_sum = x, float(len(x))
         if gradients:
             squares = {name: g.square() for name, g in gradients.items()}
-            token_weight = torch.stack([square.sum(1) for square in squares.values()]).sum(0)
+            energy = torch.stack([square.sum(1) for square in squares.values()]).sum(0)
+            token_weight = self.weigh(energy)
             scaled, weight_sum = x * token_weight.sqrt()[:, None], float(token_weight.sum())
             self.token_weight.append(token_weight)
             for name, square in squares.items():
@@ -154,17 +191,48 @@ def observed(
     model: nn.Module, model_map: ModelMap, block: str, observer: LinearObserver
 ) -> Iterator[None]:
     """Hook the block's linears (and replace the forward of its experts) while the context lasts."""
+    groups = model_map.groups_in(block)
+    with (
+        _hooked(model, model_map, groups, observer),
+        observed_experts(model, model_map, groups, observer),
+    ):
+        yield
+
+
+@contextmanager
+def _hooked(
+    model: nn.Module,
+    model_map: ModelMap,
+    groups: Iterable[LinearGroup],
+    observer: LinearObserver,
+) -> Iterator[None]:
     handles = []
+    for group in groups:
+        for weight in model_map.members(group):
+            if weight.kind != "experts":
+                hook = _linear_hook(observer, group.name, weight.name)
+                handles.append(model.get_submodule(weight.module).register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def observed_experts(
+    model: nn.Module,
+    model_map: ModelMap,
+    groups: Iterable[LinearGroup],
+    observer: LinearObserver,
+) -> Iterator[None]:
+    """Replace the forward of the experts in these groups while the context lasts."""
     experts: dict[str, dict[str, tuple[str, str]]] = {}
-    for group in model_map.groups_in(block):
-        for name in group.members:
-            weight = model_map.weight(name)
+    for group in groups:
+        for weight in model_map.members(group):
             if weight.kind == "experts":
-                leaf = name.rpartition(".")[2]
-                experts.setdefault(weight.module, {})[leaf] = (group.name, name)
-                continue
-            hook = _linear_hook(observer, group.name, name)
-            handles.append(model.get_submodule(weight.module).register_forward_hook(hook))
+                leaf = weight.name.rpartition(".")[2]
+                experts.setdefault(weight.module, {})[leaf] = (group.name, weight.name)
     replaced: list[nn.Module] = []
     try:
         for path, members in experts.items():
@@ -174,8 +242,6 @@ def observed(
             replaced.append(module)
         yield
     finally:
-        for handle in handles:
-            handle.remove()
         for module in replaced:
             del module.forward
 

@@ -7,6 +7,7 @@ name; they are kept as they are, so nothing is lost on the way to a compressed c
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,12 +16,15 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from quantlib.errors import ModelError
-from quantlib.models.families import EMBEDDINGS, HEAD, Family, GroupRule, KeptRule
+from quantlib.models.families import EMBEDDINGS, HEAD, Family, GroupRule, KeptRule, Part
 from quantlib.models.listing import some
 from quantlib.models.matching import Parameter, match
-from quantlib.models.rows import Kept, LinearGroup, Weight
+from quantlib.models.rows import Kept, LinearGroup, Stack, Weight
 from quantlib.models.source import Source
 from quantlib.models.stored import StoredParameter
+
+_AXES = {"experts": (3, 3), "conv": (3, 5)}
+"""Fewest and most axes of a weight of a kind; of every other kind it is a matrix."""
 
 BUFFER = "buffer of the module"
 ALLOWED = "allowed by name"
@@ -28,11 +32,15 @@ ALLOWED = "allowed by name"
 
 @dataclass
 class Claims:
-    """The rows found so far; `left` are the parameters nobody claimed yet, in module order."""
+    """The rows found so far; `left` are the parameters nobody claimed yet, in module order.
+
+    blocks: the family's own; `stacks` are the repeated blocks of its parts.
+    """
 
     parameters: dict[str, Parameter]  # under each of its names
     blocks: tuple[str, ...]
     left: dict[str, Parameter]
+    stacks: list[Stack] = field(default_factory=list)
     weights: list[Weight] = field(default_factory=list)
     groups: list[LinearGroup] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
@@ -48,7 +56,8 @@ class Claims:
 
     def keep(self, row: Parameter | StoredParameter, reason: str, component: str) -> None:
         """Add a row for what is left as it is."""
-        block = next((b for b in self.blocks if row.name.startswith(b + ".")), None)
+        blocks = (*self.blocks, *(block for stack in self.stacks for block in stack.blocks))
+        block = next((b for b in blocks if row.name.startswith(b + ".")), None)
         aliases = row.aliases if isinstance(row, Parameter) else ()
         kept = Kept(
             name=row.name,
@@ -74,19 +83,30 @@ def claim(
     """
     found = match(module, source)
     claims = _start(family, found.parameters)
+    name = family.model_types[0]
     for rule in family.groups:
-        _claim_group(claims, family, rule)
+        _claim_group(claims, rule, claims.blocks, family.component, name)
+    for part in family.parts:
+        if isinstance(part, Part):
+            _claim_part(claims, part, name)
     _claim_ends(claims, family)
     for kept in family.kept:
         _claim_kept(claims, kept)
     for buffer in found.buffers:
-        claims.keep(buffer, BUFFER, family.component)
+        claims.keep(buffer, BUFFER, _component_of(claims, buffer.name) or family.component)
     _claim_allowed(claims, family, found.strangers, allow_unclaimed)
     order = {parameter.name: position for position, parameter in enumerate(found.parameters)}
     claims.weights.sort(key=lambda weight: order[weight.name])
     claims.groups.sort(key=lambda group: order[group.members[0]])
     claims.kept.sort(key=lambda kept: order.get(kept.name, len(order)))
     return claims
+
+
+def _component_of(claims: Claims, name: str) -> str | None:
+    """The component of a parameter beside this buffer, None when its module has none."""
+    owner = name.rpartition(".")[0]
+    rows: list[Kept | Weight] = [*claims.kept, *claims.weights]
+    return next((row.component for row in rows if row.name.rpartition(".")[0] == owner), None)
 
 
 def _start(family: Family, parameters: Sequence[Parameter]) -> Claims:
@@ -101,53 +121,93 @@ def _start(family: Family, parameters: Sequence[Parameter]) -> Claims:
     return Claims(by_name, blocks, {parameter.name: parameter for parameter in parameters})
 
 
-def _claim_group(claims: Claims, family: Family, rule: GroupRule) -> None:
+def _claim_group(
+    claims: Claims,
+    rule: GroupRule,
+    places: Sequence[str],
+    component: str,
+    family: str,
+    blocks: bool = True,
+) -> None:
+    """Claim the rule's group in every place that has it; blocks: the places are blocks."""
     matched = False
-    for block in claims.blocks:
-        names = [f"{block}.{member}" for member in rule.members]
+    for place in places:
+        names = [_join(place, member) for member in rule.members]
         present = [name for name in names if name in claims.parameters]
         if not present:
             continue
         if len(present) < len(names):
             absent = next(name for name in names if name not in claims.parameters)
-            raise ModelError(f"group {rule.name} of {block} is incomplete: there is no {absent}.")
+            raise ModelError(f"group {rule.name} of {place} is incomplete: there is no {absent}.")
         matched = True
-        group = f"{block}.{rule.name}"
-        members = [
-            _weight(claims.take(name, rule.name), rule.kind, family.component, block, group)
-            for name in names
-        ]
-        claims.weights.extend(members)
-        claims.groups.append(
-            LinearGroup(
-                name=group,
-                component=family.component,
-                block=block,
-                members=tuple(member.name for member in members),
-                kind=rule.kind,
-                fused=rule.fused,
-                input_module=None if rule.inner else members[0].module,
-            )
-        )
+        _add_group(claims, rule, names, _join(place, rule.name), component, place if blocks else "")
     if not matched and not rule.optional:
+        where = "no block has" if blocks else "the model does not have"
         raise ModelError(
-            f"no block has the group {rule.name} ({some(rule.members)}), which the family of "
-            f"{family.model_types[0]} must have: the model is not what its model_type says."
+            f"{where} the group {rule.name} ({some(rule.members)}), which the family of "
+            f"{family} must have: the model is not what its model_type says."
         )
+
+
+def _add_group(
+    claims: Claims, rule: GroupRule, names: Sequence[str], group: str, component: str, block: str
+) -> None:
+    members = [
+        _weight(claims.take(name, rule.name), rule.kind, component, block or None, group)
+        for name in names
+    ]
+    claims.weights.extend(members)
+    claims.groups.append(
+        LinearGroup(
+            name=group,
+            component=component,
+            block=block or None,
+            members=tuple(member.name for member in members),
+            kind=rule.kind,
+            fused=rule.fused,
+            input_module=None if rule.inner or rule.kind == "embedding" else members[0].module,
+        )
+    )
+
+
+def _claim_part(claims: Claims, part: Part, family: str) -> None:
+    """Claim the groups of a part in all its places, which form a stack if they are blocks."""
+    places = [place for pattern in part.at for place in _places(claims, pattern)]
+    if part.blocks and places:
+        claims.stacks.append(Stack(part.component, tuple(places)))
+    for rule in part.groups:
+        _claim_group(claims, rule, places, part.component, family, part.blocks)
+
+
+def _places(claims: Claims, pattern: str) -> list[str]:
+    """Modules with parameters whose name matches, in the order of the module."""
+    if not pattern:
+        return [""]
+    compiled = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+") + r"(?=\.)")
+    matches = (compiled.match(name) for name in claims.parameters)
+    return list(dict.fromkeys(match[0] for match in matches if match))
+
+
+def _join(place: str, name: str) -> str:
+    return f"{place}.{name}" if place and name else place or name
 
 
 def _weight(
     parameter: Parameter, kind: str, component: str, block: str | None, group: str
 ) -> Weight:
-    axes = 3 if kind == "experts" else 2
-    if len(parameter.shape) != axes:
+    fewest, most = _AXES.get(kind, (2, 2))
+    if not fewest <= len(parameter.shape) <= most:
+        axes = str(most) if fewest == most else f"{fewest} to {most}"
         raise ModelError(
             f"{parameter.name} has shape {list(parameter.shape)}, {kind} weights have {axes} axes."
         )
+    shape = parameter.shape
+    if kind == "conv":
+        shape = (shape[0], math.prod(shape[1:]))
     return Weight(
         name=parameter.name,
         module=parameter.names[0].rpartition(".")[0],
-        shape=parameter.shape,
+        shape=shape,
         kind=kind,
         component=component,
         block=block,
@@ -155,6 +215,7 @@ def _weight(
         dtype=parameter.dtype,
         nbytes=parameter.nbytes,
         aliases=parameter.aliases,
+        tensor_shape=parameter.shape if shape != parameter.shape else (),
     )
 
 

@@ -5,6 +5,12 @@ which embedding and head there are, what is kept in the source precision and why
 disk become the parameters of the transformers-5 module. Adding a family is one table in `tables/`,
 no class.
 
+A model of several stacks is a family too: a language model with `parts` beside it (a vision tower,
+a projector, an image decoder). What is a model of its own elsewhere, as most towers and language
+models are, is not written again: a `Submodel` names the place and the config to look its table up
+by, so one table of LLaVA covers every tower and every language model that has a table, mixtures of
+experts too (`compose.py`).
+
 Names are parameter names of the transformers-5 module; inside a block they are relative to it. A
 rule that matches nothing is an error (`claims.py`) unless the table calls it optional: silently
 skipping a weight is the most common way a compressed model comes out larger, or worse, than its
@@ -18,16 +24,27 @@ from dataclasses import dataclass
 LANGUAGE_MODEL = "language_model"
 EMBEDDINGS = "embeddings"
 HEAD = "head"
+VISION = "vision_tower"
+AUDIO = "audio_tower"
+TEXT_ENCODER = "text_encoder"
+PROJECTOR = "projector"
+GENERATION_EMBEDDINGS = "generation_embeddings"
+GENERATION_PROJECTOR = "generation_projector"
+GENERATION_HEAD = "generation_head"
+IMAGE_ENCODER = "image_encoder"
+IMAGE_DECODER = "image_decoder"
+CODEBOOK = "codebook"
 
 
 @dataclass(frozen=True)
 class GroupRule:
     """Parameters of a block that read one input.
 
-    name:     of the group, relative to the block ("self_attn.qkv").
+    name:     of the group, relative to the block ("self_attn.qkv"); "" is the block itself.
     members:  parameter names relative to the block, in the order an engine would fuse them.
     kind:     "linear": matrices `[N, K]` of nn.Linear; "experts": stacks `[E, N, K]`, one matrix
-              per expert.
+              per expert; "conv": `[N, channels, *window]`, a matrix of K = channels x window;
+              "embedding": rows `[vocabulary, K]` that are looked up.
     fused:    inference engines run the members as one matrix product, hence with one scheme.
     optional: no block need have it (a biasless or all-sparse variant of the family).
     inner:    the input exists only inside the forward of the members' module (an expert's down
@@ -78,15 +95,56 @@ class DiskRules:
     ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
 
 
+POSITION_IDS = (r"rotary_emb\.inv_freq$", r"embeddings\.position_ids$")
+"""What old checkpoints store and modules compute, counted positions included."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Weights of one component beside the family's own blocks.
+
+    at:     places where `groups` are looked for: names of modules, in which `*` stands for one
+            segment of a name or a piece of one ("vqmodel.decoder.up.*.block.*"). The place "" is
+            the whole model.
+    blocks: the places are repeated blocks: they form a stack of the ModelMap.
+    """
+
+    component: str
+    groups: tuple[GroupRule, ...]
+    at: tuple[str, ...] = ("",)
+    blocks: bool = False
+
+
+@dataclass(frozen=True)
+class Submodel:
+    """A part with a table of its own: that of the `model_type` in the config under `config`.
+
+    prefix:  of its parameters in the whole model ("model.vision_tower").
+    config:  key in config.json; of a config within a config, both with a dot between them.
+    default: the model type when that config does not name one (as old files do not).
+    """
+
+    prefix: str
+    config: str
+    default: str = ""
+
+
 @dataclass(frozen=True)
 class Family:
     """What we know about the models whose config.json has one of these `model_types`.
 
-    blocks:     name of the list of repeated blocks; block i is `{blocks}.{i}`.
-    groups:     of the blocks' linears; `component` is the part of the model they belong to.
-    embeddings: token embeddings `[vocabulary, K]`.
-    head:       the output projection, which may be tied to an embedding; None when there is none.
-    kept:       everything else.
+    blocks:       name of the list of repeated blocks; block i is `{blocks}.{i}`. Of a model of
+                  several stacks: those of its language model, or of its only encoder.
+    groups:       of the blocks' linears; `component` is the part of the model they belong to.
+    embeddings:   token embeddings `[vocabulary, K]`.
+    head:         the output projection, which may be tied to an embedding; None when there is none.
+    kept:         everything else.
+    language:     where the language model is, when it has a table of its own: then blocks, groups
+                  and embeddings are those of that table.
+    parts:        what there is beside them.
+    architecture: transformers class to build; "" is what AutoModelForCausalLM builds.
+    root:         what every name of this table begins with, which a Submodel's prefix replaces; "":
+                  names begin at the module.
     """
 
     model_types: tuple[str, ...]
@@ -97,6 +155,10 @@ class Family:
     head: str | None = "lm_head.weight"
     component: str = LANGUAGE_MODEL
     disk: DiskRules = DiskRules()
+    language: Submodel | None = None
+    parts: tuple[Part | Submodel, ...] = ()
+    architecture: str = ""
+    root: str = "model"
 
 
 def linears(name: str, *modules: str, fused: bool = False, optional: bool = False) -> GroupRule:
@@ -108,6 +170,23 @@ def linears(name: str, *modules: str, fused: bool = False, optional: bool = Fals
 def experts(parameter: str, *, inner: bool = False) -> GroupRule:
     """All experts' matrices in one 3-D parameter `[E, N, K]`."""
     return GroupRule(parameter, (parameter,), kind="experts", inner=inner)
+
+
+def whole(kind: str = "linear", *, optional: bool = False) -> GroupRule:
+    """The place is one module, a group of its own."""
+    return GroupRule("", ("weight",), kind=kind, optional=optional)
+
+
+def each(*modules: str, kind: str = "linear", optional: bool = False) -> tuple[GroupRule, ...]:
+    """Modules of a place that are a group of their own each."""
+    return tuple(
+        GroupRule(module, (f"{module}.weight",), kind=kind, optional=optional) for module in modules
+    )
+
+
+def keep(component: str, reason: str, *patterns: str, optional: bool = False) -> list[KeptRule]:
+    """What a component keeps for one reason."""
+    return [KeptRule(pattern, reason, component, optional) for pattern in patterns]
 
 
 def norms(*names: str, prefix: str = "model.layers.*") -> tuple[KeptRule, ...]:

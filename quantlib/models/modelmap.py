@@ -8,28 +8,31 @@ written as JSON.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
 from quantlib.errors import ModelError
 from quantlib.models.claims import claim
-from quantlib.models.rows import ComponentSummary, CoverageRow, Kept, LinearGroup, Weight
+from quantlib.models.compose import flatten
+from quantlib.models.rows import ComponentSummary, CoverageRow, Kept, LinearGroup, Stack, Weight
 from quantlib.models.source import Source
 from quantlib.models.tables import find
 
-__all__ = ["ComponentSummary", "CoverageRow", "Kept", "LinearGroup", "ModelMap", "Weight"]
+__all__ = ["ComponentSummary", "CoverageRow", "Kept", "LinearGroup", "ModelMap", "Stack", "Weight"]
 
 JSON_VERSION = 1
 
-Row = TypeVar("Row", Weight, LinearGroup, Kept)
+Row = TypeVar("Row", Weight, LinearGroup, Kept, Stack)
 
 
 @dataclass(frozen=True)
 class ModelMap:
     """Rows of one model, in the order of its module. Equal maps describe the same model.
 
-    blocks:      names of the repeated blocks, in order.
+    blocks:      names of the repeated blocks, in order: of the language model, where there is one,
+                 of the only encoder otherwise. `calibration.stream` runs a language model by them.
+    stacks:      repeated blocks of the other components (a vision tower, an image decoder).
     generic:     the family was derived from the module, not read from a table.
     fingerprint: of the source it was made from.
     """
@@ -42,6 +45,7 @@ class ModelMap:
     weights: tuple[Weight, ...]
     groups: tuple[LinearGroup, ...]
     kept: tuple[Kept, ...]
+    stacks: tuple[Stack, ...] = ()
 
     @staticmethod
     def from_source(source: Source, allow_unclaimed: Sequence[str] = ()) -> ModelMap:
@@ -57,7 +61,7 @@ class ModelMap:
 
         module = skeleton.build(source)
         known = find(source.model_type)
-        family = known if known is not None else derive_family(module)
+        family = flatten(known, source.config, find) if known else derive_family(module)
         claims = claim(family, module, source, allow_unclaimed)
         return ModelMap(
             model_type=source.model_type,
@@ -68,6 +72,7 @@ class ModelMap:
             weights=tuple(claims.weights),
             groups=tuple(claims.groups),
             kept=tuple(claims.kept),
+            stacks=tuple(claims.stacks),
         )
 
     def weight(self, name: str) -> Weight:
@@ -96,6 +101,27 @@ class ModelMap:
         """Weights of one block; those outside all blocks for None."""
         return tuple(weight for weight in self.weights if weight.block == block)
 
+    def keeping(self, components: Iterable[str], reason: str) -> ModelMap:
+        """This map with the weights of these components kept, for `reason`: what calibration will
+        not reach, or what a comparison leaves alone.
+
+        Raises ModelError for a component that the model does not have.
+        """
+        chosen = set(components)
+        known = [component.name for component in self.components()]
+        unknown = sorted(chosen.difference(known))
+        if unknown:
+            raise ModelError(
+                f"this model has no component {unknown[0]}; it has {', '.join(known)}."
+            )
+        kept = [_as_kept(row, reason) for row in self.weights if row.component in chosen]
+        return replace(
+            self,
+            weights=tuple(row for row in self.weights if row.component not in chosen),
+            groups=tuple(row for row in self.groups if row.component not in chosen),
+            kept=(*self.kept, *kept),
+        )
+
     @property
     def parameters(self) -> int:
         """Numbers in the model, a tied tensor counted once."""
@@ -108,21 +134,18 @@ class ModelMap:
 
     def coverage(self) -> list[CoverageRow]:
         """One row per parameter, the weights first; they add up to the model's parameters."""
-        rows = []
-        for row in self._rows:
-            group = row.group if isinstance(row, Weight) else ""
-            rows.append(
-                CoverageRow(
-                    component=row.component,
-                    group=group,
-                    name=row.name,
-                    shape=row.shape,
-                    parameters=row.parameters,
-                    bytes=row.nbytes,
-                    role=_role(row),
-                )
+        return [
+            CoverageRow(
+                component=row.component,
+                group=row.group if isinstance(row, Weight) else "",
+                name=row.name,
+                shape=row.stored_shape if isinstance(row, Weight) else row.shape,
+                parameters=row.parameters,
+                bytes=row.nbytes,
+                role=_role(row),
             )
-        return rows
+            for row in self._rows
+        ]
 
     def components(self) -> list[ComponentSummary]:
         """Parameters and bytes of each component, in order of appearance."""
@@ -137,7 +160,9 @@ class ModelMap:
         return summaries
 
     def to_json(self) -> dict[str, Any]:
-        """The map as plain JSON values."""
+        """The map as plain JSON values. What only models of several stacks have is left out of the
+        others: their file is what it was before there were such models."""
+        stacks = {"stacks": [asdict(stack) for stack in self.stacks]} if self.stacks else {}
         return {
             "version": JSON_VERSION,
             "model_type": self.model_type,
@@ -145,9 +170,10 @@ class ModelMap:
             "fingerprint": self.fingerprint,
             "generic": self.generic,
             "blocks": list(self.blocks),
-            "weights": [asdict(row) for row in self.weights],
+            "weights": [_weight_json(row) for row in self.weights],
             "groups": [asdict(row) for row in self.groups],
             "kept": [asdict(row) for row in self.kept],
+            **stacks,
         }
 
     @staticmethod
@@ -168,8 +194,9 @@ class ModelMap:
                 weights=tuple(_row(Weight, row) for row in data["weights"]),
                 groups=tuple(_row(LinearGroup, row) for row in data["groups"]),
                 kept=tuple(_row(Kept, row) for row in data["kept"]),
+                stacks=tuple(_row(Stack, row) for row in data.get("stacks", ())),
             )
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, AttributeError) as error:
             raise ModelError(
                 f"the model map is damaged ({error}): inspect the model again."
             ) from error
@@ -191,6 +218,26 @@ def _role(row: Weight | Kept) -> str:
     if isinstance(row, Kept):
         return f"kept: {row.reason}"
     return "embedding and head" if row.head is not None else row.kind
+
+
+def _as_kept(row: Weight, reason: str) -> Kept:
+    return Kept(
+        name=row.name,
+        shape=row.stored_shape,
+        reason=reason,
+        component=row.component,
+        block=row.block,
+        dtype=row.dtype,
+        nbytes=row.nbytes,
+        aliases=row.aliases,
+    )
+
+
+def _weight_json(weight: Weight) -> dict[str, Any]:
+    values = asdict(weight)
+    if not weight.tensor_shape:
+        del values["tensor_shape"]
+    return values
 
 
 def _row(kind: type[Row], data: dict[str, Any]) -> Row:

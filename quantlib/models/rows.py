@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -12,7 +14,8 @@ class Weight:
 
     name:      parameter name; `source.read(name)` reads it.
     module:    the module that owns it.
-    kind:      "linear", "embedding" `[vocabulary, K]`, "head", or "experts".
+    kind:      "linear", "embedding" `[vocabulary, K]`, "head", "experts", or "conv": a convolution
+               of N filters, whose K are the channels and the window they read.
     component: part of the model that budgets, floors and reports speak of ("language_model",
                "embeddings", ...).
     block:     the repeated block it is in, None outside blocks.
@@ -20,6 +23,8 @@ class Weight:
     aliases:   other parameter names of the same tensor (the head of a tied embedding).
     head:      of a tied embedding: the module that multiplies by it as the output head.
     dtype:     as stored on disk ("BF16"); nbytes its size there.
+    tensor_shape: of the parameter, where it is not `shape`: a convolution's
+               `[N, channels, *window]`.
     """
 
     name: str
@@ -33,6 +38,20 @@ class Weight:
     nbytes: int
     aliases: tuple[str, ...] = ()
     head: str | None = None
+    tensor_shape: tuple[int, ...] = ()
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of the parameter, as the module and the files have it."""
+        return self.tensor_shape or self.shape
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """The parameter, or anything of its shape, as it is rounded: of `shape`."""
+        return tensor.reshape(self.shape)
+
+    def tensor(self, matrix: Tensor) -> Tensor:
+        """Inverse of `matrix`: as the module holds it."""
+        return matrix.reshape(self.stored_shape)
 
     @property
     def parameters(self) -> int:
@@ -73,6 +92,14 @@ class LinearGroup:
     kind: str
     fused: bool
     input_module: str | None
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Repeated blocks of one component, in the order of the module."""
+
+    component: str
+    blocks: tuple[str, ...]
 
 
 @dataclass(frozen=True)

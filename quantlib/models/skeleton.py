@@ -13,13 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from quantlib.errors import ModelError
 from quantlib.models.memory import empty
 from quantlib.models.source import Source
+from quantlib.models.tables import find
 
 
 def build(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -52,11 +54,11 @@ def from_config(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -
     try:
         parsed = CONFIG_MAPPING[model_type].from_dict(settings)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype)
+            model = _construct(parsed, dtype)
     except Exception as error:  # of any kind: hundreds of architectures, a config of any origin
         reason = str(error).strip().splitlines()
         raise ModelError(
-            f"transformers cannot build a decoder of model type {model_type!r} from this config: "
+            f"transformers cannot build a model of model type {model_type!r} from this config: "
             f"{reason[0] if reason else type(error).__name__}"
         ) from error
     # registering a parameter on meta makes a new object of it: the ties made in __init__ are undone
@@ -64,6 +66,18 @@ def from_config(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -
     model.requires_grad_(False)
     result: PreTrainedModel = model.eval()
     return result
+
+
+def _construct(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The class that the family's table names, a causal language model where it names none."""
+    family = find(config.model_type)
+    if family is None or not family.architecture:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return model
+    built: PreTrainedModel = getattr(transformers, family.architecture)._from_config(
+        config, dtype=dtype
+    )
+    return built
 
 
 def materialize(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlib.errors import ModelError
+from quantlib.models.compose import flatten
 from quantlib.models.families import DiskRules
 from quantlib.models.folder import (
     INDEX_FILE,
@@ -80,7 +81,7 @@ class Source:
             file_bytes += size
             digest.update(f"\0{shard}\0{size}\0".encode())
             digest.update(raw)
-        parameters = stored_parameters(headers, _disk_rules(config["model_type"]))
+        parameters = stored_parameters(headers, _disk_rules(config))
         return Source(path, config, headers, parameters, digest.hexdigest(), file_bytes)
 
     @property
@@ -179,14 +180,14 @@ class Source:
         return data
 
 
-def _disk_rules(model_type: str) -> DiskRules:
-    family = find(model_type)
+def _disk_rules(config: dict[str, Any]) -> DiskRules:
+    family = find(config["model_type"])
     if family is not None:
-        return family.disk
+        return flatten(family, config, find).disk
     # imported here: a model with a table does not need transformers to be read
     from quantlib.models.conversion import derive_disk_rules
 
-    return derive_disk_rules(model_type)
+    return derive_disk_rules(config["model_type"])
 
 
 def _not_finite(tensor: Tensor) -> int:

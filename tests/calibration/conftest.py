@@ -16,6 +16,8 @@ from quantlib.calibration.stream import BlockStream
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
 
+from ..models import stacked_models
+
 BASE: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -138,3 +140,20 @@ def new_store() -> Callable[[], MemoryStore]:
 def windows() -> Tensor:
     """3 windows of 20 tokens: longer than the sliding windows of 6."""
     return torch.randint(3, 96, (3, 20), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="session")
+def mapped(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], tuple[PreTrainedModel, ModelMap]]:
+    """mapped("llava"): a tiny model of several stacks and its map; made once per session."""
+    made: dict[str, tuple[PreTrainedModel, ModelMap]] = {}
+
+    def build_once(case: str) -> tuple[PreTrainedModel, ModelMap]:
+        if case not in made:
+            model = stacked_models.build(case)
+            folder = stacked_models.save(model, tmp_path_factory.mktemp(case))
+            made[case] = model, ModelMap.from_source(Source.open(folder))
+        return made[case]
+
+    return build_once

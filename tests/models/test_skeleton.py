@@ -172,8 +172,8 @@ def test_not_finite_weights_do_not_get_in(saved: Saved, edit: Edit) -> None:
             },
             "no model type 'remote'",
         ),
-        ({"model_type": "clip"}, "cannot build a decoder of model type 'clip'"),
-        ({"model_type": "llama", "hidden_size": "wide"}, "cannot build a decoder"),
+        ({"model_type": "vit"}, "cannot build a model of model type 'vit'"),
+        ({"model_type": "llama", "hidden_size": "wide"}, "cannot build a model"),
     ],
 )
 def test_what_transformers_cannot_build_is_a_sentence(

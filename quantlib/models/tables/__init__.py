@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from quantlib.models.families import Family
-from quantlib.models.tables import gemma, llama, moe, phi, qwen
+from quantlib.models.tables import (
+    encoders,
+    gemma,
+    llama,
+    moe,
+    omni,
+    phi,
+    qwen,
+    unified,
+    vision,
+    vlm,
+    vq,
+    whisper,
+)
 
 FAMILIES: tuple[Family, ...] = (
     *llama.FAMILIES,
@@ -11,6 +24,13 @@ FAMILIES: tuple[Family, ...] = (
     *gemma.FAMILIES,
     *phi.FAMILIES,
     *moe.FAMILIES,
+    *vision.FAMILIES,
+    *encoders.FAMILIES,
+    *vlm.FAMILIES,
+    *whisper.FAMILIES,
+    *vq.FAMILIES,
+    *unified.FAMILIES,
+    *omni.FAMILIES,
 )
 
 

@@ -12,7 +12,7 @@ from quantlib.models.families import (
 
 FAMILIES = (
     Family(
-        model_types=("qwen2",),
+        model_types=("qwen2", "qwen2_5_vl_text", "qwen2_5_omni_text"),
         groups=(*ATTENTION, *MLP),
         kept=(*norms("input_layernorm", "post_attention_layernorm"), FINAL_NORM, BIASES),
     ),
