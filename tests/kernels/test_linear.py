@@ -153,7 +153,7 @@ def test_the_number_of_threads_changes_no_bit(library, draw, isa, mode):
 
 
 def test_outputs_too_large_for_the_caches_are_those_of_smaller_calls(library, draw, isa):
-    """They are written past the caches, into memory in huge pages: 36 MB of them here."""
+    """They are written past the caches: 36 MB of them here."""
     _, packed = draw(8208, [("w4g32", 32)])
     x = torch.randn(1100, 32, generator=torch.Generator().manual_seed(9))
     found = run(library, packed, x, "int8", isa=isa)

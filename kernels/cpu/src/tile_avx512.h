@@ -139,6 +139,16 @@ inline void write_rows(const ql::TiledWeight& w, const ql::TileOutput& out, int6
   _mm512_mask_storeu_ps(y, mask, result);
 }
 
+// Whether outputs are so many that they have left the caches before anybody reads them. They are then
+// written past the caches, which saves reading their lines first.
+inline bool is_streamed(const ql::TiledWeight& w, const ql::TileInput& in,
+                        const ql::TileOutput& out) {
+  constexpr int64_t kCached = 16 << 20;  // bytes
+  const int64_t step = out.y_stride * static_cast<int64_t>(sizeof(float));
+  const bool aligned = (reinterpret_cast<uintptr_t>(out.y) | static_cast<uintptr_t>(step)) % 64 == 0;
+  return aligned && !out.accumulate && w.rows % ql::kBlockRows == 0 && in.tokens * step > kCached;
+}
+
 // The result of a segment's total and those before it.
 inline __m512 with_total(const ql::TileInput& in, int64_t token, int64_t segment, __m512 total,
                          __m512 result) {

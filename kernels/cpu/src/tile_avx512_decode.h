@@ -1,9 +1,9 @@
 // int8 activations, up to eight tokens: codes are multiplied as they are unpacked, and never stored.
 //
 // One or two tokens are limited by memory, so what matters is to read it in order and to need few
-// instructions per byte; eight by VPDPBUSD, so its pipes should do nothing else. A block at a time
-// leaves registers for its totals: an activation is broadcast for each block anew, which is a load
-// of four bytes, and there are two of them for each VPDPBUSD.
+// instructions per byte; eight by VPDPBUSD, so that its pipes should do nothing else. Blocks go one
+// after the other, which leaves registers for their totals. An activation is then loaded once for
+// each block, but a broadcast loads four bytes only, and two of them go with each VPDPBUSD.
 #pragma once
 
 #include "tile_avx512.h"

@@ -202,6 +202,7 @@ void panel_strip(const ql::TiledWeight& w, const ql::TileInput& in, const ql::Ti
   Rows* const totals = reinterpret_cast<Rows*>(scratch + sizeof(Panel));  // of one segment
   Rows* const results = totals + in.tokens;                               // of those before it
   const int64_t blocks = tile_blocks(w, strip), row = strip * ql::kStripRows;
+  const bool streamed = is_streamed(w, in, out);
   InputCursor cursor(w, in, terms, 0);
   for (int64_t i = 0; i < w.segment_count; ++i) {
     const ql::TileSegment& s = w.segments[i];
@@ -219,12 +220,15 @@ void panel_strip(const ql::TiledWeight& w, const ql::TileInput& in, const ql::Ti
         const __m512 result = with_total(in, t, i, total, i ? _mm512_load_ps(before) : bias);
         if (i + 1 < w.segment_count) {
           _mm512_store_ps(before, result);
+        } else if (streamed) {
+          _mm512_stream_ps(out.y + t * out.y_stride + first, result);
         } else {
           write_rows(w, out, first, t, result);
         }
       }
     }
   }
+  if (streamed) _mm_sfence();  // else other threads might see that we are done before our outputs
 }
 
 }  // namespace

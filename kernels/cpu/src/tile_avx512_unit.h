@@ -6,7 +6,7 @@
 namespace vnni {
 namespace {
 
-constexpr int64_t kManyTokens = 13;  // from here on, panels are faster
+constexpr int64_t kManyTokens = 17;  // from here on, panels are faster
 
 // TokenTerms of all tokens come first.
 int64_t term_bytes(const ql::TiledWeight& w, int64_t tokens, int64_t act_group) {
