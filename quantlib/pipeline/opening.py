@@ -49,7 +49,7 @@ def load_inputs(
     tokenizer, the data, or the budget.
     """
     source = Source.open(model, allow_download=download)
-    model_map = ModelMap.from_source(source)
+    model_map = reached_by_text(ModelMap.from_source(source))
     costs = None
     if budget is not None:
         budget.rules(), budget.in_bytes(model_map)  # before anything is timed
@@ -61,6 +61,17 @@ def load_inputs(
     windows = read_windows(recipe, tokenizer)
     _check_vocabulary(source, model_map, windows)
     return Inputs(source, model_map, tokenizer, windows, costs)
+
+
+def reached_by_text(model_map: ModelMap) -> ModelMap:
+    """The map with everything kept that text does not run through: towers, projectors, generation
+    heads of models that have more than a language model. Their errors could not be measured."""
+    if not model_map.stacks:
+        return model_map
+    language = {row.component for name in model_map.blocks for row in model_map.weights_in(name)}
+    reached = language | {"embeddings", "head"}
+    others = {row.component for row in model_map.weights} - reached
+    return model_map.keeping(sorted(others), "text does not run through it")
 
 
 def _check_length(source: Source, recipe: Recipe) -> None:
