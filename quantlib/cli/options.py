@@ -210,9 +210,10 @@ Kv = Annotated[
     typer.Option(
         "--kv",
         metavar="BITS",
-        help="KV cache that the checkpoint is made for: 16 (as it is), 8, 4, or a format's name "
-        "such as int4h16 (16 columns of a head at 8 bits) or int4k4 (the first 4 tokens as they "
-        "are).",
+        help="KV cache that the checkpoint is made for: 16 (as it is), 8, 4; mean bits such as "
+        "5.2, scales counted, of which every layer's keys and values get their share; or a "
+        "format's name such as int4h16 (16 columns of a head at 8 bits) or int4k4 (the first 4 "
+        "tokens as they are).",
         rich_help_panel=RECIPE,
     ),
 ]

@@ -12,7 +12,7 @@ for the few.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -68,18 +68,30 @@ def allocate(
         for module, sides in losses.items()
         for side, found in sides.items()
     ]
-    numbers = sum(2 * a.kv_heads * a.head_dim for a in map(attentions.get, losses) if a is not None)
-    least = sum(min(choice.bytes for choice in item.choices) for item in items)
+    problem = Problem(tuple(items))
+    budget = check_bits([attentions[module] for module in losses], bits)
+    chosen = problem.chosen(solve(problem, budget).picks)
+    named = {item.name: SideFormat.parse(c.scheme) for item, c in zip(items, chosen, strict=True)}
+    return {module: KvFormat(named[f"{module} key"], named[f"{module} value"]) for module in losses}
+
+
+def check_bits(attentions: Sequence[Attention], bits: float) -> int:
+    """Bytes of one position of all caches at these mean bits. Raises UsageError when no formats
+    have so few."""
+    numbers = sum(2 * a.kv_heads * a.head_dim for a in attentions)
+    least = sum(2 * a.kv_heads * _smallest(a.head_dim) for a in attentions)
     budget = int(numbers * bits / 8)
     if budget < least:
         raise UsageError(
             f"a KV cache of {bits:g} bits cannot be had: scales and zero points counted, the least "
             f"is {8 * least / numbers:.3f} bits; give --kv that, or more"
         )
-    problem = Problem(tuple(items))
-    chosen = problem.chosen(solve(problem, budget).picks)
-    named = {item.name: SideFormat.parse(c.scheme) for item, c in zip(items, chosen, strict=True)}
-    return {module: KvFormat(named[f"{module} key"], named[f"{module} value"]) for module in losses}
+    return budget
+
+
+def _smallest(head_dim: int) -> int:
+    """The fewest bytes of one head's position."""
+    return min(SideFormat.parse(name).bytes_per_position(head_dim) for name in _possible(head_dim))
 
 
 def _choices(attention: Attention, losses: Mapping[str, float]) -> Iterator[Choice]:

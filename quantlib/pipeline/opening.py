@@ -12,15 +12,18 @@ from torch import Tensor
 
 from quantlib.checkpoint.workdir import WorkDir
 from quantlib.errors import CheckpointError, DataError, UsageError
+from quantlib.models import skeleton
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
 from quantlib.pipeline import workfiles
+from quantlib.pipeline.caches import check_bits
 from quantlib.pipeline.latency import costs_for
 from quantlib.pipeline.plan import Budget, check_request
 from quantlib.pipeline.rotate import rotated
 from quantlib.pipeline.run import Progress, Run, Silent, candidates, read_windows
 from quantlib.recipe import Recipe
 from quantlib.search.latency import LatencyCosts
+from quantlib.transforms.binding import wire
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ def load_inputs(
     source = Source.open(model, allow_download=download)
     model_map = reached_by_text(ModelMap.from_source(source))
     costs = None
+    if recipe.kv_bits is not None:
+        check_bits(wire(skeleton.build(source)).attentions, recipe.kv_bits)
     if budget is not None:
         budget.rules(), budget.in_bytes(model_map)  # before anything is timed
         schemes = candidates(model_map, recipe)

@@ -1,6 +1,7 @@
 """Formats of KV caches, layer by layer, within mean bits."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +44,14 @@ def test_the_mean_is_within_the_budget_and_bits_go_where_they_save_most(bits: fl
 def test_so_few_bits_that_no_format_has_them_are_refused_with_the_least_there_is() -> None:
     with pytest.raises(UsageError, match=r"the least is 4\.500 bits"):
         allocate({"only": KEYS_MATTER}, {"only": attention("only")}, 4.2)
+
+
+def test_too_few_bits_are_refused_before_anything_is_written(
+    squeeze: Callable[..., Result], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="a KV cache of 4 bits cannot be had"):
+        squeeze(kv="4", bits=16.0)
+    assert not (tmp_path / "out.work").exists()
 
 
 def test_a_checkpoint_holds_the_formats_that_were_chosen(
