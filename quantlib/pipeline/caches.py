@@ -13,8 +13,7 @@ for the few.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -31,7 +30,7 @@ from quantlib.pipeline.run import Run
 from quantlib.rounding.objective import OutputMetric
 from quantlib.search.problem import Choice, Item, Problem
 from quantlib.search.solve import solve
-from quantlib.transforms.attention import ATTRIBUTE, AttentionState, attach_attention
+from quantlib.transforms.attention import attach_attention, changed_attention
 from quantlib.transforms.binding import wire
 from quantlib.transforms.wiring import Attention
 
@@ -150,7 +149,7 @@ def _losses(
         for name in _possible(attention.head_dim):
             form = SideFormat.parse(name)
             kv = KvFormat(form, EXACT) if side == "key" else KvFormat(EXACT, form)
-            with _rounded(stream, attention, kv):
+            with changed_attention(stream.model, {attention.module: {"kv": kv}}):
                 errors = [output(one) - truth for one, truth in zip(hidden, exact, strict=True)]
             losses = [metric.loss(error, window) for window, error in enumerate(errors)]
             found[side][name] = float(torch.stack(losses).mean())
@@ -177,21 +176,6 @@ def _metric(run: Run, attention: Attention, exact: Tensor, chosen: Tensor) -> Ou
     weights = matrix.token_weight.reshape(len(run.windows), -1)[chosen]
     shape = (weights.shape[0], weights.shape[1])
     return OutputMetric.fisher(weights.reshape(-1), matrix.fisher[name], shape)
-
-
-@contextmanager
-def _rounded(stream: BlockStream, attention: Attention, kv: KvFormat) -> Iterator[None]:
-    """Keys and values of one attention rounded as `kv` says, whatever basis they are in."""
-    module = stream.model.get_submodule(attention.module)
-    before = module.__dict__.get(ATTRIBUTE)
-    setattr(module, ATTRIBUTE, replace(before or AttentionState(), kv=kv))
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(module, ATTRIBUTE)
-        else:
-            setattr(module, ATTRIBUTE, before)
 
 
 class _Reached(Exception):

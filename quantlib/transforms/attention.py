@@ -127,11 +127,21 @@ def attention_states(
 def watched_attention(model: PreTrainedModel, observers: Mapping[str, Observer]) -> Iterator[None]:
     """Show the queries, keys and values of attention modules, by their names in `model`, while the
     context lasts; states they have go on working. Raises as `attach_attention`."""
-    modules = {name: model.get_submodule(name) for name in observers}
+    with changed_attention(model, {n: {"observe": observe} for n, observe in observers.items()}):
+        yield
+
+
+@contextmanager
+def changed_attention(
+    model: PreTrainedModel, changes: Mapping[str, Mapping[str, Any]]
+) -> Iterator[None]:
+    """Change fields of the states of attention modules, by their names in `model`, while the
+    context lasts. Raises as `attach_attention`."""
+    modules = {name: model.get_submodule(name) for name in changes}
     before = {name: module.__dict__.get(ATTRIBUTE) for name, module in modules.items()}
     states = {
-        name: replace(before[name] or AttentionState(), observe=observer)
-        for name, observer in observers.items()
+        name: replace(before[name] or AttentionState(), **fields)
+        for name, fields in changes.items()
     }
     attach_attention(model, states)
     try:
