@@ -69,15 +69,20 @@ def from_config(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -
 
 
 def _construct(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The class that the family's table names, a causal language model where it names none."""
-    family = find(config.model_type)
+    """A model of `model_class`."""
+    named = model_class(config.model_type)
+    make = named.from_config if named is AutoModelForCausalLM else named._from_config
+    model: PreTrainedModel = make(config, dtype=dtype)
+    return model
+
+
+def model_class(model_type: str) -> Any:
+    """The transformers class that the family's table names; `AutoModelForCausalLM` where it names
+    none, or there is no table."""
+    family = find(model_type)
     if family is None or not family.architecture:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return model
-    built: PreTrainedModel = getattr(transformers, family.architecture)._from_config(
-        config, dtype=dtype
-    )
-    return built
+        return AutoModelForCausalLM
+    return getattr(transformers, family.architecture)
 
 
 def materialize(

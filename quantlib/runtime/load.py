@@ -306,24 +306,14 @@ def _stop_tokens(path: Path, config: Any) -> set[int]:
     return stop_tokens(getattr(config, "eos_token_id", None))
 
 
-def _model_class(path: Path) -> Any:
-    """The transformers class that the checkpoint's source was mapped with."""
-    import transformers
-
-    from quantlib.models.tables import find
-
-    family = find(_load_config(path).model_type)
-    if family is None or not family.architecture:
-        return transformers.AutoModelForCausalLM
-    return getattr(transformers, family.architecture)
-
-
 def _load_model(path: Path, dtype: torch.dtype | str) -> Any:
+    from quantlib.models.skeleton import model_class
     from quantlib.runtime.transformers_plugin import register
 
     register()
+    named = model_class(_load_config(path).model_type)
     try:
-        model, info = _model_class(path).from_pretrained(
+        model, info = named.from_pretrained(
             path, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError) as error:
