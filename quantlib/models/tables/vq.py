@@ -54,25 +54,31 @@ def _coder_kept(component: str, name: str) -> list[KeptRule]:
 def _autoencoder(model_type: str, decodes: bool) -> Family:
     """A VQ model; of those that only read images the decoder is left out."""
     decoder = _coder(IMAGE_DECODER, "decoder", "up", "upsample") if decodes else ()
+    kept = (
+        *_coder_kept(IMAGE_ENCODER, "encoder"),
+        *keep(IMAGE_ENCODER, "bias", "quant_conv.bias"),
+        *keep(IMAGE_DECODER, "bias", "post_quant_conv.bias"),
+        *(_coder_kept(IMAGE_DECODER, "decoder") if decodes else ()),
+    )
+    parts = (
+        *_coder(IMAGE_ENCODER, "encoder", "down", "downsample"),
+        Part(IMAGE_ENCODER, each("quant_conv", kind="conv")),
+        Part(IMAGE_DECODER, each("post_quant_conv", kind="conv")),
+        *decoder,
+    )
+    return _family(model_type, kept, parts)
+
+
+def _family(model_type: str, kept: tuple[KeptRule, ...], parts: tuple[Part, ...]) -> Family:
+    """A VQ model from its parts: no embedding but the codebook, and no head."""
     return Family(
         model_types=(model_type,),
         groups=(),
-        kept=(
-            *keep(CODEBOOK, CODES, "quantize.embedding.weight"),
-            *_coder_kept(IMAGE_ENCODER, "encoder"),
-            *keep(IMAGE_ENCODER, "bias", "quant_conv.bias"),
-            *keep(IMAGE_DECODER, "bias", "post_quant_conv.bias"),
-            *(_coder_kept(IMAGE_DECODER, "decoder") if decodes else ()),
-        ),
+        kept=(*keep(CODEBOOK, CODES, "quantize.embedding.weight"), *kept),
         embeddings=(),
         head=None,
         component=IMAGE_ENCODER,
-        parts=(
-            *_coder(IMAGE_ENCODER, "encoder", "down", "downsample"),
-            Part(IMAGE_ENCODER, each("quant_conv", kind="conv")),
-            Part(IMAGE_DECODER, each("post_quant_conv", kind="conv")),
-            *decoder,
-        ),
+        parts=parts,
         root="",
     )
 
@@ -108,27 +114,21 @@ _LINEAR_ATTENTION = (
     *each("out_proj", optional=True),
 )
 
-_EMU3 = Family(
-    model_types=("emu3_vqgan",),
-    groups=(),
-    kept=(
-        *keep(CODEBOOK, CODES, "quantize.embedding.weight"),
+_EMU3 = _family(
+    "emu3_vqgan",
+    (
         *keep(IMAGE_ENCODER, "normalisation", "encoder.*norm*.weight"),
         *keep(IMAGE_DECODER, "normalisation", "decoder.*norm_layer.weight"),
         *keep(IMAGE_DECODER, "normalisation", "decoder.time_res_stack.*.norm?.weight"),
         *keep(IMAGE_ENCODER, "bias", "encoder.*.bias", "quant_conv.conv.bias"),
         *keep(IMAGE_DECODER, "bias", "decoder.*.bias", "post_quant_conv.conv.bias"),
     ),
-    embeddings=(),
-    head=None,
-    component=IMAGE_ENCODER,
-    parts=(
+    (
         *_video_coder(IMAGE_ENCODER, "encoder", "down", normalises=False),
         Part(IMAGE_ENCODER, each("quant_conv.conv", kind="conv")),
         Part(IMAGE_DECODER, each("post_quant_conv.conv", kind="conv")),
         *_video_coder(IMAGE_DECODER, "decoder", "up", normalises=True),
     ),
-    root="",
 )
 
 FAMILIES = (
