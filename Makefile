@@ -26,8 +26,9 @@ help:
 demo: install
 	$(BIN)/python -P -m quantlib.bench.demo $(DEMO_ARGS)
 
+# One process per core: tests compute with one thread each.
 test: install-dev
-	$(BIN)/python -P -m pytest $(TEST_ARGS)
+	$(BIN)/python -P -m pytest --numprocesses logical --dist loadfile $(TEST_ARGS)
 
 # Needs a C++ compiler and its sanitizers, no package; not part of `make test`: it takes minutes.
 sanitize:

@@ -29,6 +29,7 @@ REQUIRES = [
     "huggingface_hub>=1",
     "safetensors>=0.5",
     "accelerate>=1",
+    "pillow>=10",  # pictures of multimodal models
     "typer>=0.12",
     "rich>=13",
     "pydantic>=2",
@@ -45,8 +46,8 @@ EXTRAS = {
     "eval": ["lm-eval>=0.4.9"],
     "datasets": ["datasets>=3"],
     "graph": ["torch-geometric>=2.6"],
-    # Reads the demo model: its weights are published in a GGUF file.
-    "bench": ["gguf>=0.17"],
+    # Weights of the demo model and of the test-beds are published as GGUF and ONNX files.
+    "bench": ["gguf>=0.17", "onnx>=1.16"],
     # What quantlib is measured beside; `make peers` installs them, and llama.cpp from its source.
     "peers": ["onnx>=1.16", "onnxruntime>=1.20", "openvino>=2025.0"],
     "dev": [
@@ -58,6 +59,7 @@ EXTRAS = {
         "psutil>=6",
         "pytest>=8",
         "pytest-timeout>=2",
+        "pytest-xdist>=3.6",
         "ruff>=0.11",
         "types-PyYAML",
     ],
@@ -121,6 +123,8 @@ setup(
         "quantlib": ["py.typed"],
         "quantlib.kernels": ["cpu/src/*"],
         "quantlib.report": ["page/*"],
+        "quantlib.bench": ["plans/*.json"],
+        "quantlib.bench.beds": ["weights/*", "weights/*/*", "weights/*/*/*"],
     },
     distclass=PlatformDistribution,
     cmdclass={"build_py": BuildWithKernels, "bdist_wheel": AnyPythonWheel},

@@ -7,6 +7,8 @@ these says anything of quality.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +33,7 @@ from quantlib.models.source import SINGLE_FILE, Source
 from quantlib.transforms.rotation import Rotation
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 _SPREAD = 0.02
 """Standard deviation of random weights, as Llama models are initialized."""
 
@@ -111,6 +114,38 @@ class Schemes:
         return self.embedding if name in (EMBEDDING, HEAD) else self.linear
 
 
+@dataclass(frozen=True)
+class PlannedSchemes:
+    """The schemes of another model's plan: every layer takes those of the layer at its own depth.
+
+    name: of the plan. planned: weight -> scheme. layers: of the planned model, and of the one that
+    takes its schemes.
+    """
+
+    name: str
+    planned: Mapping[str, str]
+    layers: tuple[int, int]
+
+    @staticmethod
+    def load(name: str, layers: int) -> PlannedSchemes:
+        """The plan `name` of the folder `plans`, for a model of so many layers."""
+        path = Path(__file__).with_name("plans") / f"{name}.json"
+        planned: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["schemes"]
+        theirs = 1 + max(int(found[1]) for found in map(_LAYER.search, planned) if found)
+        return PlannedSchemes(name, planned, (theirs, layers))
+
+    def of(self, name: str) -> str:
+        theirs, ours = self.layers
+
+        def same_depth(found: re.Match[str]) -> str:
+            return f".layers.{(2 * int(found[1]) + 1) * theirs // (2 * ours)}."
+
+        return self.planned[_LAYER.sub(same_depth, name)]
+
+
+AnySchemes = Schemes | PlannedSchemes
+
+
 def write_source(shape: LlamaShape, folder: Path, tokenizer: Path) -> Path:
     """A folder of random bfloat16 weights; the tokenizer files are those of the folder `tokenizer`,
     whose vocabulary may be smaller."""
@@ -133,7 +168,7 @@ def write_source(shape: LlamaShape, folder: Path, tokenizer: Path) -> Path:
     return folder
 
 
-def pack_rounded(source: Path, out: Path, schemes: Schemes) -> Path:
+def pack_rounded(source: Path, out: Path, schemes: AnySchemes) -> Path:
     """A packed checkpoint of a source folder, every weight rounded to nearest. All of it is in
     memory at once."""
     opened = Source.open(source)
@@ -174,7 +209,7 @@ class Around:
 PLAIN = Around()
 
 
-def pack_random(shape: LlamaShape, out: Path, schemes: Schemes, around: Around = PLAIN) -> Path:
+def pack_random(shape: LlamaShape, out: Path, schemes: AnySchemes, around: Around = PLAIN) -> Path:
     """A packed checkpoint of random codes, written one tensor at a time; it has no tokenizer."""
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Tensor | LazyTensor] = {}

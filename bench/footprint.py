@@ -77,8 +77,11 @@ def _load_elsewhere(checkpoint: Path) -> dict[str, float]:
 
 def load_here(checkpoint: Path) -> dict[str, float]:
     """Load with the native engine, run one step, and say what it took."""
-    # What every model needs once is there before memory and clock are first looked at.
-    import transformers.models.auto  # noqa: F401
+    # What every model needs once is there before memory and clock are first looked at: a
+    # configuration's class brings a thousand modules.
+    from transformers import AutoConfig
+
+    AutoConfig.for_model("llama")
 
     from quantlib.kernels.cpu import library
     from quantlib.runtime.load import load

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantlib.bench import checkpoints
-from quantlib.bench.checkpoints import LLAMA_1B, LLAMA_8B, LlamaShape, Schemes
+from quantlib.bench import artifacts, checkpoints
+from quantlib.bench.checkpoints import LLAMA_1B, LLAMA_8B, LlamaShape, PlannedSchemes, Schemes
 from quantlib.checkpoint.reader import read_layout
 
 TINY = LlamaShape("tiny", 2, 64, 160, 4, 2, 16, 384, tied=True)
@@ -72,3 +72,14 @@ def test_a_rounded_checkpoint_computes_nearly_what_the_source_does(
     # Weights are off by half a percent, and logits by a few; one matrix in the wrong place makes
     # them different numbers.
     assert float((found - expected).norm() / expected.norm()) < 0.1
+
+
+def test_a_plan_of_another_model_is_taken_layer_by_layer_at_the_same_depth() -> None:
+    """Thirty layers for sixteen: the first and the last of each half stay what they are."""
+    mixed = PlannedSchemes.load(artifacts.SMOLLM2_PLAN, LLAMA_1B.layers)
+    chosen = {name: mixed.of(name) for name in LLAMA_1B.weights()}
+    for ours, theirs in ((0, 0), (7, 14), (8, 15), (15, 29)):
+        name = "model.layers.{}.mlp.down_proj.weight"
+        assert chosen[name.format(ours)] == mixed.planned[name.format(theirs)]
+    assert chosen[checkpoints.EMBEDDING] == mixed.planned[checkpoints.EMBEDDING]
+    assert len(set(chosen.values())) > 4, "a plan of mixed precision"

@@ -127,7 +127,7 @@ def test_a_full_run_measures_models_losses_and_footprints(
     monkeypatch.setattr(decode, "PROMPT", 12)
     monkeypatch.setattr(decode, "NEW", 4)
     monkeypatch.setattr(artifacts, "smollm2_gguf", lambda *_: gguf)
-    monkeypatch.setattr(artifacts, "llama_1b", lambda _: (packed, gguf))
+    monkeypatch.setattr(artifacts, "llama_1b", lambda _: ({"": packed, " mixed": packed}, gguf))
     monkeypatch.setattr(artifacts, "llama_8b", lambda _: packed)
     monkeypatch.setattr(divergence, "of_llama", lambda *_: (losses, windows))
     monkeypatch.setattr(footprint, "_load_elsewhere", footprint.load_here)
@@ -135,7 +135,7 @@ def test_a_full_run_measures_models_losses_and_footprints(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     found = decode.run(quick=False)
-    assert sizes == [76.2, 0.3], "our own size, and that of the smallest of theirs"
+    assert sizes == [69.6, 76.2, 0.3], "our own sizes, and that of the smallest of theirs"
     rows = {(row["model"], row["engine"]): row for row in found["rows"]}
     ours = rows[decode.SMOLLM2, "quantlib int8 0.3 MB, kv int8"]
     assert 0 < ours["kl"] < 1
@@ -144,7 +144,7 @@ def test_a_full_run_measures_models_losses_and_footprints(
     assert rows[decode.LLAMA_1B.name, "llama.cpp Q4_0"]["decode_tok_s"] == 100.0
     assert found["engines_missing"] == {}
     models = [row["model"] for row in found["footprints"]]
-    assert models == [decode.SMOLLM2] * 2 + [decode.LLAMA_1B.name, decode.LLAMA_8B.name]
+    assert models == [decode.SMOLLM2] * 3 + [decode.LLAMA_1B.name] * 2 + [decode.LLAMA_8B.name]
     promised = {target["what"] for target in found["targets"]}
     assert "decoding against llama.cpp Q4_0" in promised
     assert "KL of llama.cpp Q4_0 over ours" in promised
