@@ -3,6 +3,8 @@
 #   make demo    compress a real language model to a byte budget and show what it cost
 #   make test    install the development tools and run the tests
 #   make sanitize  run the CPU kernels under the address, undefined behaviour and thread sanitizers
+#   make test-kernels  all tests of the CUDA kernels: emulated, and compiled for every architecture
+#   make cubins  compile the CUDA kernels ahead of time, into build/cubins
 #   make peers   install what `quantlib bench` compares with: onnxruntime, OpenVINO, llama.cpp
 #
 # PIP_ARGS goes to every pip install. PyTorch's default build for Linux may bring several GB of CUDA
@@ -17,7 +19,7 @@ TEST_ARGS ?=
 BIN := .venv/bin
 PIP_INSTALL = $(BIN)/python -m pip install --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test sanitize peers install install-dev lint format constraints
+.PHONY: help demo test sanitize test-kernels cubins peers install install-dev lint format constraints
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -33,6 +35,19 @@ test: install-dev
 # Needs a C++ compiler and its sanitizers, no package; not part of `make test`: it takes minutes.
 sanitize:
 	$(PYTHON) dev/sanitize.py
+
+# No GPU is needed. A CUDA toolkit on PATH or in CUDA_HOME is used before these packages; what cannot
+# be had is skipped, and said.
+CUDA_TOOLS := nvidia-cuda-nvcc nvidia-cuda-nvrtc nvidia-cuda-nvdisasm
+
+.venv/cuda-tools: | install-dev
+	$(PIP_INSTALL) $(CUDA_TOOLS) && touch $@ || echo "some tests of machine code will be skipped" >&2
+
+test-kernels: .venv/cuda-tools
+	$(BIN)/python -P -m pytest -m "kernels or not kernels" tests/kernels/cuda $(TEST_ARGS)
+
+cubins: .venv/cuda-tools
+	$(BIN)/python -P -m quantlib.kernels.cuda.cubins build/cubins
 
 # Optional, and each peer for itself: one that cannot be had is named, and left out of benchmarks.
 peers: install

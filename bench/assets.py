@@ -124,11 +124,16 @@ def split_articles(articles: dict[str, dict[str, str]], split: Split) -> str:
 
     An article is its title, a newline and its extract; articles are joined by blank lines.
     """
+    chosen = split_keys(articles, split)
+    return "\n\n".join(f"{articles[key]['title']}\n{articles[key]['extract']}" for key in chosen)
+
+
+def split_keys(articles: dict[str, dict[str, str]], split: Split) -> list[str]:
+    """Which articles are in a split, in order."""
     keys = sorted(articles)
     random.Random(0).shuffle(keys)
     tenth = len(keys) // 10
-    chosen = keys[:tenth] if split == "held_out" else keys[tenth:]
-    return "\n\n".join(f"{articles[key]['title']}\n{articles[key]['extract']}" for key in chosen)
+    return keys[:tenth] if split == "held_out" else keys[tenth:]
 
 
 @torch.no_grad()

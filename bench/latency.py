@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from quantlib.bench import assets, record
-from quantlib.kernels.cpu.engine_library import Decoder
+from quantlib.kernels.cpu.engine_library import MODES, Decoder
 from quantlib.pipeline import workfiles
 from quantlib.pipeline.apply import apply
 from quantlib.pipeline.compress import measured_table, open_run, reopen_run
@@ -106,7 +106,8 @@ def make_plans(work: Path, threads: int, mode: str) -> tuple[LatencyCosts, dict[
         return LatencyBudget((f"decode={ms:f}ms@{CONTEXT}",), threads, mode)
 
     both = LatencyBudget((f"decode=1s@{CONTEXT}", f"prefill=1s@{PROMPT}"), threads, mode)
-    costs = costs_for(known.model_map, known.path, schemes, both, Said())
+    recipe = workfiles.load_recipe(work)
+    costs = costs_for(known.model_map, known.path, schemes, both, Said(), recipe)
     assert costs is not None
     best, problem, _ = search(known.model_map, table, Budget(latency=budget(GENEROUS)), costs)
     low, high = least_cost(problem, DECODE), best.predicted[DECODE]
@@ -140,7 +141,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, help="work directory of SmolLM2 to use and keep")
-    parser.add_argument("--mode", default="int8", choices=("exact", "int8"))
+    parser.add_argument("--mode", default="int8", choices=MODES)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="quantlib-bench-"))

@@ -2,15 +2,16 @@
 
 A latency budget needs to know what every weight would cost in every scheme, before there is a
 checkpoint. So the real kernels are timed, by a C entry point that runs the loop of the decoder
-engine (`cpu/src/timing.cpp`): within one parallel region, the threads sharing the strips of one
-copy of the weight after the other, all copies together larger than the caches. No Python and no
-waiting between layers is in these numbers. What a running model adds to their sum is measured on a
-running model (`quantlib.runtime.stopwatch`).
+engine (`cpu/src/timing.cpp`): within one parallel region, the threads share the strips of one copy
+of the weight after the other and wait at its end, all copies together much larger than the caches.
+What a running model adds to their sum is measured on a running model
+(`quantlib.runtime.stopwatch`).
 
-Operations are timed in turns, several times each, and the median counts: a disturbance hits all of
-them a little instead of one of them badly. The table is kept as JSON in the user's cache folder
-under a fingerprint of the machine (processor, cores, instruction set, the kernels' own hash,
-threads); anything else than this machine's valid table is measured again.
+Operations are timed in turns, several times each: a disturbance hits all of them a little instead
+of one of them badly. It only ever adds time, so the lower quartile counts (`undisturbed`). The
+table is kept as JSON in the user's cache folder under a fingerprint of the machine (processor,
+cores, instruction set, the kernels' own hash, threads); anything else than this machine's valid
+table is measured again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import json
 import math
 import os
 import platform
-import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,12 +30,12 @@ from pathlib import Path
 from quantlib.errors import UsageError
 from quantlib.kernels.cpu import build, library, stopwatch
 
-__all__ = ["Machine", "Op", "TimingTable", "this_machine"]
+__all__ = ["Machine", "Op", "TimingTable", "this_machine", "undisturbed"]
 
-FORMAT, VERSION = "quantlib-timing", 1
-ROUNDS = 3
+FORMAT, VERSION = "quantlib-timing", 2
+ROUNDS = 5
 """Turns in which the operations are timed."""
-PASSES = 5
+PASSES = 3
 """Passes over all copies in one turn."""
 
 Clock = Callable[["Op", int, int], Sequence[float]]
@@ -43,11 +43,18 @@ Clock = Callable[["Op", int, int], Sequence[float]]
 Tick = Callable[[str], None]
 
 
+def undisturbed(times: Sequence[float]) -> float:
+    """What something takes while nothing else runs: the lower quartile of measured times. What
+    else is going on makes single measurements longer, and never shorter."""
+    return sorted(times)[len(times) // 4]
+
+
 @dataclass(frozen=True, order=True)
 class Op:
     """`tokens` rows of activations times a weight [rows, columns] in `scheme`.
 
-    mode: of the activations, "int8" or "exact" (`kernels.ops`).
+    mode: of the activations: "exact", "int8", or 8 bits with a scale for every so many columns:
+          "int8g64".
     """
 
     rows: int
@@ -60,6 +67,11 @@ class Op:
     def key(self) -> str:
         """Its name in the table: `int8 576x1536 w4g64 M=1`."""
         return f"{self.mode} {self.rows}x{self.columns} {self.scheme} M={self.tokens}"
+
+    @property
+    def act_group(self) -> int:
+        """Columns of activations that share a scale; 0: all of a token."""
+        return int(self.mode.removeprefix("int8g")) if self.mode.startswith("int8g") else 0
 
 
 @dataclass(frozen=True)
@@ -142,7 +154,7 @@ class TimingTable:
                 seconds[op.key] += clock(op, self.machine.threads, PASSES)
                 if tick is not None:
                     tick(op.key)
-        self.add({key: 1e3 * statistics.median(times) for key, times in seconds.items()})
+        self.add({key: 1e3 * undisturbed(times) for key, times in seconds.items()})
 
     def add(self, ms: Mapping[str, float]) -> None:
         """Put measurements into the table and its file.

@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from quantlib.errors import FormatError, UsageError
 from quantlib.formats.scheme import Scheme
 from quantlib.kernels.kv_format import KvFormat
+from quantlib.kernels.nonlinear.rule import Rule
+from quantlib.models.modality import Modality
 from quantlib.search.latency import parse_latencies
 
 # fmt: off
@@ -119,8 +121,10 @@ def kv_name(text: str | None) -> str | None:
 class Recipe(BaseModel):
     """Everything that decides the result of a run, except the size and its constraints.
 
-    data:          calibration text: a file, JSONL, a folder, or `hub:name` (`calibration.data`).
-    windows, seqlen, seed: calibration windows, their length in tokens, the seed of every draw.
+    data:          calibration text: a file, JSONL, a folder, or `hub:name` (`calibration.data`); of
+                   models of several parts, records of all that they do (`calibration.records`).
+    windows, seqlen, seed: calibration windows (records of every stream), their length in tokens,
+                   the seed of every draw.
     schemes:       candidate schemes.
     gradients:     False scores every block by its own output error alone.
     damping:       added to the diagonal of Hessians, as a fraction of its mean.
@@ -141,7 +145,18 @@ class Recipe(BaseModel):
     kv:            the format of the KV cache the checkpoint is made for (`kernels.kv_format`), or
                    mean bits, scales counted: every layer's keys and values then get formats of
                    their own (`pipeline.caches`).
+    kv_modalities: formats of the KV cache by what a token is ("text", "image_input",
+                   "image_output"), instead of `kv`.
+    kv_static:     modalities of images whose scales of the KV cache are calibrated, one for each
+                   place in an image (`kernels.kv_static`).
+    nonlinear:     "sqnr=30" or "output=20": softmax, GELU and LayerNorm of encoders are computed in
+                   integers where that keeps so many dB (`kernels.nonlinear.rule`).
     latency:       latency budgets on this machine, as --latency takes them (`search.latency`).
+    weighting:     which tokens decide how a model of several parts is rounded
+                   (`calibration.watch.Weighting`): each by its own gradient ("token"), by the mean
+                   gradient of its modality ("modality"), or all alike ("none").
+    keep:          fnmatch patterns of components, and of weights, that stay as they are.
+    expert_tokens: what every expert of a mixture in a model of several parts has to see.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -164,6 +179,12 @@ class Recipe(BaseModel):
     latency: tuple[str, ...] = ()
     rotation: Literal["none", "pca", "weights", "gradients"] = "none"
     kv: str = "f32"
+    kv_modalities: dict[Modality, str] = Field(default_factory=dict)
+    kv_static: tuple[Literal["image_input", "image_output"], ...] = ()
+    nonlinear: str | None = None
+    weighting: Literal["token", "modality", "none"] = "token"
+    keep: tuple[str, ...] = ()
+    expert_tokens: int = Field(32, ge=1)
 
     @field_validator("schemes")
     @classmethod
@@ -198,6 +219,22 @@ class Recipe(BaseModel):
         except FormatError as error:
             raise ValueError(str(error)) from error
 
+    @field_validator("kv_modalities")
+    @classmethod
+    def _known_kv_modalities(cls, formats: dict[Modality, str]) -> dict[Modality, str]:
+        try:
+            return {name: str(KvFormat.parse(form)) for name, form in formats.items()}
+        except FormatError as error:
+            raise ValueError(str(error)) from error
+
+    @field_validator("nonlinear")
+    @classmethod
+    def _known_nonlinear(cls, rule: str | None) -> str | None:
+        try:
+            return None if rule is None else str(Rule.parse(rule))
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+
     @field_validator("latency")
     @classmethod
     def _known_latency(cls, latency: tuple[str, ...]) -> tuple[str, ...]:
@@ -208,11 +245,13 @@ class Recipe(BaseModel):
         return latency
 
     def candidates(self, kind: str) -> tuple[str, ...]:
-        """Candidate schemes of weights of a kind ("linear", "experts", "embedding", "head").
+        """Candidate schemes of weights of a kind ("linear", "experts", "conv", "embedding",
+        "head").
 
         Where some candidates round activations or have wider columns, those are the linears', and
         the others are for embeddings and heads, which look rows up or read the residual stream as
-        it is; if there are no others, the linears' formats without that.
+        it is, and for convolutions, whose inputs are no rows; if there are no others, the linears'
+        formats without that.
         """
         parsed = {name: Scheme.parse(name) for name in self.schemes}
         for_linears = [name for name, s in parsed.items() if s.activation.rounds or s.high]
@@ -230,6 +269,14 @@ class Recipe(BaseModel):
     def kv_bits(self) -> float | None:
         """Mean bits of the KV cache, where no format is named."""
         return _number(self.kv)
+
+    @model_validator(mode="after")
+    def _one_way_to_cache(self) -> Recipe:
+        if self.kv_modalities and self.kv != "f32":
+            raise ValueError("kv and kv_modalities both say how the KV cache is kept: give one")
+        if set(self.kv_static) - set(self.kv_modalities):
+            raise ValueError("kv_static is for modalities that kv_modalities has a format of")
+        return self
 
     @model_validator(mode="after")
     def _enough_to_measure(self) -> Recipe:

@@ -1,4 +1,4 @@
-"""From the sum of predicted losses to the KL one will measure, with an honest interval.
+"""From the sum of predicted losses to the loss one will measure, with an honest interval.
 
 Predicted losses add up single-weight effects measured near the full-precision model. At low bits
 the effects interact and the sum is off by a factor that drifts smoothly with its size, so a few
@@ -6,8 +6,9 @@ plans are really measured and the line
 
     log KL = a + b log S
 
-is fitted to them. The logarithm makes errors relative, as misjudged sensitivities are. The line is
-robust (Huber weights: one odd probe does not bend it); the interval is not (the same odd probe
+is fitted to them; KL, or the measured increase of whatever loss a task has: every task of a table
+has a line of its own. The logarithm makes errors relative, as misjudged sensitivities are. The line
+is robust (Huber weights: one odd probe does not bend it); the interval is not (the same odd probe
 widens it, because the next plan may be odd too). The scatter around the line is split into the
 probes' own standard errors and a real lack of fit tau^2 (Paule and Mandel's estimator, J. Res. NBS
 87, 1982), so that noisy probes neither hide nor fake a good fit.
@@ -36,7 +37,8 @@ NORMAL_MAD = 1.4826
 
 
 class Probe(NamedTuple):
-    """A measured plan: its sum of predicted losses, its KL, and the standard error of that."""
+    """A measured plan: its sum of predicted losses, the KL (or the increase of a task's loss) that
+    was measured, and the standard error of that."""
 
     predicted: float
     measured: float
@@ -44,9 +46,9 @@ class Probe(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """A KL in nats per token, and the 95 % interval a measurement of it should fall into."""
+    """A loss to expect, in its task's unit, and the 95 % interval a measurement should be in."""
 
-    kl: float
+    value: float
     low: float
     high: float
 
@@ -79,7 +81,7 @@ class Calibration:
                 )
             if probe.predicted <= 0 or probe.measured <= 0:
                 raise SearchError(
-                    f"calibration probe {tuple(probe)}: predicted and measured KL must be "
+                    f"calibration probe {tuple(probe)}: predicted and measured loss must be "
                     "positive; measure plans that lose something"
                 )
         sums = [probe.predicted for probe in self.probes]
@@ -106,11 +108,11 @@ class Calibration:
         return float(self._fit.coefficients[1])
 
     def predict(self, predicted: float) -> Prediction:
-        """KL expected of a plan whose predicted losses sum to `predicted`, with its 95 % prediction
-        interval.
+        """Loss expected of a plan whose predicted losses sum to `predicted`, with its 95 %
+        prediction interval.
 
         The interval is for a measurement with the probes' median standard error. A sum of exactly 0
-        means that nothing was quantized: KL 0 and no interval. Raises SearchError for a negative or
+        means that nothing was quantized: 0 and no interval. Raises SearchError for a negative or
         non-finite sum.
         """
         if not (math.isfinite(predicted) and predicted >= 0):

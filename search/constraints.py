@@ -120,8 +120,9 @@ def check_matches(rules: Iterable[Rule], weights: Sequence[WeightInfo]) -> None:
     for rule in rules:
         if not any(rule.matches(weight) for weight in weights):
             near = near_matches(rule.pattern, weights)
-            hint = f"did you mean {', '.join(near)}?" if near else _components(weights)
-            raise UsageError(f"{rule} matches no weight of this model; {hint}")
+            hint = f"did you mean {', '.join(near)}? " if near else ""
+            known = _components(weights)
+            raise UsageError(f"{rule} matches no weight of this model; {hint}{known}")
 
 
 def _components(weights: Sequence[WeightInfo]) -> str:

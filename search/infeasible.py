@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from quantlib.search.budget import format_size
+from quantlib.search.components import component_text, is_component
 from quantlib.search.latency import cost_text, format_ms, is_latency
 from quantlib.search.problem import COST_TOLERANCE, Problem
 
@@ -38,14 +39,14 @@ def why_impossible(
         least = least_cost(problem, name)
         if least > limit * (1 + COST_TOLERANCE):
             return (
-                f"{cost_text(name, limit)} is impossible: the least possible is "
-                f"{_amount(name, least)}, of which {made_of(problem, name)}"
+                f"{limit_text(name, limit)} is impossible: the least possible is "
+                f"{amount_text(name, least)}, of which {made_of(problem, name)}"
             )
     if budget is not None and problem.bytes(problem.smallest()) > budget:
         return _too_small(problem, budget, limits, problem.bytes(problem.smallest()))
     smallest = extremes.smallest_size()
     if smallest is None:
-        asked = " and ".join(cost_text(name, limit) for name, limit in limits.items())
+        asked = " and ".join(limit_text(name, limit) for name, limit in limits.items())
         return f"no allocation is within {asked} at any size, though within each alone: raise one"
     if budget is None or smallest <= budget:
         return "no allocation within the budgets was found in time: allow more time, or more bytes"
@@ -73,13 +74,15 @@ def made_of(problem: Problem, name: str) -> str:
         parts[part] = parts.get(part, 0.0) + least
     ranked = sorted((part for part in parts if parts[part] > 0), key=lambda part: -parts[part])
     fixed = problem.fixed_costs.get(name, 0.0)
-    words = [f"{_amount(name, fixed)} no scheme changes"] if fixed > 0 else []
+    words = [f"{amount_text(name, fixed)} no scheme changes"] if fixed > 0 else []
     if is_latency(name) and words:
         words[0] += " (attention, norms, waiting between layers)"
-    words += [f"{_amount(name, parts[part])} {part}" for part in ranked[:LARGEST_PARTS]]
+    elif is_component(name) and words:
+        words[0] += " (what stays in 16 bits)"
+    words += [f"{amount_text(name, parts[part])} {part}" for part in ranked[:LARGEST_PARTS]]
     rest = math.fsum(parts[part] for part in ranked[LARGEST_PARTS:])
     if rest > 0:
-        words.append(f"{_amount(name, rest)} the others")
+        words.append(f"{amount_text(name, rest)} the others")
     if problem.rules:
         words.append(f"under {', '.join(problem.rules)}")
     return "; ".join(words)
@@ -90,7 +93,7 @@ def _too_small(problem: Problem, budget: int, limits: Mapping[str, float], small
     reasons = [f"{fixed:,} bytes are fixed (what stays in 16 bits, headers)"]
     reasons += [f"{rule} adds {extra:,}" for rule, extra in problem.rule_bytes.items()]
     if smallest > problem.bytes(problem.smallest()):
-        reasons += [f"{cost_text(name, limit)} is asked for" for name, limit in limits.items()]
+        reasons += [f"{limit_text(name, limit)} is asked for" for name, limit in limits.items()]
     return (
         f"a budget of {budget:,} bytes ({format_size(budget)}) is impossible: the smallest "
         f"possible checkpoint has {smallest:,} bytes ({format_size(smallest)}); of these, "
@@ -104,9 +107,17 @@ def _or_slower(limits: Mapping[str, float], budget: int, extremes: Extremes) -> 
     for name in limits:
         least = extremes.least_cost(name)
         if least is not None:
-            words.append(f"{format_size(budget)} are possible with {_amount(name, least)}")
+            words.append(f"{format_size(budget)} are possible with {amount_text(name, least)}")
     return ". " + "; ".join(words) if words else ""
 
 
-def _amount(name: str, value: float) -> str:
+def limit_text(name: str, limit: float) -> str:
+    """A limit in words: `11.8 ms for a decoded token ...`, `2.00 MB for vision`."""
+    return component_text(name, limit) if is_component(name) else cost_text(name, limit)
+
+
+def amount_text(name: str, value: float) -> str:
+    """A sum of a further cost in words: `11.8 ms`, `2,000,000 bytes (2.00 MB)`."""
+    if is_component(name):
+        return f"{value:,.0f} bytes ({format_size(int(value))})"
     return format_ms(value) if is_latency(name) else f"{value:.4g}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,14 +58,16 @@ def parse_object(text: str, source: str) -> dict[str, Any]:
     return value
 
 
-def check_header(data: Mapping[str, Any], kind: str, version: int, source: str) -> None:
+def check_header(data: Mapping[str, Any], kind: str, versions: Sequence[int], source: str) -> None:
     """Raise SearchError unless `data` says it is a `kind` file of a version this code reads."""
     if data.get("format") != kind:
         raise SearchError(f"{source} is not a {kind} file: its 'format' is {data.get('format')!r}")
-    if data.get("version") != version:
+    version = data.get("version")
+    if isinstance(version, bool) or version not in versions:
+        known = " and ".join(map(str, versions))
         raise SearchError(
-            f"{source} has version {data.get('version')!r} and this quantlib reads version "
-            f"{version}: make it again"
+            f"{source} has version {version!r} and this quantlib reads version {known}: make it "
+            "again"
         )
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quantlib.errors import SearchError, UsageError
-from quantlib.kernels.ops import MODES
+from quantlib.kernels.cpu.engine_library import MODES
 
 DECODE_CONTEXT = 256
 """Tokens of context a decode budget is for unless it says: about the middle of a short answer."""

@@ -23,6 +23,8 @@ from quantlib.search.solve import TIME_LIMIT, Solver
 
 FRONT_GAP = 1e-4
 """Relative gap at which a point of a front counts as optimal."""
+BALANCED_FRONT_GAP = 5e-3
+"""The same where the largest of several tasks' losses is minimised, which takes longer to prove."""
 NANO = 1e6
 """Steps of a millisecond in which a front over latency counts."""
 DIRECTIONS = 7
@@ -80,13 +82,14 @@ def pareto_front(
     smaller one, is left out; SearchError when that leaves nothing.
     """
     solver = Solver(problem, limits)
+    gap = BALANCED_FRONT_GAP if problem.balanced else FRONT_GAP
     smallest = solver.smallest_size()
     wanted = sorted(set(budgets)) if budgets is not None else spread_budgets(problem)
     front: list[Point] = []
     for budget in wanted:
         if smallest is None or budget < smallest:
             continue
-        solution = solver.solve(budget, relative_gap=FRONT_GAP)
+        solution = solver.solve(budget, relative_gap=gap)
         if front and not solution.loss < front[-1].loss:
             continue
         kl = calibration.predict(max(0.0, solution.loss)) if calibration is not None else ()

@@ -24,10 +24,13 @@ from quantlib.search.calibrate import Calibration
 from quantlib.search.problem import Picks, Problem
 from quantlib.search.sensitivity import Sensitivity
 from quantlib.search.solve import Solution
+from quantlib.search.tasks import COMBINED, Objective, increase_name
 from quantlib.search.weights import ENGINES, GroupInfo, WeightInfo, units
 
 FORMAT = "quantlib-plan"
-VERSION = 1
+VERSIONS = (1, 2)
+"""1: one task. 2: several tasks and an objective; a plan that needs no more is written as the
+first."""
 
 
 class Assignment(NamedTuple):
@@ -48,12 +51,16 @@ class Plan:
     fixed_bytes: bytes of the checkpoint that do not depend on the plan.
     budget:      bytes allowed, None for a plan written by hand. limits: further cost -> most
                  allowed.
-    task:        the loss column that was minimised.
+    task:        the loss column that was minimised, `tasks.COMBINED` for several: losses are then
+                 weighted sums of relative increases.
     rules:       the user's floors, ceilings and pins, as text.
     predicted:   what the search promised of the allocation it found: "kl", "kl_low", "kl_high" (95
-                 % interval), "lp_gap", "proven_gap", and every limited cost by its name. Dropped
-                 when the plan is changed, because it no longer holds.
+                 % interval; of every task that has a calibration, by its name), of several tasks
+                 their relative increases (`tasks.increases`), "lp_gap", "proven_gap", and every
+                 limited cost by its name. Dropped when the plan is changed, because it no longer
+                 holds.
     provenance:  name -> hash of what the plan was computed from ("sensitivity", ...).
+    objective:   how several tasks were weighed.
     """
 
     model: str
@@ -66,6 +73,7 @@ class Plan:
     rules: tuple[str, ...] = ()
     predicted: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
+    objective: Objective = field(default_factory=Objective)
 
     @staticmethod
     def of(
@@ -94,6 +102,7 @@ class Plan:
             problem.rules,
             dict(predicted or {}),
             source | dict(provenance or {}),
+            problem.objective,
         )
 
     @staticmethod
@@ -102,15 +111,24 @@ class Plan:
         solution: Solution,
         *,
         limits: Mapping[str, float] | None = None,
-        calibration: Calibration | None = None,
+        calibrations: Mapping[str, Calibration] | None = None,
+        baseline: Mapping[str, float] | None = None,
         provenance: Mapping[str, str] | None = None,
     ) -> Plan:
-        """The plan of a solution, with its certificate and, if calibrated, the KL to expect."""
+        """The plan of a solution, with its certificate and, of calibrated tasks, the loss to
+        expect. baseline: task -> full-precision loss, for relative increases."""
         predicted = {"lp_gap": solution.gap, "proven_gap": solution.proven_gap, **solution.costs}
-        if calibration is not None:
-            kl = calibration.predict(max(0.0, solution.loss))
-            predicted |= {"kl": kl.kl, "kl_low": kl.low, "kl_high": kl.high}
-            predicted = {name: value for name, value in predicted.items() if math.isfinite(value)}
+        losses = problem.task_losses(solution.picks)
+        for task, calibration in (calibrations or {}).items():
+            if task in losses:
+                expected = calibration.predict(max(0.0, losses[task]))
+                ends = {f"{task}_low": expected.low, f"{task}_high": expected.high}
+                predicted |= {task: expected.value, **ends}
+        if problem.scales:
+            known = baseline or {}
+            expects = {task: predicted.get(task, losses[task]) for task in losses if task in known}
+            predicted |= {increase_name(t): loss / known[t] for t, loss in expects.items()}
+        predicted = {name: value for name, value in predicted.items() if math.isfinite(value)}
         return Plan.of(
             problem,
             solution.picks,
@@ -141,15 +159,23 @@ class Plan:
         The search's promises are kept only if no number changed. Raises SearchError for a table of
         another model or task, and for a scheme that was not measured.
         """
-        if table.model != self.model or self.task not in table.tasks:
+        several = self.task == COMBINED
+        if table.model != self.model or not (several or self.task in table.tasks):
             raise SearchError(
                 f"the sensitivity table is of model {table.model[:12]} with "
                 f"{', '.join(table.tasks)}; the plan needs model {self.model[:12]} with {self.task}"
             )
+        if several and (len(table.tasks) < 2 or set(self.objective.weights) - set(table.tasks)):
+            raise SearchError(
+                f"the sensitivity table has the losses of {', '.join(table.tasks)}, and the plan "
+                "weighs several tasks or others: search again"
+            )
+        scales = self.objective.scales(table.tasks, table.baseline) if several else {}
         rows = {}
         for weight, row in self.weights.items():
             entry = table.entry(weight, row.scheme)
-            rows[weight] = Assignment(row.scheme, entry.bytes, entry.loss[self.task])
+            loss, _ = entry.priced(self.task, scales)
+            rows[weight] = Assignment(row.scheme, entry.bytes, loss)
         return replace(
             self,
             weights=rows,
@@ -210,7 +236,7 @@ class Plan:
         """JSON with one line per weight, in model order."""
         head: dict[str, object] = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSIONS[0],
             "model": self.model,
             "engine": self.engine,
             "task": self.task,
@@ -223,6 +249,8 @@ class Plan:
             "predicted": dict(self.predicted),
             "provenance": dict(self.provenance),
         }
+        if self.task == COMBINED:
+            head |= {"version": VERSIONS[1], "objective": self.objective.to_json()}
         lines = [f"  {jsonfile.dump(key)}: {jsonfile.dump(value)}," for key, value in head.items()]
         rows = [
             f"    {jsonfile.dump(name)}: {jsonfile.dump(row._asdict())}"
@@ -235,7 +263,7 @@ class Plan:
         """Read what `to_json` or a person wrote. Raises SearchError that names `source` and the
         first mistake."""
         data = jsonfile.parse_object(text, source)
-        jsonfile.check_header(data, FORMAT, VERSION, source)
+        jsonfile.check_header(data, FORMAT, VERSIONS, source)
         optional = {
             "task",
             "budget",
@@ -247,6 +275,7 @@ class Plan:
             "predicted",
             "provenance",
         }
+        optional |= {"objective"} if data["version"] == VERSIONS[1] else set()
         jsonfile.check_keys(
             data, {"format", "version", "model", "engine", "weights"}, optional, source
         )
@@ -272,6 +301,7 @@ class Plan:
             tuple(rules),
             jsonfile.numbers(data, "predicted", source),
             jsonfile.texts(data, "provenance", source),
+            _read_objective(data, source),
         )
 
     def save(self, path: str | Path) -> None:
@@ -307,6 +337,13 @@ def _read_assignment(weights: Mapping[str, Any], weight: str, source: str) -> As
     if size < 0:
         raise SearchError(f"{where}: bytes cannot be negative")
     return Assignment(scheme, size, jsonfile.field(row, "loss", float, where))
+
+
+def _read_objective(data: Mapping[str, Any], source: str) -> Objective:
+    if "objective" not in data:
+        return Objective()
+    found = jsonfile.field(data, "objective", dict, source)
+    return Objective.from_json(found, f"{source}, objective")
 
 
 def _whole(data: Mapping[str, Any], key: str, source: str) -> int | None:

@@ -2,22 +2,19 @@
 
 An item is the smallest thing that gets a scheme of its own: one weight; or one linear group (q/k/v,
 gate/up) when the engine that will run the checkpoint fuses the group into one matrix and therefore
-needs one scheme for all of it. Bytes and losses of a group's members add. Nothing here knows how to
-solve; `solve.py` takes a `Problem` and returns picks: for every item, in order, the index of its
-choice.
+needs one scheme for all of it. Bytes and losses of a group's members add. `build.py` makes a
+problem from a sensitivity table; `solve.py` takes it and returns picks: for every item, in order,
+the index of its choice.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from quantlib.errors import SearchError, UsageError
-from quantlib.search.activations import rounds_inputs
-from quantlib.search.constraints import Rule, allowed, check_matches
-from quantlib.search.sensitivity import Sensitivity
-from quantlib.search.weights import ENGINES, GroupInfo, WeightInfo, units
+from quantlib.errors import SearchError
+from quantlib.search.tasks import Objective, task_cost
 
 COST_TOLERANCE = 1e-9
 """Relative tolerance on limits of measured costs: sums of floats depend on their order. Bytes have
@@ -32,8 +29,10 @@ class Choice:
     """One way to store an item.
 
     bytes: what it adds to the file.
-    loss:  predicted increase of the task's loss. error: its standard error.
-    costs: further additive costs by name (such as measured milliseconds), each >= 0.
+    loss:  predicted increase of the task's loss; of several tasks, the weighted sum of their
+           relative increases. error: its standard error.
+    costs: further additive costs by name (such as measured milliseconds, or the losses of single
+           tasks), each >= 0.
     parts: (bytes, loss) of each member when the item has several.
     """
 
@@ -84,9 +83,13 @@ class Problem:
     fixed_bytes: bytes that are there whatever is chosen (kept tensors, file headers).
     fixed_costs: likewise of the further costs, 0 where it is not said (attention, norms).
     weights:     member weights in model order (a fused group may not be contiguous in it).
-    model, sensitivity, task: fingerprint of the model, digest of the table, loss column.
+    model, sensitivity, task: fingerprint of the model, digest of the table, loss column
+                 (`tasks.COMBINED` for several).
     rules:       the user's constraints, as text; `rule_bytes`: what each adds to the smallest
                  possible size.
+    objective:   what is minimised over several tasks. scales: task -> factor on its losses
+                 (`Objective.scales`), empty for one task; every choice then has the losses of all
+                 tasks among its costs (`tasks.task_cost`).
     """
 
     items: tuple[Item, ...]
@@ -99,6 +102,8 @@ class Problem:
     rules: tuple[str, ...] = ()
     rule_bytes: Mapping[str, int] = field(default_factory=dict)
     fixed_costs: Mapping[str, float] = field(default_factory=dict)
+    objective: Objective = field(default_factory=Objective)
+    scales: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         members = [member for item in self.items for member in item.members]
@@ -119,7 +124,28 @@ class Problem:
         return self.fixed_bytes + sum(choice.bytes for choice in self.chosen(picks))
 
     def loss(self, picks: Picks) -> float:
+        """Sum of the losses of the choices."""
         return math.fsum(choice.loss for choice in self.chosen(picks))
+
+    @property
+    def balanced(self) -> tuple[str, ...]:
+        """The tasks of which the largest relative increase is minimised; none where sums are."""
+        if self.objective.balance != "minmax":
+            return ()
+        return tuple(task for task, scale in self.scales.items() if scale > 0)
+
+    def value(self, picks: Picks) -> float:
+        """What the search minimises: the sum of losses, or the largest of the tasks'."""
+        if not self.balanced:
+            return self.loss(picks)
+        losses = self.task_losses(picks)
+        return max(self.scales[task] * losses[task] for task in self.balanced)
+
+    def task_losses(self, picks: Picks) -> dict[str, float]:
+        """task -> sum of its predicted losses, in its own unit."""
+        if not self.scales:
+            return {self.task: self.loss(picks)}
+        return {task: self.cost(task_cost(task), picks) for task in self.scales}
 
     def cost(self, name: str, picks: Picks) -> float:
         """Sum of one of the further costs, its fixed part included.
@@ -223,107 +249,3 @@ def fuse(name: str, items: Sequence[Item]) -> Item:
         tuple(choices),
         items[0].block,
     )
-
-
-def build_problem(
-    table: Sensitivity,
-    weights: Iterable[WeightInfo],
-    *,
-    fixed_bytes: int,
-    engine: str = "quantlib",
-    groups: Iterable[GroupInfo] | None = None,
-    rules: Sequence[Rule] = (),
-    task: str | None = None,
-    costs: Mapping[str, Mapping[tuple[str, str], float]] | None = None,
-    fixed_costs: Mapping[str, float] | None = None,
-) -> Problem:
-    """The problem of choosing a scheme for each weight from what was measured, under `rules`.
-
-    fixed_bytes: bytes of the checkpoint that no choice changes.
-    engine:      who will run it; `groups` says which linear groups an engine that fuses does fuse.
-    task:        loss column to minimise, the first one by default.
-    costs:       name -> (weight, scheme) -> cost, for limits other than bytes.
-    fixed_costs: name -> what is spent whatever is chosen.
-
-    Raises UsageError for an unknown engine or task and for rules that match nothing or contradict
-    each other, SearchError when the table and the model do not have the same weights.
-    """
-    infos = list(weights)
-    task = task or table.tasks[0]
-    if engine not in ENGINES:
-        raise UsageError(f"unknown engine {engine!r}: use one of {', '.join(ENGINES)}")
-    if task not in table.tasks:
-        raise UsageError(
-            f"the sensitivity table has no {task!r} column: it has {', '.join(table.tasks)}"
-        )
-    _check_same_weights(table, infos)
-    check_matches(rules, infos)
-    items: list[Item] = []
-    rule_bytes: dict[str, int] = {}
-    rounded = {info.name for info in infos if rounds_inputs(table.rows[info.name])}
-    for name, members in units(infos, engine, groups, rounded).items():
-        parts = [_weight_item(table, info, task, costs or {}) for info in members]
-        item = fuse(name, parts) if len(parts) > 1 else parts[0]
-        items.append(_constrain(item, members, rules, rule_bytes))
-    return Problem(
-        tuple(items),
-        fixed_bytes,
-        tuple(info.name for info in infos),
-        engine,
-        table.model,
-        table.digest(),
-        task,
-        tuple(str(rule) for rule in rules),
-        rule_bytes,
-        dict(fixed_costs or {}),
-    )
-
-
-def _check_same_weights(table: Sensitivity, infos: Sequence[WeightInfo]) -> None:
-    names = {info.name for info in infos}
-    missing = [info.name for info in infos if info.name not in table.rows]
-    unknown = [weight for weight in table.weights if weight not in names]
-    for what, found in (
-        ("was never measured", missing),
-        ("is not a weight of this model", unknown),
-    ):
-        if found:
-            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            raise SearchError(
-                f"{found[0]}{more} {what}: the table and the model do not belong together"
-            )
-
-
-def _weight_item(
-    table: Sensitivity,
-    info: WeightInfo,
-    task: str,
-    costs: Mapping[str, Mapping[tuple[str, str], float]],
-) -> Item:
-    choices = []
-    for scheme, entry in table.rows[info.name].items():
-        cost = {
-            name: prices[info.name, scheme]
-            for name, prices in costs.items()
-            if (info.name, scheme) in prices
-        }
-        choices.append(Choice(scheme, entry.bytes, entry.loss[task], cost, entry.error[task]))
-    return Item(info.name, (info.name,), tuple(choices), info.block or "")
-
-
-def _constrain(
-    item: Item, members: Sequence[WeightInfo], rules: Sequence[Rule], rule_bytes: dict[str, int]
-) -> Item:
-    """The item with only the choices its rules allow; adds to `rule_bytes` what each rule costs at
-    the least."""
-    applying = [rule for rule in rules if any(rule.matches(info) for info in members)]
-    if not applying:
-        return item
-    kept = set(allowed(item.name, [choice.scheme for choice in item.choices], applying))
-    smallest = min(choice.bytes for choice in item.choices)
-    for rule in applying:
-        least = min(choice.bytes for choice in item.choices if rule.allows(choice.scheme))
-        if least > smallest:
-            rule_bytes[str(rule)] = rule_bytes.get(str(rule), 0) + least - smallest
-    choices = tuple(choice for choice in item.choices if choice.scheme in kept)
-    return Item(item.name, item.members, choices, item.block)

@@ -21,11 +21,19 @@ from quantlib.errors import FormatError, SearchError
 from quantlib.formats.scheme import Scheme
 from quantlib.search import jsonfile
 from quantlib.search.calibrate import Calibration
+from quantlib.search.tasks import COMBINED, COMBINED_UNIT
 
 FORMAT = "quantlib-sensitivity"
-VERSION = 1
-UNITS = {"kl": "nats per token"}
-"""Units of the tasks we define; a task of somebody else's is in the unit of its own loss."""
+VERSIONS = (1, 2)
+"""1: one task, one calibration. 2: full-precision losses, and calibrations by task. A table that
+needs no more than the first is written as the first."""
+UNITS = {"kl": "nats per token", "text": "nats per token", "answer": "nats per token"}
+"""Units of tasks whose loss is always the same; others are in the unit of their own loss."""
+
+
+def unit_of(task: str) -> str:
+    """Unit of a task's loss in words, of several together too."""
+    return COMBINED_UNIT if task == COMBINED else UNITS.get(task, "loss of the task")
 
 
 @dataclass(frozen=True)
@@ -41,28 +49,47 @@ class Entry:
     loss: Mapping[str, float]
     error: Mapping[str, float]
 
+    def priced(self, task: str, scales: Mapping[str, float]) -> tuple[float, float]:
+        """(loss, standard error) of one task, or of several by their `scales`
+        (`tasks.Objective.scales`; none: of `task`).
+
+        Errors of tasks add: the same rounding causes them.
+        """
+        if not scales:
+            return self.loss[task], self.error[task]
+        loss = math.fsum(scale * self.loss[name] for name, scale in scales.items())
+        return loss, math.fsum(scale * self.error[name] for name, scale in scales.items())
+
 
 @dataclass(frozen=True)
 class Sensitivity:
     """Predicted losses of every weight in every candidate scheme.
 
-    model:       fingerprint of the source model (`Source.fingerprint`).
-    tasks:       names of the loss columns, such as ("kl",).
-    rows:        weight -> scheme -> Entry, weights in model order, schemes in candidate order.
-    provenance:  what this was computed from: name -> hash (calibration data, bank, ...).
-    calibration: predicted sums against measured KL, when probes were measured.
-    extra_bytes: of a checkpoint, for what these losses need beside the weights: a rotation's bases.
+    model:        fingerprint of the source model (`Source.fingerprint`).
+    tasks:        names of the loss columns, such as ("kl",) or ("text", "answer", "image").
+    rows:         weight -> scheme -> Entry, weights in model order, schemes in candidate order.
+    provenance:   what this was computed from: name -> hash (calibration data, bank, ...).
+    calibrations: task -> predicted sums against measured losses, where probes were measured.
+    extra_bytes:  of a checkpoint, for what these losses need beside the weights (a rotation's).
+    baseline:     task -> loss of the full-precision model on held-back samples, in the task's unit;
+                  1 for a loss that is relative by itself. Several tasks are compared by it.
     """
 
     model: str
     tasks: tuple[str, ...]
     rows: Mapping[str, Mapping[str, Entry]]
     provenance: Mapping[str, str] = field(default_factory=dict)
-    calibration: Calibration | None = None
+    calibrations: Mapping[str, Calibration] = field(default_factory=dict)
     extra_bytes: int = 0
+    baseline: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check(self)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Of the only task; None where there are several, or no probes."""
+        return self.calibrations.get(self.tasks[0]) if len(self.tasks) == 1 else None
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -79,28 +106,36 @@ class Sensitivity:
             raise SearchError(f"{weight} was not measured in {scheme}; it was in {known}")
         return self.rows[weight][scheme]
 
+    def with_calibrations(self, calibrations: Mapping[str, Calibration]) -> Sensitivity:
+        """This table with these calibrations and no others."""
+        return replace(self, calibrations=dict(calibrations))
+
     def with_calibration(self, calibration: Calibration | None) -> Sensitivity:
-        return replace(self, calibration=calibration)
+        """This table with the calibration of its first task, and no others."""
+        return self.with_calibrations({self.tasks[0]: calibration} if calibration else {})
 
     def digest(self) -> str:
-        """SHA-256 of everything but the calibration: new probes do not make an old plan stale."""
-        return hashlib.sha256(self.with_calibration(None).to_json().encode()).hexdigest()
+        """SHA-256 of everything but calibrations: new probes do not make an old plan stale."""
+        return hashlib.sha256(self.with_calibrations({}).to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
         """JSON with one line per (weight, scheme), so that people can read it and diff it."""
-        units = {task: UNITS.get(task, "loss of the task") for task in self.tasks}
         head = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSIONS[0],
             "model": self.model,
             "tasks": list(self.tasks),
-            "units": units,
+            "units": {task: unit_of(task) for task in self.tasks},
             "provenance": dict(self.provenance),
         }
         if self.extra_bytes:
             head["extra_bytes"] = self.extra_bytes
-        if self.calibration is not None:
-            head["calibration"] = self.calibration.to_dict()
+        if self.baseline or self.calibrations.keys() - {self.tasks[0]}:
+            head |= {"version": VERSIONS[1], "baseline": dict(self.baseline)}
+            found = {task: value.to_dict() for task, value in self.calibrations.items()}
+            head |= {"calibrations": found} if found else {}
+        elif self.calibrations:
+            head["calibration"] = self.calibrations[self.tasks[0]].to_dict()
         lines = [f"  {jsonfile.dump(key)}: {jsonfile.dump(value)}," for key, value in head.items()]
         weights = ",\n".join(
             _weight_lines(weight, row, self.tasks) for weight, row in self.rows.items()
@@ -112,28 +147,26 @@ class Sensitivity:
         """Read what `to_json` wrote. Raises SearchError that names `source` and the place of the
         first mistake."""
         data = jsonfile.parse_object(text, source)
-        jsonfile.check_header(data, FORMAT, VERSION, source)
+        jsonfile.check_header(data, FORMAT, VERSIONS, source)
         required = {"format", "version", "model", "tasks", "weights"}
-        optional = {"units", "provenance", "calibration", "extra_bytes"}
+        several = data["version"] == VERSIONS[1]
+        optional = {"units", "provenance", "extra_bytes"}
+        optional |= {"baseline", "calibrations"} if several else {"calibration"}
         jsonfile.check_keys(data, required, optional, source)
         tasks = jsonfile.field(data, "tasks", list, source)
         if not all(isinstance(task, str) for task in tasks):
             raise SearchError(f"{source}: 'tasks' must list the names of the loss columns")
         weights = jsonfile.field(data, "weights", dict, source)
         rows = {name: _read_row(weights, name, tuple(tasks), source) for name in weights}
-        calibration = None
-        if data.get("calibration") is not None:
-            calibration = Calibration.from_dict(
-                jsonfile.field(data, "calibration", dict, source), source
-            )
         try:
             return Sensitivity(
                 jsonfile.field(data, "model", str, source),
                 tuple(tasks),
                 rows,
                 jsonfile.texts(data, "provenance", source),
-                calibration,
+                _read_calibrations(data, tasks, source),
                 jsonfile.field(data, "extra_bytes", int, source) if "extra_bytes" in data else 0,
+                jsonfile.numbers(data, "baseline", source),
             )
         except SearchError as error:
             raise SearchError(f"{source}: {error}") from error
@@ -170,6 +203,23 @@ def _cell(entry: Entry, tasks: tuple[str, ...]) -> dict[str, float]:
     return cell
 
 
+def _read_calibrations(
+    data: Mapping[str, Any], tasks: list[str], source: str
+) -> dict[str, Calibration]:
+    """By task; tables of one task have one, without its name."""
+    if data.get("calibration") is not None and tasks:
+        found = jsonfile.field(data, "calibration", dict, source)
+        return {tasks[0]: Calibration.from_dict(found, source)}
+    if data.get("calibrations") is None:
+        return {}
+    found = jsonfile.field(data, "calibrations", dict, source)
+    where = f"{source}, calibrations"
+    return {
+        task: Calibration.from_dict(jsonfile.field(found, task, dict, where), f"{source}, {task}")
+        for task in found
+    }
+
+
 def _read_row(
     weights: dict[str, Any], weight: str, tasks: tuple[str, ...], source: str
 ) -> dict[str, Entry]:
@@ -195,12 +245,20 @@ def _check(table: Sensitivity) -> None:
     if not table.model:
         raise SearchError("the sensitivity table does not say which model it was measured on")
     for task in table.tasks:
-        if not re.fullmatch(r"[A-Za-z]\w*", task) or task == "bytes" or task.endswith("_error"):
+        reserved = task in ("bytes", COMBINED) or task.endswith("_error")
+        if reserved or not re.fullmatch(r"[A-Za-z]\w*", task):
             raise SearchError(f"{task!r} cannot name a loss column: use a word such as kl")
     if not table.tasks or len(set(table.tasks)) != len(table.tasks):
         raise SearchError(
             "the sensitivity table needs one or more loss columns with different names"
         )
+    for what in ("baseline", "calibrations"):
+        unknown = sorted(set(getattr(table, what)) - set(table.tasks))
+        if unknown:
+            raise SearchError(f"{what} of {unknown[0]!r}: the table has no such loss column")
+    for task, loss in table.baseline.items():
+        if not (math.isfinite(loss) and loss >= 0):
+            raise SearchError(f"the full-precision loss of {task} is {loss}, not a number >= 0")
     if not table.rows:
         raise SearchError("the sensitivity table is empty: no weight was measured")
     for weight, row in table.rows.items():

@@ -20,10 +20,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from quantlib.errors import SearchError
-from quantlib.search.branch import minimise
+from quantlib.search.branch import Outcome, minimise
 from quantlib.search.infeasible import Extremes, why_impossible
+from quantlib.search.minimax import BALANCED_GAP, least_largest
 from quantlib.search.problem import COST_TOLERANCE, Choice, Picks, Problem
 from quantlib.search.relaxation import Table
+from quantlib.search.tasks import task_cost
 
 RELATIVE_GAP = 1e-5
 """Stop when the loss is proven within this of the optimum: sensitivities are known to a percent."""
@@ -42,7 +44,8 @@ class Solution:
     picks:      index of the choice of every item.
     bytes:      size of the whole checkpoint, fixed bytes included; never above `budget` (None: any
                 size was allowed).
-    loss:       sum of the predicted losses.
+    loss:       what was minimised (`Problem.value`): the sum of the predicted losses, or the
+                largest relative increase of a task.
     costs:      sums of the further costs that have limits, their fixed parts included.
     lp_bound:   no allocation within the budget, not even a fractional one, loses less than this.
     gap:        (loss - lp_bound) / |loss|: no search could do better by more than this.
@@ -76,7 +79,8 @@ class Solver:
         self.limits = dict(limits or {})
         if not all(math.isfinite(limit) and limit >= 0 for limit in self.limits.values()):
             raise SearchError(f"limits must be finite and not negative, and they are {self.limits}")
-        self._table = Table.of(problem, tuple(self.limits))
+        tasks = tuple(map(task_cost, problem.balanced))
+        self._table = Table.of(problem, (*self.limits, *tasks))
         self._largest = problem.fixed_bytes + sum(
             max(choice.bytes for choice in item.choices) for item in problem.items
         )
@@ -97,10 +101,8 @@ class Solver:
         start = time.monotonic()
         limits = self.limits if limits is None else {name: limits[name] for name in self.limits}
         if relative_gap is None:
-            relative_gap = SEVERAL_GAP if limits and budget is not None else RELATIVE_GAP
-        outcome = minimise(
-            self._table, self._capacity(self._table, budget, limits), relative_gap, time_limit
-        )
+            relative_gap = self._usual_gap(budget, limits)
+        outcome = self._outcome(budget, limits, relative_gap, time_limit)
         if outcome.picks is None:
             raise SearchError(
                 why_impossible(self.problem, budget, limits, self._extremes(budget, limits))
@@ -110,9 +112,10 @@ class Solver:
             raise SearchError(
                 "the solver's answer does not fit: a bug of quantlib, please report it"
             )
-        loss = self.problem.loss(picks)
-        lp_bound = min(loss, self._table.base_loss + outcome.lp_bound)
-        proven = min(loss, max(lp_bound, self._table.base_loss + outcome.proven))
+        loss = self.problem.value(picks)
+        base = 0.0 if self.problem.balanced else self._table.base_loss
+        lp_bound = min(loss, base + outcome.lp_bound)
+        proven = min(loss, max(lp_bound, base + outcome.proven))
         return Solution(
             picks,
             self.problem.bytes(picks),
@@ -125,6 +128,25 @@ class Solver:
             seconds=time.monotonic() - start,
             costs={name: self.problem.cost(name, picks) for name in limits},
         )
+
+    def _usual_gap(self, budget: int | None, limits: Mapping[str, float]) -> float:
+        if self.problem.balanced:
+            return BALANCED_GAP
+        return SEVERAL_GAP if limits and budget is not None else RELATIVE_GAP
+
+    def _outcome(
+        self,
+        budget: int | None,
+        limits: Mapping[str, float],
+        relative_gap: float,
+        time_limit: float,
+    ) -> Outcome:
+        """Bounds are losses above the table's base; where tasks are balanced, whole levels."""
+        capacity = self._capacity(self._table, budget, limits)
+        if not self.problem.balanced:
+            return minimise(self._table, capacity, relative_gap, time_limit)
+        scales = np.array([self.problem.scales[task] for task in self.problem.balanced])
+        return least_largest(self._table, scales, capacity, relative_gap, time_limit)
 
     def smallest_size(self) -> int | None:
         """Bytes of the smallest checkpoint within the limits, None when there is none at all."""
@@ -175,7 +197,7 @@ class Solver:
             for name, limit in limits.items()
         ]
         size = (self._largest if budget is None else budget) - self.problem.fixed_bytes
-        return np.array([size, *left], float) - table.base_cost
+        return np.array([size, *left], float) - table.base_cost[: 1 + len(left)]
 
 
 def solve(

@@ -102,7 +102,7 @@ def build_into(
     `portable_only` the library has no other instruction set. A folder of `objects` keeps the parts,
     so that after a change only what it touches is compiled. Raises BuildError as `build` does.
     """
-    compiler = _compiler()
+    compiler = find_compiler()
     units, name = _units(portable_only), library_name()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
 
@@ -112,7 +112,7 @@ def build_into(
             if known is not None and known.is_file():
                 return known
             made = Path(scratch, unit).with_suffix(".o")
-            _run(compiler, *flags, "-c", str(SOURCES / unit), "-o", str(made))
+            run_compiler(compiler, *flags, "-c", str(SOURCES / unit), "-o", str(made))
             # A source that was saved meanwhile: what was compiled is not what was asked for.
             if known is None or known.name != f"{_digest(unit, flags)}.o":
                 return made
@@ -121,7 +121,7 @@ def build_into(
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             parts = list(pool.map(compile_unit, units))
         library = Path(scratch, name)
-        _run(compiler, *map(str, parts), *_LINK, *extra_flags, "-o", str(library))
+        run_compiler(compiler, *map(str, parts), *_LINK, *extra_flags, "-o", str(library))
         os.replace(library, folder / name)
     for former in set(objects.glob("*.o")) - set(parts) if objects else ():
         former.unlink()
@@ -171,7 +171,7 @@ def _units(portable_only: bool = False) -> dict[str, tuple[str, ...]]:
     return units
 
 
-def _compiler() -> str:
+def find_compiler() -> str:
     """The C++ compiler: $CXX, as every build tool reads it, else g++ or what the system calls
     c++."""
     for name in (os.environ.get("CXX"), "g++", "c++"):
@@ -180,7 +180,8 @@ def _compiler() -> str:
     raise BuildError("there is no C++ compiler: install g++ (on Debian: apt install g++)")
 
 
-def _run(*command: str) -> None:
+def run_compiler(*command: str) -> None:
+    """Run a compiler's command. Raises BuildError with its first complaint when it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
     except subprocess.TimeoutExpired as error:

@@ -45,11 +45,11 @@ def combined(
         terms=sum(part.terms for part in parts),
         samples=sum(part.samples for part in parts),
         groups={
-            group: _group([part.groups[group] for part in parts], scale, first)
+            group: combined_group([part.groups[group] for part in parts], scale, first)
             for group in parts[0].groups
         },
         embeddings={
-            group: _embedding([part.embeddings[group] for part in parts], scale, first)
+            group: combined_embedding([part.embeddings[group] for part in parts], scale, first)
             for group in parts[0].embeddings
         },
         ran=frozenset().union(*(part.ran for part in parts)),
@@ -76,9 +76,13 @@ def shares(
     return found
 
 
-def _group(
+def combined_group(
     parts: Sequence[GroupStatistics], scale: Sequence[float], first: Sequence[int]
 ) -> GroupStatistics:
+    """One group's statistics of all streams as one.
+
+    scale: weight of each stream's loss. first: number of windows before the first of each.
+    """
     columns = zip(*(part.matrices for part in parts), strict=True)
     return GroupStatistics(parts[0].name, [_matrix(same, scale, first) for same in columns])
 
@@ -113,10 +117,12 @@ def _matrix(
     )
 
 
-def _embedding(
+def combined_embedding(
     parts: Sequence[EmbeddingStatistics], scale: Sequence[float], first: Sequence[int]
 ) -> EmbeddingStatistics:
-    """Of the head's inputs each stream counts by what it predicts, sum_v variance_v per term: the
+    """As `combined_group`, for an embedding or a head.
+
+    Of the head's inputs each stream counts by what it predicts, sum_v variance_v per term: the
     loss of a rounded head is the product of the two."""
     terms = sum(part.tokens for part in parts)
     lookups = math.fsum(float(part.frequency.sum()) for part in parts)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantlib.models.modality import kinds_of_written_image, known_modalities
+
 
 def janus_image_logits(
     model: Any,
@@ -35,11 +37,13 @@ def janus_image_logits(
     if attention_mask is not None:
         seen = torch.ones(codes.shape[:2], dtype=attention_mask.dtype)
         attention_mask = torch.cat([attention_mask.repeat(count, 1), seen], 1)
-    states = model.model.language_model(
-        inputs_embeds=torch.cat([words, codes.to(words.dtype)], 1),
-        attention_mask=attention_mask,
-        use_cache=False,
-    ).last_hidden_state
+    kinds = kinds_of_written_image(words.shape[0], words.shape[1], codes.shape[1])
+    with known_modalities(model.model.language_model, kinds):
+        states = model.model.language_model(
+            inputs_embeds=torch.cat([words, codes.to(words.dtype)], 1),
+            attention_mask=attention_mask,
+            use_cache=False,
+        ).last_hidden_state
     logits: Tensor = model.model.generation_head(states[:, ids.shape[1] - 1 :])
     if unconditional_ids is None:
         return logits

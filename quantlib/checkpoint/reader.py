@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from quantlib.checkpoint import surroundings
+from quantlib.checkpoint.cache_formats import Place, place_of
 from quantlib.checkpoint.disk import read_json
 from quantlib.checkpoint.provenance import file_sha256
 from quantlib.checkpoint.surroundings import Surroundings
@@ -131,6 +132,12 @@ class PackedCheckpoint:
         tensors = {name: self._read(stored) for name, stored in self.around.tensors.items()}
         return surroundings.make_rotation(tensors, self.around.settings)
 
+    def static_scales(self) -> dict[Place, torch.Tensor]:
+        """Scales of the KV cache that are known beforehand, memory-mapped: int32 [places, kv_heads,
+        groups] by layer, modality and side."""
+        names = self.around.kv.static if self.around.kv is not None else ()
+        return {place_of(name): self._read(name) for name in sorted(names)}
+
     @property
     def kept_names(self) -> list[str]:
         """Tensors stored as they are: norms, biases, weights whose scheme is a kept one."""
@@ -139,6 +146,7 @@ class PackedCheckpoint:
         }
         others |= {weight + ORDER for weight in self.around.orders}
         others |= set(self.around.tensors.values())
+        others |= self.around.kv.static if self.around.kv is not None else set()
         return [name for name in self.headers if name not in others]
 
     def kept(self, name: str) -> torch.Tensor:
@@ -314,6 +322,8 @@ def _check_surroundings(checkpoint: PackedCheckpoint) -> None:
         weight + ORDER: (torch.int32, [checkpoint.shapes[weight][-1]]) for weight in around.orders
     }
     wanted |= dict.fromkeys(around.tensors.values(), (surroundings.STORED, None))
+    static = around.kv.static if around.kv is not None else ()
+    wanted |= dict.fromkeys(static, (torch.int32, None))
     for name, (dtype, shape) in wanted.items():
         header = checkpoint.headers.get(name)
         if header is None:

@@ -9,6 +9,9 @@
                 the names of tensors in the files, in float32, and settings
     caches      {attention module: {"kv": "int4h16r", "sinks": 4, "query_bits": 0}}: how keys and
                 values are rounded, but for so many first tokens, and queries with them
+    nonlinear   {layer: {"kind": "gelu", "method": "ivit8", "scale": 0.02}}: layers of encoders that
+                compute softmax, GELU or LayerNorm in integers (`kernels.nonlinear`)
+    kv_modalities  formats of the KV cache by what a token is (`cache_formats`); instead of caches
 
 Entries that would be empty are left out. All are checked when a checkpoint is opened; what needs
 values (an order that is none, a basis that is not orthogonal) when those are read.
@@ -23,13 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantlib.checkpoint.cache_formats import CacheFormats
 from quantlib.errors import CheckpointError, FormatError, TransformError
 from quantlib.formats.activation import AS_THEY_ARE, ActivationFormat, ActivationSegment, with_clips
 from quantlib.formats.scheme import Scheme
 from quantlib.kernels.kv_format import KvFormat
+from quantlib.kernels.nonlinear import Operator
 from quantlib.transforms.rotation import Rotation
 
-ENTRIES = ("clips", "orders", "transforms", "caches")
+ENTRIES = ("clips", "orders", "transforms", "caches", "nonlinear", "kv_modalities")
 PREFIX = "quantlib_rotation."
 """What the names of a rotation's tensors begin with. No module of a model is named so."""
 STORED = torch.float32
@@ -79,6 +84,8 @@ class Surroundings:
     tensors:  a rotation's name of a tensor -> the name in the files.
     settings: the rest of the rotation, None when there is none.
     caches:   attention module -> what is done to its keys and values.
+    nonlinear: layer -> what it computes in integers.
+    kv:       formats of the KV cache by modality, if it has such.
     """
 
     clips: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
@@ -86,6 +93,8 @@ class Surroundings:
     tensors: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] | None = None
     caches: Mapping[str, CacheSettings] = field(default_factory=dict)
+    nonlinear: Mapping[str, Operator] = field(default_factory=dict)
+    kv: CacheFormats | None = None
 
 
 def entries(
@@ -93,6 +102,8 @@ def entries(
     orders: Collection[str],
     rotation: Rotation | None,
     caches: Mapping[str, CacheSettings],
+    nonlinear: Mapping[str, Operator] | None = None,
+    kv: CacheFormats | None = None,
 ) -> dict[str, Any]:
     """The entries of `quantization_config`; `read` is the inverse."""
     found: dict[str, Any] = {}
@@ -106,6 +117,10 @@ def entries(
         found["transforms"] = {"rotation": {"tensors": names, **settings}}
     if caches:
         found["caches"] = {name: caches[name].to_json() for name in sorted(caches)}
+    if nonlinear:
+        found["nonlinear"] = {name: nonlinear[name].to_json() for name in sorted(nonlinear)}
+    if kv is not None:
+        found["kv_modalities"] = kv.to_json()
     return found
 
 
@@ -152,7 +167,25 @@ def read(
     if not isinstance(caches, dict):
         raise _damaged("caches are no mapping")
     parsed = {name: CacheSettings.parse(name, given) for name, given in caches.items()}
-    return Surroundings(checked, frozenset(orders), tensors, settings, parsed)
+    operators = _read_nonlinear(described.get("nonlinear", {}))
+    kv = None
+    if "kv_modalities" in described:
+        kv = CacheFormats.parse(described["kv_modalities"])
+        if parsed:
+            raise _damaged("caches are given by module and by modality")
+    return Surroundings(checked, frozenset(orders), tensors, settings, parsed, operators, kv)
+
+
+def _read_nonlinear(given: Any) -> dict[str, Operator]:
+    if not isinstance(given, dict):
+        raise _damaged("nonlinear is no mapping")
+    found = {}
+    for name, operator in given.items():
+        try:
+            found[name] = Operator.parse(operator)
+        except FormatError as error:
+            raise CheckpointError(f"the integer operator of {name}: {error}") from error
+    return found
 
 
 def _read_transforms(transforms: Any) -> tuple[dict[str, str], dict[str, Any] | None]:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from quantlib.checkpoint import surroundings
+from quantlib.checkpoint.cache_formats import CacheFormats
 from quantlib.checkpoint.disk import (
     Content,
     Sink,
@@ -39,6 +40,7 @@ from quantlib.checkpoint.tensorfile import LazyTensor, header_bytes, tensor_cont
 from quantlib.errors import CheckpointError
 from quantlib.formats.scheme import Scheme
 from quantlib.formats.weight import ORDER
+from quantlib.kernels.nonlinear import Operator
 from quantlib.models.source import INDEX_FILE, SINGLE_FILE
 from quantlib.transforms.rotation import Rotation
 
@@ -67,6 +69,8 @@ def quantization_config(
     orders: Collection[str] = (),
     rotation: Rotation | None = None,
     caches: Mapping[str, CacheSettings] | None = None,
+    nonlinear: Mapping[str, Operator] | None = None,
+    kv: CacheFormats | None = None,
 ) -> dict[str, Any]:
     """What `config.json` says of the weights: the scheme and the shape ([N, K], [E, N, K]) of each,
     and what is around them (`surroundings`).
@@ -80,7 +84,7 @@ def quantization_config(
             f"every weight needs a scheme and a shape: {names} has only one of them"
         )
     parsed = {name: Scheme.parse(str(scheme)) for name, scheme in schemes.items()}
-    around = surroundings.entries(clips or {}, orders, rotation, caches or {})
+    around = surroundings.entries(clips or {}, orders, rotation, caches or {}, nonlinear, kv)
     surroundings.read(around, parsed, {name: tuple(shapes[name]) for name in shapes})
     plain = not around and all(map(surroundings.is_known_to_version_1, parsed.values()))
     return {
@@ -182,6 +186,8 @@ def write_checkpoint(
     clips: Mapping[str, Sequence[float]] | None = None,
     rotation: Rotation | None = None,
     caches: Mapping[str, CacheSettings] | None = None,
+    nonlinear: Mapping[str, Operator] | None = None,
+    kv: CacheFormats | None = None,
     files: Mapping[str, bytes | Path] | None = None,
     provenance: Mapping[str, Any] | None = None,
     identity: str | None = None,
@@ -198,6 +204,8 @@ def write_checkpoint(
     clips:      weight -> clip factors of its activation segments.
     rotation:   what of the model's rotation is applied while it runs (`Rotation.online`).
     caches:     attention module -> what is done to its keys and values.
+    nonlinear:  layer -> what it computes in integers.
+    kv:         formats of the KV cache by modality; scales it names are among `tensors`.
     files:      further files by name, as bytes or as a file to copy: `source_files(folder)`,
                 PLAN_FILE.
     provenance: JSON values on where it comes from (hashes and versions: no dates, no paths).
@@ -219,7 +227,7 @@ def write_checkpoint(
         name: {n: lazy[n] for n in names} for name, names in shard_names(lazy, shard_bytes).items()
     }
     orders = [name for name in schemes if name + ORDER in lazy]
-    described = quantization_config(schemes, shapes, clips, orders, rotation, caches)
+    described = quantization_config(schemes, shapes, clips, orders, rotation, caches, nonlinear, kv)
     whole_config = {**config, "quantization_config": described}
     contents: dict[str, Content | Path] = dict(files or {})
     contents |= {name: tensor_content(part, METADATA) for name, part in shards.items()}

@@ -16,8 +16,10 @@ from quantlib.cli.options import (
     OTHER,
     RECIPE,
     Activations,
+    Balance,
     Bits,
     Ceiling,
+    ComponentSize,
     Debug,
     Engine,
     Floor,
@@ -28,13 +30,14 @@ from quantlib.cli.options import (
     Overwrite,
     Pin,
     Size,
+    TaskWeights,
     Threads,
     Work,
 )
 from quantlib.cli.progress import Bars
 from quantlib.cli.request import budget_of, latency_of, quiet_transformers
 from quantlib.cli.results import described, show
-from quantlib.cli.words import latency_rows, next_commands, predicted_text
+from quantlib.cli.words import limit_rows, loss_name, next_commands, predicted_rows
 from quantlib.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,6 +58,9 @@ def search(
     threads: Threads = None,
     mode: Mode = None,
     activations: Activations = None,
+    component_size: ComponentSize = None,
+    task_weights: TaskWeights = None,
+    balance: Balance = None,
     engine: Engine = "quantlib",
     floor: Floor = None,
     ceiling: Ceiling = None,
@@ -89,10 +95,24 @@ def search(
         quantlib search --work WORK --bits 4.25
         quantlib search --work WORK --size 1.2GB --floor embeddings=4 -o plan.json
         quantlib search --work WORK --latency 12ms --size 90MB
+        quantlib search --work WORK --size 9MB --component-size vision=2MB --balance minmax
+        quantlib search --work WORK --bits 4.5 --task-weights text=1,image=2
         quantlib search --work WORK --pareto
     """
     asked = latency_of(latency, threads, mode)
-    budget = budget_of(size, bits, engine, floor, ceiling, pin, asked, activations)
+    budget = budget_of(
+        size,
+        bits,
+        engine,
+        floor,
+        ceiling,
+        pin,
+        asked,
+        activations,
+        component_size,
+        task_weights,
+        balance,
+    )
     if pareto and not budget.given and output is not None:
         raise UsageError("a plan needs a budget: add --size or --bits, or leave out --output")
     _search(work, budget, output, pareto, json)
@@ -110,7 +130,7 @@ def _search(work: Path, budget: Budget, output: Path | None, pareto: bool, json:
     planned = budget.given or not pareto
     if planned:
         budget.in_bytes(known.model_map)  # before anything is timed
-    costs = _costs(known, sensitivity, budget.latency)
+    costs = _costs(work, known, sensitivity, budget.latency)
     answer: dict[str, Any] = {}
     if planned:
         plan, problem, solution = solve(known.model_map, sensitivity, budget, costs)
@@ -123,7 +143,7 @@ def _search(work: Path, budget: Budget, output: Path | None, pareto: bool, json:
         problem = allocation_problem(known.model_map, sensitivity, budget)
     front: list[Point] = []
     if pareto:
-        limits = budget.limits()
+        limits = budget.limits(known.model_map)
         front = pareto_front(problem, calibration=sensitivity.calibration, limits=limits)
         answer |= {"front": [_point(point, known) for point in front]} if json else {}
     if json:
@@ -132,7 +152,8 @@ def _search(work: Path, budget: Budget, output: Path | None, pareto: bool, json:
     if planned:
         _print_plan(plan, solution, known, file)
     if pareto:
-        _print_front(front, known)
+        calibrated = front[0].kl is not None
+        _print_front(front, known, loss_name(problem.task, budget.objective.balance, calibrated))
     if planned:
         where = "" if output is None else f" --work {shlex.quote(str(work))}"
         next_commands(f"quantlib apply {shlex.quote(str(file))} -o OUT{where}")
@@ -199,26 +220,31 @@ def apply(
 
 
 def _costs(
-    known: KnownModel, sensitivity: Sensitivity, latency: LatencyBudget
+    work: Path, known: KnownModel, sensitivity: Sensitivity, latency: LatencyBudget
 ) -> LatencyCosts | None:
     """What every candidate takes on this machine; None, and nothing is loaded, where no latency is
     limited."""
     if not latency:
         return None
+    from quantlib.pipeline import workfiles
     from quantlib.pipeline.latency import costs_for
 
     schemes = {weight: list(row) for weight, row in sensitivity.rows.items()}
-    return costs_for(known.model_map, known.path, schemes, latency, Bars(notes()))
+    recipe = workfiles.load_recipe(work)
+    return costs_for(known.model_map, known.path, schemes, latency, Bars(notes()), recipe)
 
 
 def _described(plan: Plan, solution: Solution, known: KnownModel, file: Path) -> dict[str, Any]:
     """The answer as JSON; the plan itself is in its file."""
     from quantlib.search.budget import true_bits
+    from quantlib.search.tasks import increases
 
     return {
         "plan": file,
         "budget_bytes": plan.budget,
         "limits": dict(plan.limits),
+        "objective": plan.objective.to_json(),
+        "increases": increases(plan.predicted),
         "machine": plan.provenance.get("machine"),
         "bytes": plan.bytes,
         "bits": true_bits(plan.bytes, known.model_map.parameters),
@@ -248,8 +274,8 @@ def _print_plan(plan: Plan, solution: Solution, known: KnownModel, file: Path) -
     rows = [
         ("plan", str(file)),
         ("checkpoint", f"{sized}; {true_bits(plan.bytes, model_map.parameters):.3f} bits"),
-        ("KL predicted", predicted_text(plan)),
-        *latency_rows(plan),
+        *predicted_rows(plan),
+        *limit_rows(plan),
         ("gap to LP bound", f"{solution.gap:.3%} of the loss{ended}"),
         ("solved in", f"{solution.seconds:.2f} s"),
     ]
@@ -266,20 +292,30 @@ def _print_plan(plan: Plan, solution: Solution, known: KnownModel, file: Path) -
     console.print(table("scheme", "weights", "of the parameters", rows=used))
 
 
-def _print_front(front: list[Point], known: KnownModel) -> None:
+def _print_front(front: list[Point], known: KnownModel, loss: str) -> None:
+    """loss: the name of what the points lose."""
     from quantlib.search.budget import format_size, true_bits
-    from quantlib.search.latency import format_ms, phase_text
+    from quantlib.search.infeasible import amount_text
 
     rows = []
     for point in front:
         kl = f"{point.loss:.3g}" if point.kl is None else f"{point.kl:.3g}"
         interval = "" if point.kl_low is None else f"{point.kl_low:.3g} .. {point.kl_high:.3g}"
         bits = true_bits(point.bytes, known.model_map.parameters)
-        times = [format_ms(ms) for ms in point.costs.values()]
+        times = [amount_text(cost, amount) for cost, amount in point.costs.items()]
         sizes = format_size(point.bytes), f"{bits:.2f}"
         rows.append((*sizes, kl, interval, *times, f"{point.gap:.2%}"))
-    loss = "KL" if front[0].kl is not None else "sum of losses"
-    columns = ["size", "bits", loss, "95 % interval", *map(phase_text, front[0].costs), "gap"]
+    columns = ["size", "bits", loss, "95 % interval", *map(_cost_name, front[0].costs), "gap"]
     console = answers()
     console.print()
     console.print(table(*columns, rows=rows, numbers_from=0))
+
+
+def _cost_name(cost: str) -> str:
+    """A further cost of a front as the head of a column."""
+    from quantlib.search.components import is_component, pattern_of
+    from quantlib.search.latency import is_latency, phase_text
+
+    if is_latency(cost):
+        return phase_text(cost)
+    return f"bytes of {pattern_of(cost)}" if is_component(cost) else cost.replace("_", " ")

@@ -14,8 +14,10 @@ from quantlib.cli.options import (
     OTHER,
     RECIPE,
     Activations,
+    Balance,
     Bits,
     Ceiling,
+    ComponentSize,
     Data,
     Debug,
     Download,
@@ -23,11 +25,13 @@ from quantlib.cli.options import (
     Fast,
     Floor,
     Json,
+    Keep,
     Kv,
     Latency,
     Method,
     Mode,
     Model,
+    Nonlinear,
     Output,
     Overwrite,
     Pin,
@@ -38,7 +42,9 @@ from quantlib.cli.options import (
     Seed,
     Seqlen,
     Size,
+    TaskWeights,
     Threads,
+    TokenWeighting,
     Windows,
     Work,
 )
@@ -87,6 +93,9 @@ def compress(
     threads: Threads = None,
     mode: Mode = None,
     activations: Activations = None,
+    component_size: ComponentSize = None,
+    task_weights: TaskWeights = None,
+    balance: Balance = None,
     data: Data = None,
     work: WorkBeside = None,
     overwrite: Overwrite = False,
@@ -97,7 +106,10 @@ def compress(
     scheme: Method = None,
     schemes: Schemes = None,
     kv: Kv = None,
+    nonlinear: Nonlinear = None,
     rotation: Rotation = None,
+    weighting: TokenWeighting = None,
+    keep: Keep = None,
     seqlen: Seqlen = None,
     windows: Windows = None,
     seed: Seed = None,
@@ -127,6 +139,7 @@ def compress(
         quantlib compress MODEL -o OUT --data text.txt --latency 12ms --size 90MB
         quantlib compress MODEL -o OUT --data text.txt --bits 4.4 --scheme resq --activations 4.5
         quantlib compress MODEL -o OUT --data text.txt --bits 4.4 --rotation gradients --kv 8
+        quantlib compress MODEL -o OUT --data records.jsonl --bits 4.5 --balance minmax
         quantlib compress path/to/model --bits 4 --data text.txt -o OUT --dry-run
     """
     fields = recipe_fields(
@@ -143,10 +156,25 @@ def compress(
         method=scheme,
         activations=activations,
         kv=kv,
+        nonlinear=nonlinear,
         rotation=rotation,
+        weighting=weighting,
+        keep=keep,
     )
     asked = latency_of(fields.get("latency"), threads, mode)
-    budget = budget_of(size, bits, engine, floor, ceiling, pin, asked, activations)
+    budget = budget_of(
+        size,
+        bits,
+        engine,
+        floor,
+        ceiling,
+        pin,
+        asked,
+        activations,
+        component_size,
+        task_weights,
+        balance,
+    )
     if dry_run:
         _dry_run(model, budget, fields, download, json)
         return
@@ -172,6 +200,8 @@ def _run(model: str, budget: Budget, arguments: dict[str, Any]) -> Result:
         floors=budget.floors,
         ceilings=budget.ceilings,
         pins=budget.pins,
+        components=budget.components,
+        objective=budget.objective,
         progress=Bars(notes()),
         **arguments,
     )
@@ -189,7 +219,10 @@ def measure(
     schemes: Schemes = None,
     activations: Activations = None,
     kv: Kv = None,
+    nonlinear: Nonlinear = None,
     rotation: Rotation = None,
+    weighting: TokenWeighting = None,
+    keep: Keep = None,
     seqlen: Seqlen = None,
     windows: Windows = None,
     seed: Seed = None,
@@ -224,7 +257,10 @@ def measure(
         method=scheme,
         activations=activations,
         kv=kv,
+        nonlinear=nonlinear,
         rotation=rotation,
+        weighting=weighting,
+        keep=keep,
     )
     settings = recipe_for(Budget(engine=engine), **fields)
     quiet_transformers()
@@ -261,7 +297,7 @@ def _dry_run(
     from quantlib.pipeline.estimate import for_recipe
     from quantlib.pipeline.opening import load_inputs
     from quantlib.search.budget import format_size
-    from quantlib.search.latency import cost_text
+    from quantlib.search.infeasible import limit_text
 
     quiet_transformers()
     settings = recipe_for(budget, **fields)
@@ -271,5 +307,6 @@ def _dry_run(
         print_json({**asdict(estimate), "disk_bytes": estimate.disk_bytes, "budget": allowed})
         return
     limits = [] if allowed is None else [f"at most {format_size(allowed)}"]
-    limits += [cost_text(cost, ms) for cost, ms in budget.latency.limits().items()]
+    found = budget.limits(inputs.model_map)
+    limits += [limit_text(cost, limit) for cost, limit in found.items()]
     answers().print(f"needs {estimate}, for a checkpoint of {' and '.join(limits)}")

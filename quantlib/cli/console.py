@@ -46,11 +46,14 @@ def _finite(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
-def table(*columns: str, rows: Iterable[Sequence[str]], numbers_from: int = 1) -> Table:
-    """A plain table; columns from the `numbers_from`th on are aligned to the right."""
+def table(
+    *columns: str, rows: Iterable[Sequence[str]], numbers_from: int = 1, numbers_to: int = 100
+) -> Table:
+    """A plain table; columns from the `numbers_from`th to before the `numbers_to`th are aligned to
+    the right."""
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for index, column in enumerate(columns):
-        right = index >= numbers_from
+        right = numbers_from <= index < numbers_to
         made.add_column(column, justify="right" if right else "left", overflow="fold")
     for row in rows:
         made.add_row(*row)

@@ -11,56 +11,128 @@ from quantlib.cli.console import answers, notes, print_json, table
 from quantlib.cli.options import Checkpoint, Debug, Json
 from quantlib.cli.progress import Bars, by_stage
 from quantlib.cli.request import quiet_transformers
+from quantlib.errors import UsageError
 
 MEASUREMENT = "Measurement"
+TEXT = "Suite text: windows of a text"
+BOTH_WAYS = "Suite multimodal: records of pictures, sounds and words"
+SUITES = ("text", "multimodal")
+
+Data = Annotated[
+    str,
+    typer.Option(
+        metavar="TEXT|RECORDS",
+        help="What calibration has not seen: a text (file, .jsonl, folder, or hub:name), or a "
+        ".jsonl file of records with pictures or sounds.",
+        rich_help_panel=MEASUREMENT,
+        show_default=False,
+    ),
+]
+Against = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Folder of the model it was made from: adds KL and the share of equal answers.",
+        rich_help_panel=MEASUREMENT,
+    ),
+]
+Suite = Annotated[
+    str | None,
+    typer.Option(
+        metavar="text|multimodal",
+        help="What is measured; multimodal unless said where the data has pictures or sounds.",
+        rich_help_panel=MEASUREMENT,
+        show_default=False,
+    ),
+]
+Windows = Annotated[int, typer.Option(metavar="N", help="Windows of text.", rich_help_panel=TEXT)]
+Seqlen = Annotated[int, typer.Option(metavar="N", help="Tokens of a window.", rich_help_panel=TEXT)]
+Seed = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        help="Seed of the choice of windows or records, and of drawn pictures.",
+        rich_help_panel=MEASUREMENT,
+    ),
+]
+JudgeFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="A judge (.safetensors) that says what a drawn picture shows.",
+        rich_help_panel=BOTH_WAYS,
+    ),
+]
+Limit = Annotated[
+    int,
+    typer.Option(metavar="N", help="Most records of each stream.", rich_help_panel=BOTH_WAYS),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        metavar="G",
+        help="How strongly drawn pictures follow their prompt; the model's own unless said.",
+        rich_help_panel=BOTH_WAYS,
+    ),
+]
+Temperature = Annotated[
+    float,
+    typer.Option(
+        metavar="T",
+        help="Of drawn pictures; both models draw with the same random numbers.",
+        rich_help_panel=BOTH_WAYS,
+    ),
+]
 
 
 def evaluate(
     out: Checkpoint,
-    data: Annotated[
-        str,
-        typer.Option(
-            metavar="TEXT",
-            help="Text that calibration has not seen: a file, .jsonl, a folder, or hub:name.",
-            rich_help_panel=MEASUREMENT,
-            show_default=False,
-        ),
-    ],
-    against: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Folder of the model it was made from: adds KL and the share of equal answers.",
-            rich_help_panel=MEASUREMENT,
-        ),
-    ] = None,
-    windows: Annotated[
-        int, typer.Option(metavar="N", help="Windows of text.", rich_help_panel=MEASUREMENT)
-    ] = 12,
-    seqlen: Annotated[
-        int,
-        typer.Option(metavar="N", help="Tokens of a window.", rich_help_panel=MEASUREMENT),
-    ] = 512,
-    seed: Annotated[
-        int,
-        typer.Option(
-            metavar="N", help="Seed of the choice of windows.", rich_help_panel=MEASUREMENT
-        ),
-    ] = 0,
+    data: Data,
+    against: Against = None,
+    suite: Suite = None,
+    windows: Windows = 12,
+    seqlen: Seqlen = 512,
+    seed: Seed = 0,
+    judge: JudgeFile = None,
+    limit: Limit = 64,
+    guidance: Guidance = None,
+    temperature: Temperature = 1.0,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure perplexity, KL from the original, and how often both prefer the same token.
+    """Measure what a checkpoint is worth beside the model it was made from.
 
-    The second half of each window is scored; ± is one standard error over windows.
+    Of a text: perplexity, KL, and how often both prefer the same token; the second half of each
+    window is scored. Of records: what the model says of pictures and sounds (answers right and
+    flipped, word error rate), the pictures it makes, and the KL of all it predicts. ± is one
+    standard error over windows or records.
 
     Examples:
         quantlib eval OUT --against path/to/model --data held_out.txt
         quantlib eval OUT --data held_out.txt --windows 40 --json
+        quantlib eval OUT --against path/to/model --data test.jsonl --judge judge.safetensors
     """
+    from quantlib.calibration.records import is_records
+
+    if suite not in (None, *SUITES):
+        raise UsageError(f"unknown --suite {suite}: use one of {', '.join(SUITES)}")
+    quiet_transformers()
+    if suite == "multimodal" or (suite is None and is_records(data)):
+        _both_ways(out, against, data, judge, limit, (seed, guidance, temperature), json)
+        return
+    if judge is not None:
+        raise UsageError(
+            "--judge looks at pictures, and the data has none: give records with a prompt and a "
+            "target, or leave it out"
+        )
+    _text(out, against, data, seqlen, windows, seed, json)
+
+
+def _text(
+    out: Path, against: Path | None, data: str, seqlen: int, windows: int, seed: int, json: bool
+) -> None:
     from quantlib.evaluation.compare import compare
 
-    quiet_transformers()
     found = compare(
         out,
         against,
@@ -82,3 +154,35 @@ def evaluate(
         style="dim",
         markup=False,
     )
+
+
+def _both_ways(
+    out: Path,
+    against: Path | None,
+    data: str,
+    judge: Path | None,
+    limit: int,
+    drawing: tuple[int, float | None, float],
+    json: bool,
+) -> None:
+    from quantlib.evaluation.multimodal import evaluate_suite
+    from quantlib.evaluation.passes import Options
+
+    seed, guidance, temperature = drawing
+    found = evaluate_suite(
+        out,
+        against,
+        data,
+        judge=judge,
+        limit=limit,
+        options=Options(seed=seed, guidance=guidance, temperature=temperature),
+        progress=by_stage(Bars(notes())),
+    )
+    for sentence in found.skipped:
+        notes().print(sentence, style="yellow", markup=False)
+    if json:
+        print_json(found.to_json())
+        return
+    console = answers()
+    console.print(table(*found.columns(), rows=found.rows(), numbers_from=2))
+    console.print(found.footing(), style="dim", markup=False)

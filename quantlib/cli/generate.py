@@ -1,4 +1,5 @@
-"""`quantlib generate`: text from a packed checkpoint, as it comes."""
+"""`quantlib generate`: text from a packed checkpoint, as it comes; and pictures, and answers about
+pictures and sounds (`generate_media.py`)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantlib.cli.console import notes, print_json
+from quantlib.cli.generate_media import MediaRequest, run_media
 from quantlib.cli.options import Checkpoint, Debug, Json
 from quantlib.cli.request import quiet_transformers
 from quantlib.errors import UsageError
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from quantlib.runtime.load import QuantizedModel
 
 TEXT = "Text"
+MEDIA = "Pictures and sounds"
 COMPUTING = "Computing"
 ENGINES = ("auto", "native", "plain")
 MODES = ("exact", "int8", "int8g128", "scheme", "fast")
@@ -42,11 +45,13 @@ MaxNewTokens = Annotated[
     int, typer.Option(metavar="N", help="Most tokens to write.", rich_help_panel=TEXT)
 ]
 Temperature = Annotated[
-    float,
+    float | None,
     typer.Option(
         metavar="T",
-        help="0 takes the likeliest token each time; above, tokens are drawn.",
+        help="0 takes the likeliest token each time; above, tokens are drawn. 0 for text and 1 for "
+        "pictures unless said.",
         rich_help_panel=TEXT,
+        show_default=False,
     ),
 ]
 TopP = Annotated[
@@ -68,6 +73,43 @@ Chat = Annotated[
         "is. Unless said, a message where the model has a template.",
         rich_help_panel=TEXT,
         show_default=False,
+    ),
+]
+PictureOut = Annotated[
+    Path | None,
+    typer.Option(
+        "--image",
+        metavar="FILE",
+        help="Draw a picture of the prompt, and write it here (.png).",
+        rich_help_panel=MEDIA,
+    ),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        metavar="G",
+        help="How strongly a drawn picture follows its prompt: 1 is not at all; the model's own "
+        "unless said.",
+        rich_help_panel=MEDIA,
+        show_default=False,
+    ),
+]
+PictureIn = Annotated[
+    Path | None,
+    typer.Option(
+        "--image-input",
+        metavar="FILE",
+        help="A picture that the prompt asks about.",
+        rich_help_panel=MEDIA,
+    ),
+]
+SoundIn = Annotated[
+    Path | None,
+    typer.Option(
+        "--audio",
+        metavar="FILE",
+        help="A sound (.wav) whose words are written down.",
+        rich_help_panel=MEDIA,
     ),
 ]
 Engine = Annotated[
@@ -113,10 +155,14 @@ def generate(
     prompts: Prompts = None,
     file: PromptFile = None,
     max_new_tokens: MaxNewTokens = 128,
-    temperature: Temperature = 0.0,
+    temperature: Temperature = None,
     top_p: TopP = 1.0,
     seed: DrawSeed = 0,
     chat: Chat = None,
+    image: PictureOut = None,
+    guidance: Guidance = None,
+    image_input: PictureIn = None,
+    audio: SoundIn = None,
     engine: Engine = "auto",
     mode: Mode = None,
     kv: Kv = None,
@@ -124,10 +170,11 @@ def generate(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write text with a packed checkpoint, on quantlib's own kernels.
+    """Write text with a packed checkpoint, on quantlib's own kernels; or draw, look, and listen.
 
     A model with a chat template answers the prompt, any other one continues it. The text goes to
-    stdout as it comes (of several prompts, each text when all are done), the speed to stderr.
+    stdout as it comes (of several prompts, each text when all are done), the speed to stderr. With
+    --image a picture of the prompt is drawn; with --image-input or --audio the text is about them.
 
     Examples:
         quantlib generate OUT "What is the capital of France?"
@@ -135,13 +182,19 @@ def generate(
         quantlib generate OUT "Once upon a time" --no-chat --temperature 0.8
         quantlib generate OUT "Name a colour." "Name a fruit." --mode exact --kv int8
         quantlib generate OUT --file prompts.txt --max-new-tokens 64 --json
+        quantlib generate OUT "a red three" --image out.png --seed 1
+        quantlib generate OUT "what digit?" --image-input photo.png
+        quantlib generate OUT --audio clip.wav
     """
     _check(engine=(engine, ENGINES), mode=(mode, (None, *MODES)))
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads}: use 1 or more")
     asked = [*(prompts or []), *(_lines(file) if file else [])]
-    if not asked:
+    if not asked and audio is None:
         raise UsageError("there is no prompt: write one after the folder, or give --file FILE")
+    given = MediaRequest(image, guidance, image_input, audio)
+    drawn = {"--top-p": image is not None and top_p != 1, "--chat": chat is not None}
+    given.check(asked, {"--engine": engine != "auto", "--kv": kv is not None, **drawn})
     import torch
 
     from quantlib.runtime.load import load
@@ -149,12 +202,17 @@ def generate(
     quiet_transformers()
     if threads is not None:
         torch.set_num_threads(threads)
+    if given:
+        model = load(out, mode, engine="plain")
+        sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        run_media(model, "".join(asked), given, max_new_tokens, sampling, json)
+        return
     model = load(out, mode, engine=engine, kv=kv)
     generation = model.generation(
         asked,
         max_new_tokens,
         chat=chat,
-        temperature=temperature,
+        temperature=temperature or 0.0,
         top_p=top_p,
         seed=seed,
     )

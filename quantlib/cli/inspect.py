@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ from quantlib.cli.console import answers, facts, print_json, table
 from quantlib.cli.options import OTHER, Debug, Download, Json, Model, Preset
 
 if TYPE_CHECKING:
+    from quantlib.models.components import Component, KeptTensors
     from quantlib.models.modelmap import ModelMap
     from quantlib.models.source import Source
     from quantlib.pipeline.estimate import Estimate
@@ -29,15 +31,22 @@ def inspect(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show a model's parts, what would be quantized, and the time, memory and disk it would take.
+    """Show what a model is made of: bytes, bits, and what is left as it is, part by part.
 
-    Only the config and the headers of the weight files are read.
+    Of a model to compress also what would be quantized, and the time, memory and disk it would
+    take. Only the config and the headers of the weight files are read.
 
     Examples:
         quantlib inspect path/to/model
         quantlib inspect path/to/model --coverage
+        quantlib inspect OUT
         quantlib inspect HuggingFaceTB/SmolLM2-135M-Instruct --download --json
     """
+    from quantlib.checkpoint.contents import is_packed
+
+    if is_packed(model):
+        _inspect_packed(model, coverage, json)
+        return
     from quantlib.models.modelmap import ModelMap
     from quantlib.models.source import Source
     from quantlib.pipeline.estimate import for_recipe
@@ -63,25 +72,116 @@ def inspect(
     _print_outlook(model_map, estimate, recipe.preset, smallest, largest)
 
 
+def _inspect_packed(path: str, coverage: bool, json: bool) -> None:
+    """The component table of a checkpoint of ours."""
+    from quantlib.checkpoint.contents import contents
+    from quantlib.checkpoint.reader import read_layout
+    from quantlib.search.budget import format_size
+
+    checkpoint = read_layout(path)
+    found = contents(checkpoint)
+    model_map = found.model_map
+    if json:
+        print_json(
+            {
+                "model": path,
+                "model_type": model_map.model_type,
+                "architecture": model_map.architecture,
+                "packed": True,
+                "parameters": model_map.parameters,
+                "file_bytes": found.file_bytes,
+                "header_bytes": found.header_bytes,
+                "bits": found.bits,
+                "components": [asdict(row) for row in found.components],
+                "beside": [asdict(row) for row in found.beside],
+                "schemes": {name: str(scheme) for name, scheme in checkpoint.schemes.items()},
+            }
+        )
+        return
+    console = answers()
+    total = f"{found.file_bytes:,} bytes ({format_size(found.file_bytes)})"
+    console.print(
+        facts(
+            [
+                ("checkpoint", path),
+                ("architecture", f"{model_map.architecture} ({model_map.model_type})"),
+                ("parameters", f"{model_map.parameters:,}"),
+                ("weight files", f"{total}, of which headers {format_size(found.header_bytes)}"),
+                ("bits per parameter", f"{found.bits:.3f}, everything counted"),
+            ]
+        )
+    )
+    console.print()
+    print_components(found.components, found.beside)
+    if coverage:
+        rows = [
+            (row.name, str(checkpoint.schemes[row.name]), "×".join(map(str, row.shape)))
+            for row in model_map.weights
+        ]
+        console.print(table("weight", "scheme", "shape", rows=rows))
+        console.print()
+
+
 def _described(source: Source, model_map: ModelMap, estimate: Estimate) -> dict[str, Any]:
     """The answer as JSON."""
+    from quantlib.models.components import component_table
+
     return {
         "model": str(source.path),
         "model_type": model_map.model_type,
         "architecture": model_map.architecture,
+        "packed": False,
         "generic": model_map.generic,
         "fingerprint": model_map.fingerprint,
         "parameters": model_map.parameters,
         "file_bytes": source.file_bytes,
         "blocks": len(model_map.blocks),
-        "components": [asdict(row) for row in model_map.components()],
+        "components": [asdict(row) for row in component_table(model_map)],
         "coverage": [asdict(row) for row in model_map.coverage()],
         "groups": [asdict(row) for row in model_map.groups],
         "estimate": {**asdict(estimate), "disk_bytes": estimate.disk_bytes},
     }
 
 
+def print_components(components: Sequence[Component], beside: Sequence[KeptTensors] = ()) -> None:
+    """The component table, and below it what is left as it is: reasons, bytes and names."""
+    from quantlib.models.components import by_reason
+    from quantlib.search.budget import format_size
+
+    console = answers()
+    packed = any(row.schemes for row in components)
+    rows = []
+    for row in components:
+        size = (format_size(row.before), format_size(row.bytes)) if packed else ()
+        plain = () if packed else (format_size(row.bytes),)
+        counted = f"{row.parameters:,}", *size, *plain, f"{row.share:.1%}", f"{row.bits:.2f}"
+        schemes = _shares(row.schemes) if packed else (f"{row.quantized / row.parameters:.1%}",)
+        rows.append((row.name, *counted, *schemes, format_size(row.kept_bytes)))
+    sizes = ("before", "after") if packed else ("bytes",)
+    what = "schemes, by parameters" if packed else "to quantize"
+    columns = "component", "parameters", *sizes, "share", "bits", what, "kept as it is"
+    console.print(table(*columns, rows=rows, numbers_to=len(columns) - 2))
+    console.print()
+    kept = [
+        (name, row.reason, f"{row.count}", format_size(row.bytes), row.dtype, row.name)
+        for name, group in [*((c.name, c.kept) for c in components), ("-", tuple(beside))]
+        for row in by_reason(group)
+    ]
+    columns = "kept as it is", "why", "tensors", "bytes", "as", "names"
+    console.print(table(*columns, rows=kept, numbers_from=2, numbers_to=5))
+    console.print()
+
+
+def _shares(schemes: Mapping[str, int]) -> tuple[str]:
+    """`w4g64 71%, w8g64 29%`; the largest three, and how many more."""
+    total = sum(schemes.values()) or 1
+    shares = [f"{scheme} {count / total:.0%}" for scheme, count in schemes.items()]
+    more = [f"{len(shares) - 3} more"] if len(shares) > 3 else []
+    return (", ".join([*shares[:3], *more]),)
+
+
 def _print(source: Source, model_map: ModelMap, coverage: bool) -> None:
+    from quantlib.models.components import component_table
     from quantlib.search.budget import format_size
 
     console = answers()
@@ -97,12 +197,7 @@ def _print(source: Source, model_map: ModelMap, coverage: bool) -> None:
         )
     )
     console.print()
-    components = [
-        (row.name, f"{row.parameters:,}", format_size(row.bytes), f"{row.share:.1%}")
-        for row in model_map.components()
-    ]
-    console.print(table("component", "parameters", "bytes", "share", rows=components))
-    console.print()
+    print_components(component_table(model_map))
     rows = model_map.coverage()
     if coverage:
         every = [

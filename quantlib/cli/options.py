@@ -9,6 +9,7 @@ import typer
 
 BUDGET = "Budget (a size, latencies, or both)"
 RULES = "Rules"
+TASKS = "Tasks (text, answers, images ...)"
 RECIPE = "Recipe"
 FILES = "Files"
 OTHER = "Output and help"
@@ -81,6 +82,36 @@ Activations = Annotated[
     ),
 ]
 
+ComponentSize = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="COMPONENT=SIZE",
+        help="Bytes of a component, such as vision=2MB, or decoder=30% of its own; quantlib "
+        "inspect lists them. Beside --size or --bits, or alone; vision* is one budget for all "
+        "whose names begin so. May be repeated.",
+        rich_help_panel=BUDGET,
+    ),
+]
+TaskWeights = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TASK=X,...",
+        help="How much each task counts: text=1,image=2. What is weighed is the increase of a "
+        "task's loss relative to the full-precision model's; tasks that are not named count 1, "
+        "and 0 leaves one out. For models with several tasks.",
+        rich_help_panel=TASKS,
+    ),
+]
+Balance = Annotated[
+    str | None,
+    typer.Option(
+        metavar="sum|minmax",
+        help="Minimise the sum of the tasks' increases (the default), or the largest of them: no "
+        "task then pays for the others.",
+        rich_help_panel=TASKS,
+    ),
+]
+
 Engine = Annotated[
     str,
     typer.Option(
@@ -120,8 +151,9 @@ Pin = Annotated[
 Data = Annotated[
     str | None,
     typer.Option(
-        metavar="TEXT",
-        help="Text to calibrate on: a file, .jsonl, a folder of .txt files, or hub:name.",
+        metavar="TEXT|RECORDS",
+        help="What to calibrate on: a text (a file, .jsonl, a folder of .txt files, or hub:name); "
+        "for a model of several parts a .jsonl file of records with pictures or sounds.",
         rich_help_panel=FILES,
     ),
 ]
@@ -213,7 +245,18 @@ Kv = Annotated[
         help="KV cache that the checkpoint is made for: 16 (as it is), 8, 4; mean bits such as "
         "5.2, scales counted, of which every layer's keys and values get their share; or a "
         "format's name such as int4h16 (16 columns of a head at 8 bits) or int4k4 (the first 4 "
-        "tokens as they are).",
+        "tokens as they are); by what a token is, text=int8,image_input=int4g32,image_output=int4.",
+        rich_help_panel=RECIPE,
+    ),
+]
+Nonlinear = Annotated[
+    str | None,
+    typer.Option(
+        "--nonlinear",
+        metavar="sqnr=DB|output=DB",
+        help="Compute softmax, GELU and LayerNorm of image and sound encoders in integers, by the "
+        "method that suits each layer best: where a layer's output keeps so many dB of signal over "
+        "noise (sqnr=30), or in as many layers as leave the encoder's output so many (output=20).",
         rich_help_panel=RECIPE,
     ),
 ]
@@ -235,7 +278,26 @@ Windows = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Windows to calibrate on. The preset decides unless said.",
+        help="Windows to calibrate on, or records of each task. The preset decides unless said.",
+        rich_help_panel=RECIPE,
+    ),
+]
+TokenWeighting = Annotated[
+    str | None,
+    typer.Option(
+        "--weighting",
+        metavar="token|modality|none",
+        help="Which tokens decide how a model of several parts is rounded: each by its own "
+        "gradient (the default), by the mean gradient of text or of pictures, or all alike.",
+        rich_help_panel=RECIPE,
+    ),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Components or weights that stay as they are, such as vision or *.lm_head. May be "
+        "repeated.",
         rich_help_panel=RECIPE,
     ),
 ]

@@ -35,8 +35,8 @@ def report(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="What quantlib eval --json printed: shows what was measured beside what was "
-            "predicted.",
+            help="What quantlib eval --json printed, of text or of records: shows what was "
+            "measured beside what was predicted, and pictures before and after.",
             rich_help_panel=FILES,
         ),
     ] = None,
@@ -45,14 +45,17 @@ def report(
 ) -> None:
     """Draw bits per layer, sensitivities, the Pareto front, and predicted against measured loss.
 
-    Needs no model. One self-contained HTML file: bytes of each part, bits and sensitivity of every
-    layer as pictures, the front with the chosen point, and a table of every weight.
+    Needs no model. One self-contained HTML file: a table of components and of all that is left in
+    16 bits, what each task loses, bits and sensitivity of every layer as pictures, the front with
+    the chosen point, and a table of every weight.
 
     Examples:
         quantlib report --work WORK
         quantlib report --work WORK --plan other_plan.json -o other.html
         quantlib eval OUT --against MODEL --data held_out.txt --json > eval.json
         quantlib report --work OUT.work --evaluation eval.json
+        quantlib eval OUT --against MODEL --data test.jsonl --json > both.json
+        quantlib report --work OUT.work --evaluation both.json
     """
     from quantlib.pipeline.reporting import report_of
 

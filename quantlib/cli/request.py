@@ -29,12 +29,15 @@ def recipe_fields(
     activations: float | None = None,
     kv: str | None = None,
     rotation: str | None = None,
+    weighting: str | None = None,
+    keep: list[str] | None = None,
+    nonlinear: str | None = None,
 ) -> dict[str, Any]:
     """The fields that were given, those of the recipe file first; `data` is among them.
 
     A relative path to the data in a recipe file counts from the file's folder.
     """
-    from quantlib.recipe import kv_name, method_fields, read_fields
+    from quantlib.recipe import method_fields, read_fields
 
     if fast and preset not in (None, "fast"):
         raise UsageError(f"--fast and --preset {preset} contradict each other: give one of them")
@@ -50,17 +53,33 @@ def recipe_fields(
         "seed": seed,
         "refine": refine,
         "latency": tuple(latency) if latency else None,
+        "weighting": weighting,
+        "keep": tuple(keep) if keep else None,
     }
     if method is not None:
         fields |= method_fields(method, activations)
-    options |= {"kv": kv_name(kv), "rotation": rotation}
+    options |= {**kv_fields(kv), "rotation": rotation, "nonlinear": nonlinear}
     fields |= {name: value for name, value in options.items() if value is not None}
     if not isinstance(fields.get("data"), str):
         raise UsageError(
-            "calibration needs text: add --data TEXT (a file, .jsonl, a folder of .txt files, or "
-            "hub:name)"
+            "calibration needs data: add --data TEXT (a file, .jsonl, a folder of .txt files, or "
+            "hub:name), or a .jsonl file of records for a model of several parts"
         )
     return fields
+
+
+def kv_fields(kv: str | None) -> dict[str, Any]:
+    """--kv as fields of a recipe: one format for all tokens, or one for each kind of them. Raises
+    UsageError when a kind is named twice."""
+    from quantlib.recipe import kv_name
+
+    if kv is None or "=" not in kv:
+        return {"kv": kv_name(kv)}
+    pairs = [part.partition("=") for part in kv.split(",")]
+    formats = {kind.strip(): kv_name(name.strip()) for kind, _, name in pairs}
+    if len(formats) < len(pairs):
+        raise UsageError(f"--kv {kv} gives two formats to one kind of token: give each one")
+    return {"kv": "f32", "kv_modalities": formats}
 
 
 def _is_relative_path(data: Any, file: Path) -> bool:
@@ -83,14 +102,22 @@ def budget_of(
     pin: list[str] | None = None,
     latency: LatencyBudget | None = None,
     activations: float | None = None,
+    component_size: list[str] | None = None,
+    task_weights: list[str] | None = None,
+    balance: str | None = None,
 ) -> Budget:
-    """The budgets and the rules of a command line."""
+    """The budgets, the rules and the objective of a command line."""
     from quantlib.pipeline.plan import Budget
     from quantlib.search.latency import LatencyBudget
+    from quantlib.search.tasks import Objective
 
     floors, ceilings, pins = (tuple(given or ()) for given in (floor, ceiling, pin))
     latency = latency or LatencyBudget()
-    return Budget(size, bits, engine, floors, ceilings, pins, latency, activations)
+    components = tuple(component_size or ())
+    objective = Objective.parse(task_weights or (), balance)
+    return Budget(
+        size, bits, engine, floors, ceilings, pins, latency, activations, components, objective
+    )
 
 
 def latency_of(texts: Iterable[str] | None, threads: int | None, mode: str | None) -> LatencyBudget:

@@ -6,7 +6,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from quantlib.cli.console import answers, facts, table
-from quantlib.cli.words import latency_rows, next_commands, predicted_text
+from quantlib.cli.words import limit_rows, next_commands, predicted_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,11 +49,11 @@ def show(result: Result, model: str) -> None:
     rows = [
         ("weights on disk", *map(format_size, sizes)),
         ("bits per parameter", *(f"{true_bits(n, result.parameters):.2f}" for n in sizes)),
-        ("KL predicted", "0", predicted_text(result.plan)),
+        *((name, "0", text) for name, text in predicted_rows(result.plan)),
     ]
     if result.refinement is not None:
         rows += _measured(result.refinement)
-    rows += [(name, "", taken) for name, taken in latency_rows(result.plan)]
+    rows += [(name, "", taken) for name, taken in limit_rows(result.plan)]
     rows += [
         (f"  measured: {phase_text(cost)}", "", format_ms(ms))
         for cost, ms in result.latency.items()

@@ -19,7 +19,7 @@ from torch import nn
 
 from quantlib.calibration.data import TextSource, load_text, load_windows
 from quantlib.checkpoint.disk import read_json
-from quantlib.errors import ModelError
+from quantlib.errors import ModelError, UsageError
 from quantlib.evaluation.estimate import Estimate
 from quantlib.evaluation.language import LanguageResult, evaluate_language
 from quantlib.evaluation.reference import Reference, reference_logprobs
@@ -105,15 +105,16 @@ def compare(
     """
     began = time.monotonic()
     load = load or load_folder
-    target, base = _folder(model), None if against is None else _folder(against)
+    target, base = model_folder(model), None if against is None else model_folder(against)
     loaded, tokenizer = load(base if base is not None else target)
     if tokenizer is None and base is not None:
         tokenizer = load_tokenizer(target)
+    _require_continuation(loaded, base if base is not None else target)
     source = data if isinstance(data, TextSource) else load_text(data, tokenizer)
     ids = load_windows(source, tokenizer, seqlen, windows, seed)
     reference: Reference | None = None
     if base is not None:
-        identity = f"{base.resolve()} {_weight_bytes(base)}"
+        identity = f"{base.resolve()} {weight_bytes(base)}"
         reference = reference_logprobs(
             loaded,
             ids,
@@ -130,8 +131,8 @@ def compare(
     return Comparison(
         model=str(model),
         against=None if against is None else str(against),
-        model_bytes=_weight_bytes(target),
-        against_bytes=None if base is None else _weight_bytes(base),
+        model_bytes=weight_bytes(target),
+        against_bytes=None if base is None else weight_bytes(base),
         data=source.spec,
         data_sha256=source.sha256,
         seqlen=seqlen,
@@ -161,12 +162,12 @@ def is_packed(folder: Path) -> bool:
 
 def load_dense(folder: Path) -> tuple[nn.Module, Any]:
     """Open a folder with `transformers`, in float32: a reference should add no rounding."""
-    from transformers import AutoModelForCausalLM
+    from quantlib.models.skeleton import model_class
 
+    config = read_json(folder / "config.json")
+    named = model_class(str(config.get("model_type")) if isinstance(config, dict) else "")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True
-        )
+        model = named.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"model {folder} could not be opened: {reason[0]}") from error
@@ -183,14 +184,26 @@ def load_tokenizer(folder: Path) -> Any:
         return None
 
 
-def _folder(path: str | Path) -> Path:
+def _require_continuation(model: nn.Module, folder: Path) -> None:
+    """Raise UsageError for a model that does not continue a text."""
+    head = getattr(model, "get_output_embeddings", None)
+    heard = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if heard or (head is not None and head() is None):
+        raise UsageError(
+            f"{folder} is no model that continues a text: evaluate it on records of what it reads, "
+            "with --suite multimodal"
+        )
+
+
+def model_folder(path: str | Path) -> Path:
+    """The path, if there is a model. Raises ModelError when it has no config.json."""
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file():
         raise ModelError(f"model {path}: there is no config.json; give the folder of a model")
     return folder
 
 
-def _weight_bytes(folder: Path) -> int:
+def weight_bytes(folder: Path) -> int:
     """Size of all safetensors files: what the weights take on disk, headers included."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 

@@ -28,6 +28,7 @@ from quantlib.evaluation.reference import (
     first_scored,
     window_logits,
 )
+from quantlib.evaluation.tokens import kl_sum, nll_sum, same_top_sum
 
 CHUNK_ELEMENTS = 1 << 22
 """Log-probabilities in flight at once: 16 MB in float32, a handful of copies of which are alive."""
@@ -196,7 +197,7 @@ def _score(logits: Tensor, labels: Tensor, reference: ReferenceLogits | None) ->
     for start in range(0, positions, step):
         stop = min(start + step, positions)
         ours = torch.log_softmax(logits[start:stop].float(), dim=-1)
-        sums = {"nll": _nll_sum(ours, labels[start:stop])}
+        sums = {"nll": nll_sum(ours, labels[start:stop])}
         if reference is not None:
             raw = reference(start, stop).to(ours.device)
             if raw.shape != ours.shape:
@@ -205,23 +206,12 @@ def _score(logits: Tensor, labels: Tensor, reference: ReferenceLogits | None) ->
                     "they cannot be compared; give the model it was made from"
                 )
             theirs = torch.log_softmax(raw, dim=-1)
-            sums["reference_nll"] = _nll_sum(theirs, labels[start:stop])
-            sums["same_top"] = (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
-            sums["kl"] = _kl_sum(theirs, ours)
+            sums["reference_nll"] = nll_sum(theirs, labels[start:stop])
+            sums["same_top"] = same_top_sum(theirs, ours)
+            sums["kl"] = kl_sum(theirs, ours)
         for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + value
     return {name: total / positions for name, total in totals.items()}
-
-
-def _nll_sum(logprobs: Tensor, labels: Tensor) -> float:
-    return -logprobs.gather(1, labels.unsqueeze(1)).sum(dtype=torch.float64).item()
-
-
-def _kl_sum(reference: Tensor, model: Tensor) -> float:
-    """Sum over positions of sum_v p_v (log p_v - log q_v); a term with p_v = 0 is 0."""
-    p = reference.exp()
-    terms = p * (reference - model)
-    return terms.masked_fill_(p == 0, 0.0).sum(dtype=torch.float64).item()
 
 
 def _require_vocabulary(model: nn.Module, windows: Tensor) -> None:

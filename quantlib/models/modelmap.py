@@ -114,11 +114,23 @@ class ModelMap:
             raise ModelError(
                 f"this model has no component {unknown[0]}; it has {', '.join(known)}."
             )
-        kept = [_as_kept(row, reason) for row in self.weights if row.component in chosen]
+        names = [row.name for row in self.weights if row.component in chosen]
+        return self.keeping_weights(names, reason)
+
+    def keeping_weights(self, names: Iterable[str], reason: str) -> ModelMap:
+        """This map with the weights of these names kept, for `reason`. What is left of a group is
+        one. Raises ModelError for a name that is no weight."""
+        chosen = {self.weight(name).name for name in names}
+        groups = []
+        for group in self.groups:
+            left = tuple(name for name in group.members if name not in chosen)
+            if left:
+                groups.append(replace(group, members=left) if left != group.members else group)
+        kept = [_as_kept(row, reason) for row in self.weights if row.name in chosen]
         return replace(
             self,
-            weights=tuple(row for row in self.weights if row.component not in chosen),
-            groups=tuple(row for row in self.groups if row.component not in chosen),
+            weights=tuple(row for row in self.weights if row.name not in chosen),
+            groups=tuple(groups),
             kept=(*self.kept, *kept),
         )
 

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from quantlib.errors import ModelError
+from quantlib.models import pisces
 from quantlib.models.memory import empty
 from quantlib.models.source import Source
 from quantlib.models.tables import find
@@ -82,6 +83,8 @@ def model_class(model_type: str) -> Any:
     family = find(model_type)
     if family is None or not family.architecture:
         return AutoModelForCausalLM
+    if family.architecture == pisces.PiscesForConditionalGeneration.__name__:
+        return pisces.PiscesForConditionalGeneration  # ours: transformers has no such model
     return getattr(transformers, family.architecture)
 
 

@@ -6,14 +6,18 @@ its budget alone starts at `search`.
     opening     how a work directory is opened, and opened again
     run         what stages share: source, map, work directory, recipe, hashes
     estimate    what a run will need, before it starts
+    whole       models that are calibrated as a whole, on records of all that they do
     calibrate   statistics of every linear group
+    parts       the same of a whole model: of every stream apart, and summed
     measure     the layer bank and the sensitivity table
+    scoring     what a rounding error costs each task
     probe       the table's calibration on measured plans
     plan        the allocation problem and its solution
     swap        exchanges on true KL
     reround     the plan again, block by block with quantized inputs
     apply       the checkpoint
     dense       plans measured in the dense model
+    task_trials plans measured on every task of a whole model
     bytecount   bytes of a checkpoint before it exists
     workfiles   what people and later commands read in a work directory
     status      how far a run is

@@ -15,15 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quantlib.checkpoint.contents import MAP_FILE, map_bytes
 from quantlib.checkpoint.provenance import digest, file_sha256
 from quantlib.checkpoint.tensorfile import LazyTensor
 from quantlib.checkpoint.writer import PLAN_FILE, source_files, write_checkpoint
-from quantlib.errors import CheckpointError
+from quantlib.errors import CheckpointError, UsageError
 from quantlib.evaluation.language import LanguageResult
 from quantlib.formats.weight import ORDER
 from quantlib.models.headers import TORCH_DTYPES
 from quantlib.pipeline.dense import Trials, measured_kl, plan_keys
 from quantlib.pipeline.inputs import bank_clips, cache_settings
+from quantlib.pipeline.modalities import cache_formats, cache_scales, integer_operators
 from quantlib.pipeline.reround import reround
 from quantlib.pipeline.rotate import online_rotation
 from quantlib.pipeline.run import Run
@@ -65,6 +67,11 @@ def apply(
     plan of another model, CheckpointError when the bank lacks an entry or `out` cannot be written.
     """
     plan.check(run.model_map.fingerprint, run.model_map.weights, run.model_map.groups)
+    if refine and run.workload is not None:
+        raise UsageError(
+            "re-rounding runs the blocks of a language model one by one, and this model is run as "
+            "a whole: leave out --refine"
+        )
     keys = plan_keys(run, plan.schemes)
     _require_entries(run, plan, keys)
     refinement = None
@@ -75,17 +82,20 @@ def apply(
     plan_text = plan.to_json()
     recipe = run.recipe.model_dump(mode="json", exclude={"data"})
     hashes = {name: file_sha256(path) for name, path in small.items()}
+    operators, kv, scales = integer_operators(run), cache_formats(run), cache_scales(run)
     with run.stage("write", 1) as progress:
         path = write_checkpoint(
             out,
-            checkpoint_tensors(run, keys),
+            {**checkpoint_tensors(run, keys), **scales},
             run.source.config,
             plan.schemes,
             {weight.name: weight.shape for weight in run.model_map.weights},
             clips={name: clips for name, key in keys.items() if (clips := bank_clips(run, key))},
             rotation=online_rotation(run),
             caches=cache_settings(run),
-            files={**small, PLAN_FILE: plan_text.encode()},
+            nonlinear=operators,
+            kv=kv,
+            files={**small, PLAN_FILE: plan_text.encode(), MAP_FILE: map_bytes(run.model_map)},
             provenance={"source": run.source_hash, "recipe": recipe},
             identity=digest([run.source_hash, recipe, plan_text, keys, hashes]),
             overwrite=overwrite,

@@ -44,14 +44,27 @@ def weight_bytes(weight: Weight, scheme: Scheme) -> int:
 def fixed_bytes(model_map: ModelMap, shard_bytes: int) -> int:
     """Bytes that no choice changes: kept parameters, and the fixed parts of as many files as there
     may be."""
-    kept = sum(row.nbytes + _header_entry(row.name, row.shape) for row in model_map.kept)
     files = 1 + 2 * model_map.nbytes // shard_bytes  # two neighbours are more than one shard
-    return kept + files * _FILE_OVERHEAD
+    return sum(kept_bytes(model_map).values()) + files * _FILE_OVERHEAD
+
+
+def kept_bytes(model_map: ModelMap) -> dict[str, int]:
+    """Component -> bytes of its kept parameters, header entries included."""
+    found: dict[str, int] = {}
+    for row in model_map.kept:
+        size = row.nbytes + _header_entry(row.name, row.shape)
+        found[row.component] = found.get(row.component, 0) + size
+    return found
 
 
 def surrounding_bytes(rotation: Rotation, orders: Mapping[str, Tensor]) -> int:
     """Bytes of a rotation's tensors and of orders in a checkpoint: payload and header entries."""
-    tensors = {**rotation_tensors(rotation), **{n + ORDER: o.int() for n, o in orders.items()}}
+    ordered = {name + ORDER: order.int() for name, order in orders.items()}
+    return stored_bytes({**rotation_tensors(rotation), **ordered})
+
+
+def stored_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of tensors in a checkpoint: payload and header entries."""
     return sum(t.nbytes + _header_entry(name, t.shape) for name, t in tensors.items())
 
 

@@ -1,4 +1,5 @@
-"""The calibrate stage: statistics of every linear group, one block in memory at a time.
+"""The calibrate stage: statistics of every linear group, one block in memory at a time, or, of a
+model that cannot be taken apart, stream by stream (`parts.py`).
 
 What the passes hand from block to block (hidden states, then gradients) lies in the work directory
 as units of its own, so a run that was killed goes on at its block; at the end they are removed.
@@ -21,6 +22,7 @@ from quantlib.calibration.statistics import (
 from quantlib.calibration.stream import BlockStream
 from quantlib.checkpoint.tensorfile import read_tensors, tensor_content
 from quantlib.errors import DataError
+from quantlib.pipeline.parts import calibrate_whole, part_keys, parts_there
 from quantlib.pipeline.run import Run
 
 EMBEDDING = "embedding"
@@ -87,6 +89,9 @@ class WorkDirStore:
 
 def calibrate(run: Run) -> None:
     """Make sure statistics of every group (and of the embedding) are in the work directory."""
+    if run.workload is not None:
+        calibrate_whole(run)
+        return
     if not run.recipe.gradients:
         run.progress.say("scores are block-local: without gradients every token counts the same")
     store = WorkDirStore(run, run.statistics_hash)
@@ -126,10 +131,21 @@ def embedding_statistics(run: Run) -> EmbeddingStatistics:
 
 
 def calibrated_groups(run: Run) -> tuple[int, int]:
-    """How many groups (the embedding counted as one) have statistics, and how many there are."""
+    """How many groups (the embedding counted as one) have statistics, and how many there are; of a
+    model that is calibrated as a whole, how many streams."""
+    if run.workload is not None:
+        return parts_there(run)
     groups = [g.name for block in run.model_map.blocks for g in run.model_map.groups_in(block)]
     names = (*groups, EMBEDDING)
     return sum(run.work.has(statistics_key(run, name)) for name in names), len(names)
+
+
+def statistics_keys(run: Run) -> list[str]:
+    """Keys of all units of statistics that this run leaves."""
+    if run.workload is not None:
+        return part_keys(run)
+    names = [group.name for group in run.model_map.groups if group.block is not None]
+    return [statistics_key(run, name) for name in (*names, EMBEDDING)]
 
 
 def statistics_key(run: Run, name: str) -> str:

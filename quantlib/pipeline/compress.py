@@ -15,9 +15,11 @@ from quantlib.formats.scheme import Scheme
 from quantlib.pipeline import estimate as estimates
 from quantlib.pipeline import workfiles
 from quantlib.pipeline.apply import Refinement, apply
+from quantlib.pipeline.bytecount import stored_bytes
 from quantlib.pipeline.calibrate import calibrate
 from quantlib.pipeline.latency import measured_ms
 from quantlib.pipeline.measure import measure
+from quantlib.pipeline.modalities import cache_scales
 from quantlib.pipeline.opening import load_tokenizer, open_run, reopen_run
 from quantlib.pipeline.plan import Budget, allocation_problem, search
 from quantlib.pipeline.probe import probe
@@ -31,6 +33,7 @@ from quantlib.search.latency import LatencyBudget, format_ms, phase_text
 from quantlib.search.plan import Plan
 from quantlib.search.problem import Problem
 from quantlib.search.sensitivity import Sensitivity
+from quantlib.search.tasks import Objective
 
 __all__ = [
     "Result",
@@ -92,6 +95,7 @@ def measured_table(run: Run) -> Sensitivity:
     Probes are plans without rules, so the table serves every later budget.
     """
     calibrate(run)
+    run.extra_bytes += stored_bytes(cache_scales(run))
     table = measure(run)
     table = probe(run, table, allocation_problem(run.model_map, table, Budget()))
     workfiles.save_table(run.work.path, table, run.recipe)
@@ -112,6 +116,8 @@ def compress(
     floors: tuple[str, ...] = (),
     ceilings: tuple[str, ...] = (),
     pins: tuple[str, ...] = (),
+    components: tuple[str, ...] = (),
+    objective: Objective | None = None,
     threads: int | None = None,
     mode: str | None = None,
     overwrite: bool = False,
@@ -127,13 +133,24 @@ def compress(
     machine (torch's number by default) and activations in `mode` ("exact", "int8"; by default as
     the schemes say). scheme: a method that rounds activations and the KV cache too, "resq" or
     "resq-fp" (`recipe.method_fields`). activations: the most mean bits of the inputs of linears,
-    where the candidates round them (`search.activations`). work: the work directory (`OUT.work` by
-    default), where a killed run continues and where another budget costs seconds. recipe: fields of
-    `quantlib.recipe.Recipe`, such as preset="fast" or seed=1.
+    where the candidates round them (`search.activations`). components: byte budgets of components
+    ("vision=2MB"), beside the budget of the whole or alone. objective: what to minimise over
+    several tasks; by default the sum of their relative increases. work: the work directory
+    (`OUT.work` by default), where a killed run continues and where another budget costs seconds.
+    recipe: fields of `quantlib.recipe.Recipe`, such as preset="fast" or seed=1.
     """
     if scheme is not None:
         recipe = method_fields(scheme, activations) | recipe
-    budget = Budget(size, bits, engine, tuple(floors), tuple(ceilings), tuple(pins))
+    budget = Budget(
+        size,
+        bits,
+        engine,
+        tuple(floors),
+        tuple(ceilings),
+        tuple(pins),
+        components=tuple(components),
+        objective=objective or Objective(),
+    )
     settings = recipe_for(budget, data=str(data), **recipe)
     latency = LatencyBudget(settings.latency, threads, mode)
     budget = replace(budget, latency=latency, activations=activations)
@@ -144,6 +161,7 @@ def compress(
     with open_run(
         model, place, settings, budget=budget, download=download, progress=progress
     ) as run:
+        budget.objective.check(run.tasks)
         _check_replaced(out, run, overwrite, lambda there: budget.asked_for(there, run.model_map))
         prepare(run, out, budget.in_bytes(run.model_map))
         run = rotated(run)

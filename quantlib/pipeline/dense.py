@@ -31,18 +31,15 @@ from quantlib.pipeline.run import Run
 KIND = "trial"
 
 
-class DenseTrial:
+class DensePlan:
     """The source model in memory, whose weights follow a plan."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.windows = run.probe_windows
         self.model = skeleton.build(run.source)
         skeleton.materialize(self.model, "", run.source)
-        self.reference = reference_logprobs(self.model, self.windows)
         self.loaded: dict[str, str] = {}
         self.inputs = RoundedInputs(self.model, run)
-        round_cache(self.model, run)
 
     @torch.no_grad()
     def load(self, schemes: Mapping[str, str], keys: Mapping[str, str] | None = None) -> None:
@@ -54,6 +51,16 @@ class DenseTrial:
                 parameters[name].copy_(bank_weight(self.run, name, schemes[name], key))
                 self.loaded[name] = key
                 self.inputs.set(name, schemes[name], bank_clips(self.run, key))
+
+
+class DenseTrial(DensePlan):
+    """A language model whose weights follow a plan, and its KL on the probe windows."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.windows = run.probe_windows
+        self.reference = reference_logprobs(self.model, self.windows)
+        round_cache(self.model, run)
 
     def measure(
         self, schemes: Mapping[str, str], keys: Mapping[str, str] | None = None
@@ -116,8 +123,8 @@ def plan_keys(
 
 
 def bank_weight(run: Run, name: str, scheme: str, key: str | None = None) -> Tensor:
-    """A weight as the bank holds it, dequantized to float32 in its original shape, its columns in
-    the order of its inputs."""
+    """A weight as the bank holds it, dequantized to float32 in the shape of its parameter, its
+    columns in the order of its inputs."""
     weight = run.model_map.weight(name)
     segments = Scheme.parse(scheme).segments(weight.in_features)
     shape = (weight.parameters // weight.in_features, weight.in_features)
@@ -125,4 +132,4 @@ def bank_weight(run: Run, name: str, scheme: str, key: str | None = None) -> Ten
     value, order = dequantize(packed), run.orders.get(name)
     if order is not None:
         value = value[:, torch.argsort(order)]
-    return value.reshape(weight.shape)
+    return weight.tensor(value)

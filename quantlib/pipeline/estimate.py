@@ -17,14 +17,17 @@ import torch
 
 from quantlib.calibration.observe import SAMPLES_PER_WINDOW
 from quantlib.calibration.passes import SAMPLED_HEAD_TOKENS
+from quantlib.calibration.paths import find
+from quantlib.calibration.paths.route import Routes
 from quantlib.checkpoint.disk import require_free
 from quantlib.formats.scheme import Scheme
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.rows import LinearGroup, Weight
 from quantlib.pipeline import bytecount
-from quantlib.pipeline.calibrate import EMBEDDING, calibrated_groups, statistics_key
+from quantlib.pipeline.calibrate import calibrated_groups, statistics_keys
 from quantlib.pipeline.measure import entry_key
 from quantlib.pipeline.run import Run, candidates
+from quantlib.pipeline.whole import is_whole
 from quantlib.recipe import Recipe
 from quantlib.rounding import RoundingOptions
 from quantlib.search.budget import format_size
@@ -61,7 +64,11 @@ class Estimate:
 
 def for_recipe(model_map: ModelMap, recipe: Recipe, timed: bool = True) -> Estimate:
     """What a whole run of `recipe` on this model needs."""
-    statistics = sum(_statistics_bytes(model_map, recipe, group) for group in model_map.groups)
+    routes = find(model_map.model_type) if is_whole(model_map, recipe) else None
+    statistics = sum(
+        _streams(routes, group) * _statistics_bytes(model_map, recipe, group)
+        for group in model_map.groups
+    )
     return Estimate(
         _bank_bytes(model_map, recipe),
         statistics,
@@ -98,8 +105,7 @@ def _largest_checkpoint(run: Run) -> int:
 def _bytes_there(run: Run, found: Estimate) -> int:
     """Bytes of this run's own units in the work directory, and of hidden states it can do
     without."""
-    names = [group.name for group in run.model_map.groups if group.block is not None]
-    keys = [statistics_key(run, name) for name in (*names, EMBEDDING)]
+    keys = statistics_keys(run)
     keys += [
         entry_key(run, name, str(scheme))
         for name, schemes in run.candidates.items()
@@ -141,7 +147,7 @@ def _statistics_bytes(model_map: ModelMap, recipe: Recipe, group: LinearGroup) -
     """Of one group (see `calibration.statistics`)."""
     members = model_map.members(group)
     width, tokens = members[0].in_features, recipe.windows * recipe.seqlen
-    if group.block is None:
+    if group.kind in ("embedding", "head"):
         vocabulary = members[0].out_features
         samples = recipe.windows * min(SAMPLED_HEAD_TOKENS, recipe.seqlen)
         return FLOAT_BYTES * (width**2 + 2 * vocabulary + (samples + 1) * width)
@@ -151,17 +157,27 @@ def _statistics_bytes(model_map: ModelMap, recipe: Recipe, group: LinearGroup) -
     return FLOAT_BYTES * (members[0].experts * matrix + (tokens if recipe.gradients else 0))
 
 
+def _streams(routes: Routes | None, group: LinearGroup) -> int:
+    """How many streams leave statistics of a group: those that run its component. None: the model
+    is calibrated block by block."""
+    if routes is None:
+        return 1
+    return sum(group.component in route.reaches for route in routes.routes)
+
+
 def _hidden_bytes(model_map: ModelMap, recipe: Recipe) -> int:
     """Calibration keeps the input of every block and of the head, and two gradients; re-rounding
-    keeps two states twice."""
+    keeps two states twice. A model that is run as a whole leaves none."""
+    if is_whole(model_map, recipe):
+        return 0
     states = len(model_map.blocks) + 1 + 2 * recipe.gradients
     return FLOAT_BYTES * _hidden_numbers(model_map, recipe) * max(states, 4 * recipe.refine)
 
 
 def _hidden_numbers(model_map: ModelMap, recipe: Recipe) -> int:
-    """Numbers in the hidden states of all calibration windows. The first weight is the embedding,
-    as wide as the residual stream."""
-    return recipe.windows * recipe.seqlen * model_map.weights[0].in_features
+    """Numbers in the hidden states of all calibration windows, as wide as the embedding."""
+    width = next((w.in_features for w in model_map.weights if w.kind == "embedding"), 0)
+    return recipe.windows * recipe.seqlen * width
 
 
 # -- memory --------------------------------------------------------------------------------------
@@ -169,6 +185,8 @@ def _hidden_numbers(model_map: ModelMap, recipe: Recipe) -> int:
 
 def _numbers_in_memory(model_map: ModelMap, recipe: Recipe) -> int:
     """The most float32 numbers that one stage holds."""
+    if is_whole(model_map, recipe):
+        return _numbers_of_whole(model_map, recipe)
     outside = _parameters(model_map.weights_in(None))
     block = max((_parameters(model_map.weights_in(name)) for name in model_map.blocks), default=0)
     moments = max(
@@ -194,6 +212,17 @@ def _numbers_in_memory(model_map: ModelMap, recipe: Recipe) -> int:
     needed += [measuring] if recipe.probes or recipe.swaps or recipe.refine else []
     needed += [refinement] if recipe.refine else []
     return max(needed)
+
+
+def _numbers_of_whole(model_map: ModelMap, recipe: Recipe) -> int:
+    """The model and all its second moments at once, and what one sample leaves for its gradients:
+    at most about as much as the model has parameters."""
+    moments = sum(_moments(model_map, group) for group in model_map.groups)
+    vocabulary = max(
+        (w.out_features for w in model_map.weights if w.kind == "embedding"), default=0
+    )
+    calibration = 2 * model_map.parameters + moments + 6 * recipe.seqlen * vocabulary
+    return max(calibration, *(_rounding(model_map, recipe, group) for group in model_map.groups))
 
 
 def _parameters(weights: tuple[Weight, ...]) -> int:

@@ -89,10 +89,13 @@ class RoundedInputs:
 
 
 def cache_settings(run: Run, model: nn.Module | None = None) -> dict[str, CacheSettings]:
-    """Attention module -> what is done to its keys and values; empty when nothing is.
+    """Attention module -> what is done to its keys and values; empty when nothing is, and for
+    models of several parts, whose caches go by modality (`pipeline.modalities`).
 
     model: the source's module, if it is there already.
     """
+    if run.workload is not None:
+        return {}
     if run.recipe.kv_bits is not None:
         return {name: CacheSettings(kv) for name, kv in allocated_caches(run).items()}
     kv = KvFormat.parse(run.recipe.kv)

@@ -3,21 +3,24 @@
 Three things are measured, and kept in the user's cache (`kernels.timing`):
 
 1. every product alone, in the engine's own inner loop: rows x columns x scheme x tokens;
-2. two running models of this shape with random weights, in the cheapest and in the dearest scheme;
+2. three running models of this shape with random weights, in schemes drawn from the smaller half of
+   every matrix's candidates, from all of them, and from the larger half;
 3. from both, what a running model adds that no scheme changes, and the factor by which products
    differ inside it (`runtime.stopwatch.Fit`).
 
-A plan is then predicted as fixed + factor * (sum of its products). The engine shares a product out
-by strips of 32 rows without waiting between matrices that read one input, which is why products may
-be timed alone and added.
+A plan is then predicted as fixed + factor * (sum of its products). The engine shares out matrices
+that read one input without waiting between them. So they are timed as one matrix of all their rows
+in one scheme, of which each is charged its share.
+
+What a recipe makes the checkpoint do while it runs is in the models: bases, Hadamard matrices, the
+KV cache (`latency_models.changes_of`); they cost the same with all schemes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +29,20 @@ import torch
 from quantlib.errors import UsageError
 from quantlib.formats.scheme import Scheme
 from quantlib.kernels import timing
+from quantlib.kernels.cpu.engine_library import FAST, MODES
 from quantlib.kernels.cpu.forms import why_not
 from quantlib.kernels.timing import Op, TimingTable, this_machine
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.rows import Weight
+from quantlib.pipeline.latency_models import RandomModels, changes_of
 from quantlib.pipeline.run import Progress
-from quantlib.runtime import stopwatch
+from quantlib.recipe import Recipe
 from quantlib.runtime.engine import CHUNK
+from quantlib.runtime.engine_changes import NO_CHANGES
 from quantlib.runtime.engine_spec import EngineSpec, unsupported
+from quantlib.runtime.engine_weights import plan_of
 from quantlib.runtime.load import load
-from quantlib.runtime.stopwatch import Fit, latencies, random_model
+from quantlib.runtime.stopwatch import latencies
 from quantlib.search.latency import LatencyBudget, LatencyCosts, phase_of
 
 
@@ -45,10 +52,12 @@ def latency_costs(
     schemes: Mapping[str, Sequence[str]],
     budget: LatencyBudget,
     progress: Progress,
+    recipe: Recipe | None = None,
 ) -> LatencyCosts:
     """Measure what is not in the cache yet, and price every weight.
 
-    config: the model's config.json. schemes: weight -> its candidates.
+    config: the model's config.json. schemes: weight -> its candidates. recipe: says what else the
+    checkpoint will do while it runs; None: nothing.
     Raises UsageError when the native engine does not run the model, or there are no kernels.
     """
     names = sorted(budget.limits())
@@ -59,20 +68,23 @@ def latency_costs(
     said = table.problem
     if said:
         progress.say(said)
-    prices = _Prices(model_map, spec, budget.mode)
-    ops = {op for cost in names for _, op in prices.ops(cost, schemes)}
-    _measure_products(table, sorted(ops), progress)
-    fits = _fits(table, prices, names, schemes, budget, progress)
+    prices = _Prices(model_map, budget.mode)
+    priced = {cost: list(prices.ops(cost, schemes)) for cost in names}
+    _measure_products(table, sorted({op for rows in priced.values() for *_, op in rows}), progress)
+    products = {
+        cost: {pair: share * table.ms[op.key] for pair, share, op in rows}
+        for cost, rows in priced.items()
+    }
+    own_head = not any(weight.head for weight in model_map.weights)
+    changes = NO_CHANGES if recipe is None else changes_of(recipe, spec, own_head)
+    models = RandomModels(spec, plan_of(spec, own_head), changes, budget.mode)
+    fits = models.fits(table, products, schemes, progress)
     if table.problem != said:
         progress.say(table.problem)
     free = dict.fromkeys(((weight, s) for weight, found in schemes.items() for s in found), 0.0)
     costs = {
-        cost: free
-        | {
-            pair: fits[cost].factor * prices.scale(cost, op) * table.ms[op.key]
-            for pair, op in prices.ops(cost, schemes)
-        }
-        for cost in names
+        cost: free | {pair: fits[cost].factor * ms for pair, ms in rows.items()}
+        for cost, rows in products.items()
     }
     return LatencyCosts(
         costs,
@@ -90,6 +102,7 @@ def costs_for(
     schemes: Mapping[str, Sequence[str]] | Sequence[str],
     budget: LatencyBudget,
     progress: Progress,
+    recipe: Recipe | None = None,
 ) -> LatencyCosts | None:
     """`latency_costs` of the model in `folder`; None when no latency is limited.
 
@@ -101,7 +114,7 @@ def costs_for(
     if not isinstance(schemes, Mapping):
         names = [str(Scheme.parse(name)) for name in schemes]
         schemes = {weight.name: names for weight in model_map.weights}
-    return latency_costs(model_map, model_config(folder), schemes, budget, progress)
+    return latency_costs(model_map, model_config(folder), schemes, budget, progress, recipe)
 
 
 def measured_ms(
@@ -130,32 +143,51 @@ def model_config(path: Path) -> dict[str, Any]:
 class _Prices:
     """Which operations a model's weights are, for one mode."""
 
-    def __init__(self, model_map: ModelMap, spec: EngineSpec, mode: str | None) -> None:
-        self.model_map, self.spec, self._mode = model_map, spec, mode
+    def __init__(self, model_map: ModelMap, mode: str | None) -> None:
+        self._mode, self._weights = mode, model_map.weights
+        self._rows = {
+            group.name: sum(weight.out_features for weight in model_map.members(group))
+            for group in model_map.groups
+        }
 
     def ops(
         self, cost: str, schemes: Mapping[str, Sequence[str]]
-    ) -> Iterator[tuple[tuple[str, str], Op]]:
-        """(weight, scheme), operation. An embedding that is no head costs nothing: its rows are
-        looked up."""
-        for weight in self.model_map.weights:
+    ) -> Iterator[tuple[tuple[str, str], float, Op]]:
+        """(weight, scheme), how many of the operation it is, operation. An embedding that is no
+        head costs nothing: its rows are looked up."""
+        for weight in self._weights:
             if weight.kind == "embedding" and weight.head is None:
                 continue
+            rows = self._rows[weight.group] if weight.kind == "linear" else weight.out_features
             for name in schemes[weight.name]:
-                yield (weight.name, name), self._op(cost, weight, Scheme.parse(name))
+                op = self._op(cost, weight, rows, Scheme.parse(name))
+                yield (weight.name, name), weight.out_features / rows * _times(cost, op), op
 
-    def scale(self, cost: str, op: Op) -> float:
-        """How many of this operation the phase takes: a long prompt is read in pieces."""
-        phase, tokens = phase_of(cost)
-        return tokens / op.tokens if phase == "prefill" and op.tokens > 1 else 1.0
-
-    def _op(self, cost: str, weight: Weight, scheme: Scheme) -> Op:
+    def _op(self, cost: str, weight: Weight, rows: int, scheme: Scheme) -> Op:
         phase, tokens = phase_of(cost)
         # only the last token of a prompt is given to the head
         at_once = 1 if phase == "decode" or weight.kind != "linear" else min(tokens, CHUNK)
-        mode = self._mode or ("int8" if scheme.activation.is_integer else "exact")
         columns = str(Scheme(scheme.weight, high=scheme.high))
-        return Op(weight.out_features, weight.in_features, columns, at_once, mode)
+        return Op(
+            rows, weight.in_features, columns, at_once, self._inputs(scheme, weight.in_features)
+        )
+
+    def _inputs(self, scheme: Scheme, columns: int) -> str:
+        """How the engine takes a weight's inputs in this mode: the mode of its Op."""
+        if self._mode in (None, FAST) and scheme.activation.is_integer:
+            # as the kernels do: what all groups are multiples of
+            group = math.gcd(*(part.format.group for part in scheme.activations(columns)))
+        elif self._mode is None or MODES[self._mode] is None:
+            return "exact"
+        else:
+            group = MODES[self._mode] or 0
+        return f"int8g{group}" if group else "int8"
+
+
+def _times(cost: str, op: Op) -> float:
+    """How many of this operation the phase takes: a long prompt is read in pieces."""
+    phase, tokens = phase_of(cost)
+    return tokens / op.tokens if phase == "prefill" and op.tokens > 1 else 1.0
 
 
 def _engine_spec(config: Mapping[str, Any], model_map: ModelMap) -> EngineSpec:
@@ -198,71 +230,6 @@ def _measure_products(table: TimingTable, ops: Sequence[Op], progress: Progress)
         table.measure(missing, tick=progress.tick)
     finally:
         progress.finish()
-
-
-def _fits(
-    table: TimingTable,
-    prices: _Prices,
-    costs: Sequence[str],
-    schemes: Mapping[str, Sequence[str]],
-    budget: LatencyBudget,
-    progress: Progress,
-) -> dict[str, Fit]:
-    """Cost -> its Fit, from running models in the schemes that take least and most altogether."""
-    common = set.intersection(*(set(found) for found in schemes.values()))
-    candidates = sorted(common or {s for found in schemes.values() for s in found})
-    everywhere = dict.fromkeys(schemes, candidates)
-    sums = {cost: dict.fromkeys(candidates, 0.0) for cost in costs}
-    for cost in costs:
-        for (_, scheme), op in prices.ops(cost, everywhere):
-            if op.key not in table.ms:
-                _measure_products(table, [op], progress)
-            sums[cost][scheme] += prices.scale(cost, op) * table.ms[op.key]
-    first = sums[costs[0]]
-    anchors = sorted({min(first, key=first.__getitem__), max(first, key=first.__getitem__)})
-    totals = _running(table, prices, costs, anchors, budget, progress)
-    return {
-        cost: Fit.through(
-            [sums[cost][scheme] for scheme in anchors], [totals[scheme][cost] for scheme in anchors]
-        )
-        for cost in costs
-    }
-
-
-def _running(
-    table: TimingTable,
-    prices: _Prices,
-    costs: Sequence[str],
-    schemes: Sequence[str],
-    budget: LatencyBudget,
-    progress: Progress,
-) -> dict[str, dict[str, float]]:
-    """Scheme -> cost -> milliseconds of a random model of this shape, from the table or measured
-    now."""
-    own_head = not any(weight.head for weight in prices.model_map.weights)
-    shape = _shape_digest(prices.spec, own_head)
-
-    def key(scheme: str, cost: str) -> str:
-        return f"model {shape} {scheme} {budget.mode or 'auto'} {cost}"
-
-    missing = [s for s in schemes if any(key(s, cost) not in table.ms for cost in costs)]
-    if missing:
-        progress.start("time model", stopwatch.ROUNDS * len(missing))
-        try:
-            models = {s: random_model(prices.spec, s, own_head) for s in missing}
-            threads = table.machine.threads
-            found = latencies(models, costs, budget.mode, threads, progress.tick)
-        finally:
-            progress.finish()
-        table.add({key(s, cost): ms for s, row in found.items() for cost, ms in row.items()})
-    return {s: {cost: table.ms[key(s, cost)] for cost in costs} for s in schemes}
-
-
-def _shape_digest(spec: EngineSpec, own_head: bool) -> str:
-    """Of everything that the fixed part depends on."""
-    plain = replace(spec, ropes=())
-    text = f"{plain}{[len(rope.inverse_frequencies) for rope in spec.ropes]}{own_head}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _mode_text(mode: str | None) -> str:

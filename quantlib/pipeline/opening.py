@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from quantlib.calibration.paths.workload import Workload
 from quantlib.checkpoint.workdir import WorkDir
 from quantlib.errors import CheckpointError, DataError, UsageError
 from quantlib.models import skeleton
@@ -21,6 +22,7 @@ from quantlib.pipeline.latency import costs_for
 from quantlib.pipeline.plan import Budget, check_request
 from quantlib.pipeline.rotate import rotated
 from quantlib.pipeline.run import Progress, Run, Silent, candidates, read_windows
+from quantlib.pipeline.whole import check_blockwise, check_whole, is_whole, mapped, read_workload
 from quantlib.recipe import Recipe
 from quantlib.search.latency import LatencyCosts
 from quantlib.transforms.binding import wire
@@ -28,13 +30,14 @@ from quantlib.transforms.binding import wire
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is made from: the model, its map and tokenizer, the windows of text, and what
-    everything would cost in time, where a latency is limited."""
+    """What a run is made from: the model, its map and tokenizer, the windows of text or the records
+    of all streams, and what everything would cost in time, where a latency is limited."""
 
     source: Source
     model_map: ModelMap
     tokenizer: Any
-    windows: Tensor
+    windows: Tensor | None
+    workload: Workload | None
     costs: LatencyCosts | None
 
 
@@ -52,31 +55,26 @@ def load_inputs(
     tokenizer, the data, or the budget.
     """
     source = Source.open(model, allow_download=download)
-    model_map = reached_by_text(ModelMap.from_source(source))
+    model_map = mapped(source, recipe)
+    whole = is_whole(model_map, recipe)
+    check_whole(recipe) if whole else check_blockwise(recipe)
     costs = None
     if recipe.kv_bits is not None:
         check_bits(wire(skeleton.build(source)).attentions, recipe.kv_bits)
     if budget is not None:
         budget.rules(), budget.in_bytes(model_map)  # before anything is timed
         schemes = candidates(model_map, recipe)
-        costs = costs_for(model_map, source.path, schemes, budget.latency, progress or Silent())
+        said = progress or Silent()
+        costs = costs_for(model_map, source.path, schemes, budget.latency, said, recipe)
         check_request(model_map, schemes, budget, costs)
+    if whole:
+        workload = read_workload(source, model_map, recipe)
+        return Inputs(source, model_map, None, None, workload, costs)
     tokenizer = load_tokenizer(source.path)
     _check_length(source, recipe)
     windows = read_windows(recipe, tokenizer)
     _check_vocabulary(source, model_map, windows)
-    return Inputs(source, model_map, tokenizer, windows, costs)
-
-
-def reached_by_text(model_map: ModelMap) -> ModelMap:
-    """The map with everything kept that text does not run through: towers, projectors, generation
-    heads of models that have more than a language model. Their errors could not be measured."""
-    if not model_map.stacks:
-        return model_map
-    language = {row.component for name in model_map.blocks for row in model_map.weights_in(name)}
-    reached = language | {"embeddings", "head"}
-    others = {row.component for row in model_map.weights} - reached
-    return model_map.keeping(sorted(others), "text does not run through it")
+    return Inputs(source, model_map, tokenizer, windows, None, costs)
 
 
 def _check_length(source: Source, recipe: Recipe) -> None:
@@ -122,7 +120,9 @@ def open_run(
         run = Run(
             inputs.source, inputs.model_map, workdir, recipe, inputs.tokenizer, progress or Silent()
         )
-        run.all_windows, run.costs = inputs.windows, inputs.costs
+        run.workload, run.costs = inputs.workload, inputs.costs
+        if inputs.windows is not None:
+            run.all_windows = inputs.windows
         yield run
 
 
@@ -142,9 +142,12 @@ def reopen_run(
     known, recipe = workfiles.load_model(work), workfiles.load_recipe(work)
     table = workfiles.load_table(work, known.model_map)
     source = Source.open(model or known.path)
-    tokenizer = load_tokenizer(source.path)
+    whole = is_whole(known.model_map, recipe)
+    workload = read_workload(source, known.model_map, recipe) if whole and with_data else None
+    tokenizer = None if whole else load_tokenizer(source.path)
     with WorkDir.open(work) as workdir:
         run = Run(source, known.model_map, workdir, recipe, tokenizer, progress or Silent())
+        run.workload = workload
         run = rotated(run)
         made_from = table.provenance
         if run.source_hash != made_from.get("source"):

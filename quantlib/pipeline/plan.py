@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from quantlib.checkpoint.writer import SHARD_BYTES
 from quantlib.errors import SearchError, UsageError
@@ -17,12 +17,20 @@ from quantlib.search.activations import (
     rounds_inputs,
 )
 from quantlib.search.budget import parse_bits, parse_size
+from quantlib.search.build import build_problem
+from quantlib.search.components import (
+    component_costs,
+    component_fixed,
+    component_limits,
+    is_component,
+)
 from quantlib.search.constraints import KINDS, Rule, parse_rules
 from quantlib.search.latency import LatencyBudget, LatencyCosts
 from quantlib.search.plan import Plan
-from quantlib.search.problem import Problem, build_problem
+from quantlib.search.problem import Problem
 from quantlib.search.sensitivity import Entry, Sensitivity
 from quantlib.search.solve import Solution, solve
+from quantlib.search.tasks import COMBINED, Objective
 from quantlib.search.weights import ENGINES
 
 TASK = "kl"
@@ -31,7 +39,8 @@ TASK = "kl"
 @dataclass(frozen=True)
 class Budget:
     """What the user allows: at most one of `size` (as `90MB`, `30%`) and `bits` (true bits per
-    parameter), latencies, mean bits of activations (`search.activations`), and rules."""
+    parameter), bytes of components (`search.components`), latencies, mean bits of activations
+    (`search.activations`), rules, and what is minimised over several tasks."""
 
     size: str | None = None
     bits: float | None = None
@@ -41,6 +50,8 @@ class Budget:
     pins: tuple[str, ...] = ()
     latency: LatencyBudget = field(default_factory=LatencyBudget)
     activations: float | None = None
+    components: tuple[str, ...] = ()
+    objective: Objective = field(default_factory=Objective)
 
     def __post_init__(self) -> None:
         if self.latency and self.engine != "quantlib":
@@ -51,7 +62,7 @@ class Budget:
 
     @staticmethod
     def rules_of(plan: Plan) -> Budget:
-        """The engine and the rules that a plan was made under, without its budgets."""
+        """The engine, the rules and the objective a plan was made under, without its budgets."""
         texts: dict[str, list[str]] = {kind: [] for kind in KINDS}
         for rule in plan.rules:
             kind, _, text = rule.removeprefix("--").partition(" ")
@@ -59,15 +70,18 @@ class Budget:
                 raise SearchError(f"the plan has a rule {rule!r}: it starts with no known option")
             texts[kind].append(text)
         floors, ceilings, pins = (tuple(texts[kind]) for kind in KINDS)
-        return Budget(None, None, plan.engine, floors, ceilings, pins)
+        objective = plan.objective
+        return Budget(None, None, plan.engine, floors, ceilings, pins, objective=objective)
 
     @property
     def given(self) -> bool:
         """Whether there is a budget, and not only rules."""
-        return self.size is not None or self.bits is not None or bool(self.latency)
+        sized = self.size is not None or self.bits is not None
+        return sized or bool(self.latency) or bool(self.components)
 
     def in_bytes(self, model_map: ModelMap) -> int | None:
-        """The budget in bytes of the whole checkpoint, None when only latencies are limited.
+        """The budget in bytes of the whole checkpoint, None when only latencies or components are
+        limited.
 
         Raises UsageError when there is no budget at all, or a size twice.
         """
@@ -84,14 +98,20 @@ class Budget:
         """Floors, ceilings and pins, parsed. Raises UsageError on one that is malformed."""
         return parse_rules(self.floors, self.ceilings, self.pins)
 
-    def limits(self) -> dict[str, float]:
-        """Limits of costs other than bytes, by their names."""
-        return {**self.latency.limits(), **parse_activation_bits(self.activations)}
+    def limits(self, model_map: ModelMap) -> dict[str, float]:
+        """Limits of costs other than the file's bytes, by their names. Raises UsageError."""
+        return {
+            **self.latency.limits(),
+            **parse_activation_bits(self.activations),
+            **component_limits(self.components, model_map.components()),
+        }
 
     def asked_for(self, plan: Plan, model_map: ModelMap) -> bool:
         """Whether a plan is an answer to this very request."""
         rules = tuple(map(str, self.rules()))
-        wanted = (self.in_bytes(model_map), self.limits(), self.engine, rules)
+        wanted = (self.in_bytes(model_map), self.limits(model_map), self.engine, rules)
+        if plan.task == COMBINED and plan.objective != self.objective:
+            return False
         return (plan.budget, dict(plan.limits), plan.engine, plan.rules) == wanted
 
     @property
@@ -111,8 +131,13 @@ def allocation_problem(
     """
     weights = model_map.weights
     spent: dict[str, Mapping[tuple[str, str], float]] = {**(costs.costs if costs else {})}
+    fixed = dict(costs.fixed) if costs else {}
     if any(map(rounds_inputs, table.rows.values())):
         spent[ACTIVATION_BITS] = activation_costs(weights, table.rows)
+    sizes = {name: {s: entry.bytes for s, entry in row.items()} for name, row in table.rows.items()}
+    for cost in filter(is_component, budget.limits(model_map)):
+        spent[cost] = component_costs(cost, weights, sizes)
+        fixed[cost] = component_fixed(cost, bytecount.kept_bytes(model_map))
     return build_problem(
         table,
         weights,
@@ -120,8 +145,9 @@ def allocation_problem(
         engine=budget.engine,
         groups=model_map.groups,
         rules=budget.rules(),
+        objective=budget.objective,
         costs=spent,
-        fixed_costs=costs.fixed if costs else None,
+        fixed_costs=fixed,
     )
 
 
@@ -145,7 +171,7 @@ def sizes_only(
         for weight in model_map.weights
     }
     table = Sensitivity(model_map.fingerprint, (TASK,), rows)
-    return allocation_problem(model_map, table, budget, costs)
+    return allocation_problem(model_map, table, replace(budget, objective=Objective()), costs)
 
 
 def check_request(
@@ -157,7 +183,7 @@ def check_request(
     """Raise what `search` would raise after measuring: UsageError for the budget's text or rules,
     SearchError for budgets that no allocation fits, with the least that is possible."""
     problem = sizes_only(model_map, schemes, budget, costs)
-    solve(problem, budget.in_bytes(model_map), budget.limits())
+    solve(problem, budget.in_bytes(model_map), budget.limits(model_map))
 
 
 def search(
@@ -165,14 +191,15 @@ def search(
 ) -> tuple[Plan, Problem, Solution]:
     """Solve for the best allocation within the budgets. A latency needs `costs`."""
     problem = allocation_problem(model_map, table, budget, costs)
-    limits = budget.limits()
+    limits = budget.limits(model_map)
     solution = solve(problem, budget.in_bytes(model_map), limits)
     timed = {"machine": costs.machine, "timings": costs.fingerprint} if costs else {}
     plan = Plan.from_solution(
         problem,
         solution,
         limits=limits,
-        calibration=table.calibration,
+        calibrations=table.calibrations,
+        baseline=table.baseline,
         provenance={**table.provenance, **timed},
     )
     return plan, problem, solution

@@ -5,9 +5,11 @@ Only files are read, so the report of a finished run can be drawn again without 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from quantlib.checkpoint.disk import read_json
 from quantlib.checkpoint.provenance import versions
@@ -15,6 +17,7 @@ from quantlib.errors import DataError, UsageError
 from quantlib.evaluation.language import LanguageResult
 from quantlib.pipeline import workfiles
 from quantlib.pipeline.plan import Budget, allocation_problem
+from quantlib.pipeline.run import TASK
 from quantlib.pipeline.workfiles import KnownModel, Outcome
 from quantlib.recipe import Recipe
 from quantlib.report.collect import LatencyParts, collect
@@ -38,13 +41,16 @@ def write_run_report(
     plan: Plan,
     outcome: Outcome | None,
     costs: LatencyCosts | None = None,
+    suite: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the report of a plan; returns its path.
 
     problem: what the plan was chosen from. outcome: the checkpoint made from it, None if there is
-    none yet. costs: what everything costs in time, if that is known.
+    none yet. costs: what everything costs in time, if that is known. suite: the JSON of an
+    evaluation in both directions.
     """
-    return write_report(report_data(model, recipe, table, problem, plan, outcome, costs), path)
+    data = report_data(model, recipe, table, problem, plan, outcome, costs, suite)
+    return write_report(data, path)
 
 
 def report_of(
@@ -65,25 +71,33 @@ def report_of(
     # The problem the plan was an answer to: rules shrink the front, so they belong in the picture.
     costs = workfiles.load_costs(work, chosen)
     problem = allocation_problem(model.model_map, table, Budget.rules_of(chosen), costs)
-    outcome = workfiles.load_outcome(work, chosen)
+    outcome, suite = workfiles.load_outcome(work, chosen), None
     if evaluation is not None:
-        outcome = _evaluated(outcome, evaluation)
+        outcome, suite = _evaluated(outcome, evaluation)
     place = path or work / REPORT_FILE
     recipe = workfiles.load_recipe(work)
-    return write_run_report(place, model, recipe, table, problem, chosen, outcome, costs)
+    return write_run_report(place, model, recipe, table, problem, chosen, outcome, costs, suite)
 
 
-def _evaluated(outcome: Outcome | None, file: Path) -> Outcome:
-    """The outcome with what was measured of it. Raises DataError and UsageError."""
+def _evaluated(
+    outcome: Outcome | None, file: Path
+) -> tuple[Outcome | None, Mapping[str, Any] | None]:
+    """(the outcome with what was measured of its text, what was measured in both directions).
+
+    Raises DataError and UsageError.
+    """
     found = read_json(file)
-    if not isinstance(found, dict) or not {"result", "model", "model_bytes"} <= set(found):
+    known = isinstance(found, dict) and {"model", "model_bytes"} <= set(found)
+    if not known or not {"result", "figures"} & set(found):
         raise DataError(f"{file} is not what quantlib eval --json prints: evaluate again")
     if outcome is None or outcome.file_bytes != found["model_bytes"]:
         raise UsageError(
             f"{file} is an evaluation of {found['model']}, which is not the checkpoint that was "
             "last made from this plan: evaluate that one"
         )
-    return replace(outcome, evaluation=LanguageResult.from_json(found["result"]))
+    if "figures" in found:
+        return outcome, found
+    return replace(outcome, evaluation=LanguageResult.from_json(found["result"])), None
 
 
 def report_data(
@@ -94,6 +108,7 @@ def report_data(
     plan: Plan,
     outcome: Outcome | None,
     costs: LatencyCosts | None = None,
+    suite: Mapping[str, Any] | None = None,
 ) -> ReportData:
     """Everything the report shows."""
     taken = outcome.latency if outcome else {}
@@ -105,13 +120,14 @@ def report_data(
         sensitivity=table,
         front=pareto_front(problem, calibration=table.calibration),
         evaluation=outcome.evaluation if outcome else None,
+        suite=suite,
         measured=_before_rerounding(plan, outcome),
         latency=LatencyParts.of(plan, problem, costs, taken, table.calibration),
         timings=outcome.seconds if outcome else {},
         bytes_before=model.file_bytes,
         bytes_after=outcome.file_bytes if outcome else None,
     )
-    return replace(data, facts=(*data.facts, *_recipe_facts(recipe)))
+    return replace(data, facts=(*data.facts, *_recipe_facts(recipe, table.tasks)))
 
 
 def _before_rerounding(plan: Plan, outcome: Outcome | None) -> list[MeasuredPoint]:
@@ -121,13 +137,14 @@ def _before_rerounding(plan: Plan, outcome: Outcome | None) -> list[MeasuredPoin
     return [MeasuredPoint("before re-rounding", plan.bytes, kl.value, kl.standard_error)]
 
 
-def _recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
+def _recipe_facts(recipe: Recipe, tasks: Sequence[str]) -> list[tuple[str, str]]:
+    seen = f"{recipe.windows} windows of {recipe.seqlen} tokens, seed {recipe.seed}"
+    if tuple(tasks) != (TASK,):
+        streams = ", ".join(tasks)
+        seen = f"at most {recipe.windows} records of each stream ({streams}), seed {recipe.seed}"
     facts = [
         ("preset", recipe.preset),
-        (
-            "calibration",
-            f"{recipe.windows} windows of {recipe.seqlen} tokens, seed {recipe.seed}",
-        ),
+        ("calibration", seen),
         ("scores", "Fisher-weighted" if recipe.gradients else "block-local (no gradients)"),
         ("candidates", ", ".join(recipe.schemes)),
     ]

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from quantlib.calibration.data import load_windows
+from quantlib.calibration.paths.workload import Workload
 from quantlib.checkpoint.bank import LayerBank
 from quantlib.checkpoint.provenance import digest, file_sha256
 from quantlib.checkpoint.workdir import WorkDir
+from quantlib.errors import UsageError
 from quantlib.formats.scheme import Scheme
 from quantlib.models.modelmap import ModelMap
-from quantlib.models.rows import Weight
 from quantlib.models.source import Source
 from quantlib.recipe import Recipe
 from quantlib.search.latency import LatencyCosts
@@ -58,6 +59,8 @@ class Run:
     orders:      weight -> the order int64 [K] in which it is packed, and reads its input; weights
                  that are left out keep their columns' order.
     extra_bytes: of what the checkpoint holds beside weights and kept parameters: bases, orders.
+    workload:    records by stream, of a model that is calibrated as a whole (`whole.py`); None for
+                 language models, which are calibrated block by block on windows of text.
     """
 
     source: Source
@@ -70,6 +73,20 @@ class Run:
     costs: LatencyCosts | None = None
     orders: Mapping[str, Tensor] = field(default_factory=dict)
     extra_bytes: int = 0
+    workload: Workload | None = None
+    _stream_hashes: dict[tuple[str, bool], str] = field(default_factory=dict, repr=False)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What losses are predicted of: KL on text, or every stream's own loss."""
+        return (TASK,) if self.workload is None else self.workload.tasks
+
+    @property
+    def streams(self) -> Workload:
+        """The workload. Raises UsageError where there is none: an option that needs one."""
+        if self.workload is None:
+            raise UsageError("this run has windows of text and no streams of records")
+        return self.workload
 
     @cached_property
     def bank(self) -> LayerBank:
@@ -108,7 +125,11 @@ class Run:
 
     @cached_property
     def data_hash(self) -> str:
-        """Hash of the token ids that calibration sees."""
+        """Hash of the token ids that calibration sees; of records, those held back included: their
+        losses weigh the streams."""
+        if self.workload is not None:
+            names = self.workload.tasks
+            return digest([[self.stream_hash(n), self.stream_hash(n, True)] for n in names])
         return digest([list(self.windows.shape), self.windows.flatten().tolist()])
 
     @cached_property
@@ -118,6 +139,19 @@ class Run:
             name: tuple(map(Scheme.parse, schemes))
             for name, schemes in candidates(self.model_map, self.recipe).items()
         }
+
+    def stream_hash(self, name: str, held_back: bool = False) -> str:
+        """Everything the statistics of one stream depend on, or, of its held-back records, what is
+        measured on them."""
+        if (name, held_back) not in self._stream_hashes:  # every picture is read for it
+            work, recipe = self.streams, self.recipe
+            used = [work.held_back] if held_back else [work.calibration, work.reserve]
+            described = [work.described(name, records[name]) for records in used]
+            watched = [[group.name, *group.members] for group in self.model_map.groups]
+            how = [recipe.seed, recipe.weighting, recipe.expert_tokens, STATISTICS_VERSION]
+            found = digest([self.source_hash, described, [] if held_back else [how, watched]])
+            self._stream_hashes[name, held_back] = found
+        return self._stream_hashes[name, held_back]
 
     @cached_property
     def statistics_hash(self) -> str:
@@ -148,12 +182,7 @@ class Run:
 
 def candidates(model_map: ModelMap, recipe: Recipe) -> dict[str, tuple[str, ...]]:
     """Weight -> names of its candidate schemes, as the recipe has them for its kind."""
-    return {weight.name: recipe.candidates(_kind(weight)) for weight in model_map.weights}
-
-
-def _kind(weight: Weight) -> str:
-    """A weight's kind; a matrix outside the blocks is a head to those who ask for candidates."""
-    return "head" if weight.kind == "linear" and weight.block is None else weight.kind
+    return {weight.name: recipe.candidates(weight.kind) for weight in model_map.weights}
 
 
 def read_windows(recipe: Recipe, tokenizer: Any) -> Tensor:
@@ -162,6 +191,8 @@ def read_windows(recipe: Recipe, tokenizer: Any) -> Tensor:
     return load_windows(recipe.data, tokenizer, recipe.seqlen, wanted, recipe.seed)
 
 
+TASK = "kl"
+"""The loss of language models: KL divergence per token of text, in nats."""
 STATISTICS_VERSION = 1
 """Raise when the meaning of the statistics changes: old work directories then calibrate again."""
 ROUNDING_VERSION = 3

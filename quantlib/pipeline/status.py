@@ -15,7 +15,8 @@ def already_there(run: Run) -> str:
     parts = []
     if calibrated:
         whole = calibrated == wanted
-        parts.append("statistics" if whole else f"statistics of {calibrated} of {wanted} groups")
+        units = "groups" if run.workload is None else "streams"
+        parts.append("statistics" if whole else f"statistics of {calibrated} of {wanted} {units}")
     elif _began_calibration(run):
         parts.append("the beginning of the calibration")
     if measured:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from quantlib.evaluation.language import LanguageResult
 from quantlib.models.modelmap import ModelMap
 from quantlib.report import words
 from quantlib.report.data import (
-    ComponentRow,
     FrontPoint,
     LatencyPoint,
     LatencyRow,
@@ -25,12 +25,14 @@ from quantlib.report.data import (
     TradeOff,
     WeightRow,
 )
+from quantlib.report.task_rows import component_rows, kept_rows, minimised, scales_of, task_rows
 from quantlib.search.calibrate import Calibration
 from quantlib.search.latency import LatencyCosts, is_latency, phase_text
 from quantlib.search.pareto import Point, cost_front, equal_loss
 from quantlib.search.plan import Plan
 from quantlib.search.problem import Problem
-from quantlib.search.sensitivity import UNITS, Sensitivity
+from quantlib.search.sensitivity import Sensitivity, unit_of
+from quantlib.search.tasks import COMBINED
 
 LEVELS = (0.5, 1.0, 2.0, 4.0)
 """Losses, as multiples of the plan's own, at which sizes and latencies are compared."""
@@ -75,7 +77,7 @@ class LatencyParts:
         )
         losses = [multiple * plan.loss for multiple in LEVELS if plan.loss > 0]
         trade_offs = tuple(
-            TradeOff(cost, calibration.predict(loss).kl if calibration else loss, *place)
+            TradeOff(cost, calibration.predict(loss).value if calibration else loss, *place)
             for cost in known
             for loss in losses
             for place in equal_loss(problem, cost, loss)
@@ -98,6 +100,7 @@ def collect(
     sensitivity: Sensitivity | None = None,
     front: Iterable[Point] = (),
     evaluation: LanguageResult | None = None,
+    suite: Mapping[str, Any] | None = None,
     measured: Iterable[MeasuredPoint] = (),
     others: Iterable[MeasuredPoint] = (),
     latency: LatencyParts | None = None,
@@ -108,7 +111,8 @@ def collect(
 ) -> ReportData:
     """The report of one plan for one model.
 
-    evaluation: of the finished model; with a KL it becomes this model's measured point.
+    evaluation: of the finished model; where KL is what was minimised it becomes this model's
+    measured point. suite: the JSON of its evaluation in both directions (`evaluation.suite`).
     measured: further plans of ours that were measured. others: what other methods reach.
     latency: what is known of the latencies that the plan limits.
     timings: stage -> seconds. provenance: name -> hash or version, added to the plan's own.
@@ -116,7 +120,7 @@ def collect(
     """
     after = plan.bytes if bytes_after is None else bytes_after
     own = []
-    if evaluation is not None and evaluation.kl is not None:
+    if evaluation is not None and evaluation.kl is not None and plan.task != COMBINED:
         kl = evaluation.kl
         own.append(MeasuredPoint("this model", after, kl.value, kl.standard_error, chosen=True))
     probes = sensitivity.calibration.probes if sensitivity and sensitivity.calibration else ()
@@ -129,11 +133,15 @@ def collect(
         parameters=modelmap.parameters,
         budget="" if plan.budget is None else words.size(plan.budget),
         budget_bytes=plan.budget,
-        unit=UNITS.get(plan.task, plan.task),
+        unit=unit_of(plan.task),
         predicted=_predicted(plan),
-        predicted_sum=plan.loss,
+        predicted_sum=minimised(plan, sensitivity),
         evaluation=None if evaluation is None else evaluation.to_json(),
-        components=_components(modelmap, plan),
+        suite=None if suite is None else dict(suite),
+        tasks=task_rows(plan, sensitivity, suite or {}),
+        balance=plan.objective.balance if plan.task == COMBINED else "",
+        components=component_rows(modelmap, plan, sensitivity),
+        kept=kept_rows(modelmap),
         weights=_weights(modelmap, plan, sensitivity),
         sensitivity=_sensitivity_map(plan, sensitivity),
         front=_front(front),
@@ -154,11 +162,13 @@ def _weights(
     modelmap: ModelMap, plan: Plan, sensitivity: Sensitivity | None
 ) -> tuple[WeightRow, ...]:
     rows = []
+    scales = scales_of(plan, sensitivity)
     for weight in modelmap.weights:
         assigned = plan.weights[weight.name]
         error = None
         if sensitivity is not None and assigned.scheme in sensitivity.rows.get(weight.name, {}):
-            error = sensitivity.entry(weight.name, assigned.scheme).error.get(plan.task)
+            entry = sensitivity.entry(weight.name, assigned.scheme)
+            error = entry.priced(plan.task, scales)[1]
         rows.append(
             WeightRow(
                 name=weight.name,
@@ -177,26 +187,16 @@ def _weights(
     return tuple(rows)
 
 
-def _components(modelmap: ModelMap, plan: Plan) -> tuple[ComponentRow, ...]:
-    """Quantized weights at the plan's bytes, kept tensors at the source's."""
-    after: Counter[str] = Counter()
-    for weight in modelmap.weights:
-        after[weight.component] += plan.weights[weight.name].bytes
-    for kept in modelmap.kept:
-        after[kept.component] += kept.nbytes
-    rows = modelmap.components()
-    return tuple(ComponentRow(row.name, row.bytes, after[row.name]) for row in rows)
-
-
 def _sensitivity_map(plan: Plan, sensitivity: Sensitivity | None) -> SensitivityMap | None:
     """In the scheme measured for most weights; of several such, the one the plan uses most."""
     if sensitivity is None:
         return None
+    scales = scales_of(plan, sensitivity)
     known = Counter(scheme for row in sensitivity.rows.values() for scheme in row)
     used = Counter(row.scheme for row in plan.weights.values())
     scheme = max(known, key=lambda name: (known[name], used[name]))
     loss = {
-        weight: row[scheme].loss[plan.task]
+        weight: row[scheme].priced(plan.task, scales)[0]
         for weight, row in sensitivity.rows.items()
         if scheme in row
     }
@@ -214,7 +214,7 @@ def _front(points: Iterable[Point]) -> tuple[FrontPoint, ...]:
 
 
 def _predicted(plan: Plan) -> tuple[float, float, float] | None:
-    names = ("kl", "kl_low", "kl_high")
+    names = (plan.task, f"{plan.task}_low", f"{plan.task}_high")
     if not all(name in plan.predicted for name in names):
         return None
     middle, low, high = (plan.predicted[name] for name in names)

@@ -211,7 +211,9 @@ def _promised(data: ReportData) -> float | None:
     if not data.predicted_sum:
         return None
     calibration = _calibration(data)
-    return data.predicted_sum if calibration is None else calibration.predict(data.predicted_sum).kl
+    if calibration is None:
+        return data.predicted_sum
+    return calibration.predict(data.predicted_sum).value
 
 
 def _pareto_words(data: ReportData) -> str:

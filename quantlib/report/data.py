@@ -8,7 +8,7 @@ title and the sizes is optional: a report of a run that measured nothing is shor
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from quantlib.errors import DataError
@@ -46,11 +46,57 @@ class WeightRow:
 
 @dataclass(frozen=True)
 class ComponentRow:
-    """Bytes of one component with everything counted: quantized weights and kept tensors."""
+    """Bytes of one component with everything counted: quantized weights and kept tensors.
+
+    schemes: scheme -> parameters in it. losses: task -> what its weights are predicted to lose: in
+    nats for KL, relative to the full-precision loss where there are several tasks.
+    """
 
     name: str
     before: int
     after: int
+    parameters: int = 0
+    schemes: dict[str, int] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class KeptRow:
+    """Tensors of a component that are left as they are, and why: `count` of them, whose names
+    differ in numbers only."""
+
+    component: str
+    name: str
+    count: int
+    bytes: int
+    dtype: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """One of several tasks.
+
+    unit:      of all its losses. baseline: loss of the full-precision model.
+    weight:    how much its relative increase counted.
+    predicted: increase of its loss, calibrated where `low` and `high`, a 95 % interval, are known.
+    measured:  what an evaluation found, with its standard error.
+    """
+
+    name: str
+    unit: str
+    weight: float
+    baseline: float | None
+    predicted: float
+    low: float | None = None
+    high: float | None = None
+    measured: float | None = None
+    error: float | None = None
+
+    @property
+    def increase(self) -> float | None:
+        """Predicted, relative to the full-precision model."""
+        return self.predicted / self.baseline if self.baseline else None
 
 
 @dataclass(frozen=True)
@@ -136,7 +182,9 @@ class ReportData:
     unit: of every loss; nats per token for KL.
     predicted: (expected loss, low, high), the plan's prediction with its 95 % interval.
     predicted_sum: the plan's plain sum of losses, its place on the calibration's axis.
-    evaluation: `LanguageResult.to_json()`, None when nothing was measured.
+    evaluation: `LanguageResult.to_json()`, None when nothing was measured. suite: what `quantlib
+    eval --suite multimodal --json` printed. tasks: where there are several, what is known of each;
+    balance: how they were weighed ("sum", "minmax"). kept: what is left as it is.
     front: the Pareto front. measured: measured plans of ours. others: what other methods reach.
     probes: measured plans that the predictions were calibrated with.
     latencies: what the plan limits. latency_front: least loss by latency. trade_offs: sizes and
@@ -155,7 +203,11 @@ class ReportData:
     predicted: tuple[float, float, float] | None = None
     predicted_sum: float | None = None
     evaluation: dict[str, Any] | None = None
+    suite: dict[str, Any] | None = None
+    tasks: tuple[TaskRow, ...] = ()
+    balance: str = ""
     components: tuple[ComponentRow, ...] = ()
+    kept: tuple[KeptRow, ...] = ()
     weights: tuple[WeightRow, ...] = ()
     sensitivity: SensitivityMap | None = None
     front: tuple[FrontPoint, ...] = ()
@@ -204,7 +256,9 @@ class ReportData:
 
 
 _ROWS: dict[str, type[Any]] = {
+    "tasks": TaskRow,
     "components": ComponentRow,
+    "kept": KeptRow,
     "weights": WeightRow,
     "front": FrontPoint,
     "measured": MeasuredPoint,

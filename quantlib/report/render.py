@@ -11,18 +11,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 
 from quantlib.checkpoint.disk import atomic_write_text
 from quantlib.evaluation.language import LanguageResult
-from quantlib.report import bars, curves, grids, latencies, words
-from quantlib.report.data import LatencyRow, ReportData, WeightRow
+from quantlib.report import bars, curves, grids, latencies, tables, words
+from quantlib.report.data import LatencyRow, ReportData, TaskRow, WeightRow
 from quantlib.report.theme import Picture
 from quantlib.search.latency import format_ms
 
 _PAGE = Path(__file__).parent / "page"
+Part = TypeVar("Part", Picture, tables.TextTable)
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ def render(data: ReportData) -> str:
         bytes=_present(bars.components(data), bars.schemes(data)),
         curves=_present(curves.pareto(data), curves.predictions(data)),
         latencies=latencies.latency_pictures(data),
+        components=_present(tables.components(data), tables.kept(data)),
+        tasks=_present(tables.tasks(data)),
+        figures=_present(tables.figures(data.suite)),
+        pairs=tables.pairs(data.suite),
         evaluation=_evaluation_rows(result),
         evaluation_note=_evaluation_note(result),
         columns=_columns(weighed),
@@ -106,6 +111,7 @@ def _cards(data: ReportData, result: LanguageResult | None) -> list[Card]:
         middle, low, high = data.predicted
         note = f"95 % interval {words.number(low)} to {words.number(high)}; not measured"
         cards.append(Card("Predicted KL", words.number(middle), data.unit, note))
+    cards += [_task_card(row) for row in data.tasks]
     cards += [_latency_card(row) for row in data.latencies]
     if result is not None:
         cards += _quality_cards(result)
@@ -120,6 +126,21 @@ def _size_card(data: ReportData) -> Card:
         return Card("Size", value, unit, note, min(share, 100.0), "bad" if share > 100 else "")
     note = f"budget {data.budget}" if data.budget else f"before: {words.size(data.bytes_before)}"
     return Card("Size", value, unit, note)
+
+
+def _task_card(row: TaskRow) -> Card:
+    """What is predicted of one of several tasks, and what was measured."""
+    value, unit = words.number(row.predicted), row.unit
+    if row.increase is not None:
+        value, unit = f"{100 * row.increase:+.3g}", "% of its full-precision loss"
+    if row.measured is None or row.low is None or row.high is None:
+        note = "predicted, not measured" if row.measured is None else "predicted"
+        return Card(f"Loss in {row.name}", value, unit, note)
+    inside = row.low <= row.measured <= row.high
+    note = f"predicted; {words.number(row.measured)} measured, "
+    note += f"{'inside' if inside else 'outside'} the predicted "
+    note += f"{words.number(row.low)} to {words.number(row.high)}"
+    return Card(f"Loss in {row.name}", value, unit, note, verdict="good" if inside else "bad")
 
 
 def _latency_card(row: LatencyRow) -> Card:
@@ -143,7 +164,8 @@ def _loss_card(data: ReportData, result: LanguageResult) -> Card:
     own error apart."""
     assert result.kl is not None
     value, _, error = str(result.kl).partition(" ± ")
-    unit = f"± {error} {data.unit}" if error else data.unit
+    nats = "nats per token" if data.tasks else data.unit
+    unit = f"± {error} {nats}" if error else nats
     if data.predicted is None:
         return Card("Measured KL", value, unit, "KL divergence from the original model")
     middle, low, high = data.predicted
@@ -240,8 +262,8 @@ def _timings(data: ReportData) -> list[tuple[str, str]]:
 # -- page ----------------------------------------------------------------------------------------
 
 
-def _present(*pictures: Picture | None) -> list[Picture]:
-    return [picture for picture in pictures if picture is not None]
+def _present(*parts: Part | None) -> list[Part]:
+    return [part for part in parts if part is not None]
 
 
 @cache

@@ -26,6 +26,8 @@ from quantlib.errors import ModelError
 from quantlib.formats.activation import check_activations
 from quantlib.formats.scheme import Scheme
 from quantlib.formats.weight import QuantizedWeight, pack
+from quantlib.models.window import Convolution, Window
+from quantlib.runtime.convolution import QuantizedConvolution
 from quantlib.runtime.modules import (
     QuantizedEmbedding,
     QuantizedExperts,
@@ -81,7 +83,7 @@ def replace_modules(
     prepared: dict[str, Inputs] = {}
     for name, scheme in parsed.items():
         weight = _weight(model, name)
-        shape = tuple(weight.shape)
+        shape = _shape(model, name)
         if shapes is not None and tuple(shapes.get(name, shape)) != shape:
             raise ModelError(
                 f"{name} is {list(shapes[name])} as quantized and {list(shape)} in the model: "
@@ -114,7 +116,7 @@ def quantize_in_memory(
     """
     former = packed_weights(model)
     for name, weight in packed.items():
-        shape = former[name][0] if name in former else tuple(_weight(model, name).shape)
+        shape = former[name][0] if name in former else _shape(model, name)
         if tuple(weight.shape) != (math.prod(shape[:-1]), shape[-1]):
             raise ModelError(
                 f"{name} is {list(weight.shape)} as quantized and {list(shape)} in the model: "
@@ -172,6 +174,8 @@ def _replace(model: nn.Module, segments: Mapping[str, Segments], modes: Mapping[
             new: nn.Module = _linear(old, module_name, segments[names[0]], mode)
         elif isinstance(old, nn.Embedding):
             new = _embedding(old, module_name, segments[names[0]])
+        elif isinstance(old, Convolution):
+            new = _convolution(old, module_name, segments[names[0]])
         else:
             by_parameter = {name.rpartition(".")[2]: segments[name] for name in names}
             new = _experts(old, module_name, by_parameter, mode)
@@ -227,6 +231,14 @@ def _weight(model: nn.Module, name: str) -> Tensor:
     return weight
 
 
+def _shape(model: nn.Module, name: str) -> tuple[int, ...]:
+    """Of a weight as it is packed: a convolution's filters [N, channels, *window] are [N, K]."""
+    shape = tuple(_weight(model, name).shape)
+    if isinstance(model.get_submodule(name.rpartition(".")[0]), Convolution):
+        return shape[0], math.prod(shape[1:])
+    return shape
+
+
 def _linear(old: nn.Linear, name: str, segments: Segments, mode: str) -> QuantizedLinear:
     if type(old).forward is not nn.Linear.forward:
         raise _unknown(old, name)
@@ -242,6 +254,20 @@ def _embedding(old: nn.Embedding, name: str, segments: Segments) -> QuantizedEmb
         raise _unknown(old, name)
     weight, (rows, width) = old.weight, (old.num_embeddings, old.embedding_dim)
     return QuantizedEmbedding(rows, width, segments, scale, weight.dtype, weight.device)
+
+
+def _convolution(old: Convolution, name: str, segments: Segments) -> QuantizedConvolution:
+    if type(old).forward not in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
+        raise _unknown(old, name)
+    window, weight = Window.of(name, old), old.weight
+    return QuantizedConvolution(
+        old.out_channels,
+        window,
+        segments,
+        cast("nn.Parameter | None", old.bias),
+        weight.dtype,
+        weight.device,
+    )
 
 
 def _experts(

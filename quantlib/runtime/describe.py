@@ -7,11 +7,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from quantlib.checkpoint.cache_formats import CacheFormats, tensor_name
 from quantlib.checkpoint.surroundings import CacheSettings
 from quantlib.errors import CheckpointError, FormatError
 from quantlib.formats.scheme import Scheme
 from quantlib.kernels.kv_format import KvFormat
+from quantlib.kernels.nonlinear import Operator
+from quantlib.runtime.modality_hooks import attached_caches
 from quantlib.runtime.modules import packed_modules
+from quantlib.runtime.nonlinear import attached
 from quantlib.transforms.attention import ATTRIBUTE, AttentionState
 
 _EXACT = KvFormat.parse("f32")
@@ -25,6 +29,8 @@ class Description:
     clips:           clip factors of weights' inputs, where not all are 1.
     orders:          weights that take their inputs in an order of their own.
     caches:          attention modules whose keys and values are rounded.
+    nonlinear:       layers that compute in integers.
+    kv:              formats of the KV cache by modality.
     """
 
     schemes: Mapping[str, str]
@@ -32,6 +38,8 @@ class Description:
     clips: Mapping[str, tuple[float, ...]]
     orders: frozenset[str]
     caches: Mapping[str, CacheSettings]
+    nonlinear: Mapping[str, Operator]
+    kv: CacheFormats | None
 
 
 def describe(model: nn.Module) -> Description:
@@ -65,7 +73,17 @@ def describe(model: nn.Module) -> Description:
         for name, state in states.items()
         if state.kv is not None or state.query_bits
     }
-    return Description(schemes, shapes, clips, frozenset(orders), caches)
+    return Description(
+        schemes, shapes, clips, frozenset(orders), caches, attached(model), _cache_formats(model)
+    )
+
+
+def _cache_formats(model: nn.Module) -> CacheFormats | None:
+    found = attached_caches(model)
+    if found is None:
+        return None
+    names = frozenset(tensor_name(place) for place in found.static)
+    return CacheFormats(found.formats, found.image_token, names)
 
 
 def states_of(caches: Mapping[str, CacheSettings]) -> dict[str, AttentionState]:

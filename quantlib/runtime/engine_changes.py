@@ -57,6 +57,28 @@ def attention_name(layer: int) -> str:
     return f"{block_name(layer)}.self_attn"
 
 
+def typical_changes(spec: EngineSpec, residual: bool, rotated: bool, kv: KvFormat) -> Changes:
+    """Changes that take as long as those of a checkpoint, before there is one.
+
+    residual: the residual stream has a basis of its own beside a tied embedding. rotated: keys have
+    bases, and the inputs of down projections are rotated. kv: of all layers.
+    """
+    layers = range(len(spec.layers))
+    caches = {} if kv == KvFormat.parse("f32") else dict.fromkeys(layers, kv)
+    if not rotated:
+        return Changes(caches=caches)
+    size = hadamard.block_size(spec.intermediate)
+    order, _ = hadamard.split(size)
+    turn = BlockRotation(size, hadamard.signs(order) if order > 1 else None)
+    keys = torch.eye(spec.head_dim).expand(spec.kv_heads, -1, -1).contiguous()
+    return Changes(
+        residual=torch.eye(spec.hidden) if residual else None,
+        key_bases=dict.fromkeys(layers, keys),
+        hidden=dict.fromkeys(layers, turn),
+        caches=caches,
+    )
+
+
 def read_changes(checkpoint: PackedCheckpoint, spec: EngineSpec) -> Changes:
     """The changes of a checkpoint. Raises CheckpointError when they are another model's."""
     layers = range(len(spec.layers))
@@ -150,6 +172,8 @@ def unsupported_changes(checkpoint: PackedCheckpoint, spec: EngineSpec) -> str |
             return f"{name} keeps more than {MAX_SINKS} first positions as they are"
     if "encoder" in around.tensors:
         return "it has an encoder with a basis of its own"
+    if around.kv is not None:
+        return "its KV cache keeps words and images in formats of their own"
     for name, scheme in checkpoint.schemes.items():
         activations = checkpoint.activations(name)
         if scheme.weight is None and activations:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -32,6 +32,11 @@ from quantlib.runtime.generate import (
     stop_tokens,
 )
 from quantlib.runtime.modules import set_mode
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from quantlib.runtime.media import Media
 
 ENGINES = ("auto", "native", "plain")
 SCHEME = "scheme"
@@ -124,24 +129,69 @@ class QuantizedModel:
         return Engine(self.decoder, sequences=sequences, capacity=capacity, mode=mode, kv=self._kv)
 
     @overload
-    def generate(self, prompt: str, max_new_tokens: int = ..., **options: Any) -> str: ...
+    def generate(self, prompt: str = ..., max_new_tokens: int = ..., **options: Any) -> str: ...
     @overload
     def generate(
         self, prompt: Sequence[str], max_new_tokens: int = ..., **options: Any
     ) -> list[str]: ...
     def generate(
-        self, prompt: str | Sequence[str], max_new_tokens: int = 128, **options: Any
+        self,
+        prompt: str | Sequence[str] = "",
+        max_new_tokens: int = 128,
+        *,
+        image: str | Path | Image | None = None,
+        audio: str | Path | None = None,
+        **options: Any,
     ) -> str | list[str]:
         """The text that follows `prompt`, without the prompt; a list of texts for a list.
 
         Several prompts are answered together, which takes less time; each gets the text that it
         would get alone. Options are those of `stream`.
+
+        image: a file, or a PIL image, that the one prompt asks about.
+        audio: a WAV file whose words are written down; it takes no prompt.
         """
+        if image is not None or audio is not None:
+            if not isinstance(prompt, str):
+                raise UsageError("one prompt is answered about a picture: give one, not a list")
+            chosen = Sampling(**{name: v for name, v in options.items() if name != "chat"})
+            return self.media.answer(
+                prompt, image=image, audio=audio, max_new_tokens=max_new_tokens, sampling=chosen
+            ).text
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not prompts:
             return []
         texts = self.generation(prompts, max_new_tokens, **options).finish()
         return texts[0] if isinstance(prompt, str) else texts
+
+    def generate_image(
+        self,
+        prompt: str,
+        *,
+        guidance: float | None = None,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> Image:
+        """A picture (PIL) of what `prompt` says, by a model that makes pictures.
+
+        guidance:    how strongly it follows the words; the model's own unless said, 1 for none.
+        temperature: 0 takes the likeliest code each time; above, codes are drawn with `seed`.
+        Raises UsageError when the model makes no pictures.
+        """
+        from quantlib.runtime.media_images import to_pictures
+
+        drawn = self.media.draw([prompt], seed=seed, guidance=guidance, temperature=temperature)
+        return to_pictures(drawn)[0]
+
+    @property
+    def media(self) -> Media:
+        """What the model does with pictures and sounds, through transformers.
+
+        Raises UsageError for models that only read and write text.
+        """
+        from quantlib.runtime.media import Media
+
+        return Media.of(self.model, self.checkpoint.path)
 
     def stream(
         self,
@@ -230,6 +280,7 @@ class QuantizedModel:
         """What is to write `count` texts of at most `capacity` tokens."""
         if self.engine == "native":
             return self.make_engine(max(count, 1), max(capacity, 1))
+        _require_words(self.model)
         return TransformersTexts(self.model)
 
 
@@ -271,6 +322,18 @@ def load(
     loaded = QuantizedModel(checkpoint, tokenizer, native, stops, mode, dtype, kv)
     _start(loaded, engine, kv)
     return loaded
+
+
+def _require_words(model: Any) -> None:
+    """Raise UsageError for a model that does not continue a text."""
+    model_type = model.config.model_type
+    if model.config.is_encoder_decoder:
+        raise UsageError(
+            f"a model of type {model_type!r} does not continue a text: give it what it listens to "
+            "(--audio, or audio= in Python)"
+        )
+    if model.get_output_embeddings() is None:
+        raise UsageError(f"a model of type {model_type!r} makes vectors and writes no text")
 
 
 def _start(loaded: QuantizedModel, engine: str, kv: str | None) -> None:

@@ -17,11 +17,15 @@ import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+from quantlib.checkpoint.cache_formats import PREFIX as KV_PREFIX
 from quantlib.checkpoint.reader import PackedCheckpoint, read_layout
 from quantlib.checkpoint.surroundings import PREFIX
 from quantlib.errors import CheckpointError
+from quantlib.runtime import nonlinear
 from quantlib.runtime.assemble import Inputs, replace_modules
 from quantlib.runtime.describe import states_of
+from quantlib.runtime.modality_hooks import attach_caches
+from quantlib.runtime.packed_module import PackedModule
 from quantlib.transforms.attention import attach_attention
 from quantlib.transforms.binding import wire
 from quantlib.transforms.online import attach
@@ -33,7 +37,7 @@ def prepare(model: Any, folder: str | os.PathLike[str]) -> None:
 
     A model of another class than the checkpoint's (`AutoModel`: the decoder without its head) takes
     the weights it has. What the checkpoint's rotation does while the model runs is attached, and
-    what is done to keys and values.
+    what is done to keys and values, and layers that compute in integers.
     Raises CheckpointError when the folder is damaged, and CheckpointError, ModelError or
     TransformError when config.json describes another model than the weights.
     """
@@ -64,14 +68,33 @@ def prepare(model: Any, folder: str | os.PathLike[str]) -> None:
         {new: checkpoint.shapes[name] for name, new in mine.items()},
         inputs,
     )
+    _draw_nothing(model)
     if checkpoint.around.caches:
         attach_attention(model, states_of(checkpoint.around.caches))
+    nonlinear.attach(model, checkpoint.around.nonlinear)
+    kv = checkpoint.around.kv
+    if kv is not None:
+        attach_caches(model, kv.formats, kv.image_token, checkpoint.static_scales())
+        _ignore(model, KV_PREFIX)
     if rotation is not None and wiring is not None:
         with torch.device("cpu"):  # transformers builds on `meta`, and bases have values
             attach(model, wiring, rotation)
-        # transformers would report the tensors that no parameter is filled from.
-        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-        model._keys_to_ignore_on_load_unexpected = ignored | {rf"^{re.escape(PREFIX)}"}
+        _ignore(model, PREFIX)
+
+
+def _draw_nothing(model: Any) -> None:
+    """Keep transformers from drawing weights of modules whose linears are packed: it looks for them
+    by name (SigLIP's attention, for one). Modules with buffers of their own still fill these."""
+    for module in model.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if not own and any(isinstance(child, PackedModule) for child in module.children()):
+            module._is_hf_initialized = True
+
+
+def _ignore(model: Any, prefix: str) -> None:
+    """Keep transformers from reporting tensors that no parameter is filled from."""
+    ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+    model._keys_to_ignore_on_load_unexpected = ignored | {rf"^{re.escape(prefix)}"}
 
 
 def _wiring(model: Any, checkpoint: PackedCheckpoint) -> Wiring:

@@ -102,6 +102,7 @@ class QuantlibQuantizer(HfQuantizer):
         from quantlib.checkpoint.surroundings import ENTRIES, rotation_tensors
         from quantlib.checkpoint.writer import quantization_config
         from quantlib.runtime.describe import describe
+        from quantlib.runtime.modality_hooks import static_tensors
         from quantlib.transforms.online import attached
 
         described, rotation = describe(model), attached(model)
@@ -113,12 +114,13 @@ class QuantlibQuantizer(HfQuantizer):
                 described.orders,
                 rotation,
                 described.caches,
+                described.nonlinear,
+                described.kv,
             ),
             optional=ENTRIES,
         )
-        if rotation is None:
-            return None, {}
-        return {**model.state_dict(), **rotation_tensors(rotation)}, {}
+        more = {**rotation_tensors(rotation), **static_tensors(model)}
+        return ({**model.state_dict(), **more} if more else None), {}
 
     def is_serializable(self) -> bool:
         return True

@@ -36,6 +36,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from quantlib.errors import ModelError, UsageError
 from quantlib.kernels.kv_format import KvFormat, SideFormat
 from quantlib.kernels.kv_reference import numbers, rotate, round_to_codes
+from quantlib.transforms.explicit_attention import Softmax, attend
 from quantlib.transforms.rotation import Rotation
 from quantlib.transforms.wiring import Wiring
 
@@ -59,6 +60,7 @@ class AttentionState:
     query_bits: queries (in the key basis) are rounded to so many bits, symmetric, with one scale
                 per token and head; 0: not at all.
     observe:    is shown what came in.
+    softmax:    makes weights of scores in place of torch's (`explicit_attention`).
     """
 
     key_basis: Tensor | None = None
@@ -66,6 +68,7 @@ class AttentionState:
     sinks: int = 0
     query_bits: int = 0
     observe: Observer | None = None
+    softmax: Softmax | None = None
 
 
 def attach_attention(model: PreTrainedModel, states: Mapping[str, AttentionState]) -> None:
@@ -223,6 +226,9 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention contract, ending in sdpa."""
     query, key, value = _stated(module, query, key, value)
+    softmax = _softmax(module)
+    if softmax is not None:
+        return attend(softmax, module, query, key, value, attention_mask, **kwargs)
     function = ALL_ATTENTION_FUNCTIONS["sdpa"]
     result: tuple[Tensor, Tensor | None] = function(
         module, query, key, value, attention_mask, **kwargs
@@ -240,6 +246,9 @@ def _eager_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention contract, ending in the eager function of the model's own file."""
     query, key, value = _stated(module, query, key, value)
+    softmax = _softmax(module)
+    if softmax is not None:
+        return attend(softmax, module, query, key, value, attention_mask, **kwargs)
     files = (sys.modules[kind.__module__] for kind in type(module).__mro__)
     function = next((f for f in (vars(x).get(_EAGER) for x in files) if f is not None), None)
     if function is None:
@@ -251,6 +260,11 @@ def _eager_attention(
 
 
 _EAGER = "eager_attention_forward"
+
+
+def _softmax(module: nn.Module) -> Softmax | None:
+    state = module.__dict__.get(ATTRIBUTE)
+    return None if state is None else state.softmax
 
 
 def _stated(

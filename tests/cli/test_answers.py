@@ -11,7 +11,7 @@ from .conftest import QUICK, Run
 
 def test_inspect_accounts_for_every_parameter(run: Run, model: Path) -> None:
     found = run("inspect", model, "--json").json
-    assert set(found["components"][0]) == {"name", "parameters", "bytes", "share"}
+    assert {"name", "parameters", "bytes", "share", "bits", "kept"} <= set(found["components"][0])
     for key in ("parameters", "bytes"):
         rows = sum(row[key] for row in found["coverage"])
         assert rows == sum(component[key] for component in found["components"])

@@ -16,7 +16,7 @@ from quantlib.errors import UsageError
 from quantlib.kernels import timing
 from quantlib.kernels.cpu import library, stopwatch
 from quantlib.kernels.layouts import tile
-from quantlib.kernels.timing import Machine, Op, TimingTable, this_machine
+from quantlib.kernels.timing import Machine, Op, TimingTable, this_machine, undisturbed
 
 MACHINE = Machine("a processor", 2, "avx2", "libkernels-1", 2)
 OPS = (Op(64, 96, "w4g32", 1, "int8"), Op(64, 96, "w8g32", 1, "int8"))
@@ -38,16 +38,21 @@ class Clock:
 # -- the table -----------------------------------------------------------------------------------
 
 
-def test_operations_take_turns_and_the_median_counts(tmp_path: Path) -> None:
-    disturbed = Clock(lambda call: [9e-3, 9e-3] if call == 0 else [1e-3, 2e-3])
+def test_operations_take_turns_and_disturbances_do_not_count(tmp_path: Path) -> None:
+    disturbed = Clock(lambda call: [9e-3, 9e-3, 9e-3] if call < 4 else [2e-3, 2e-3, 9e-3])
     table = TimingTable.load(MACHINE, tmp_path)
     ticks: list[str] = []
     table.measure([*OPS, OPS[0]], disturbed, ticks.append)
     assert disturbed.asked == [*OPS] * timing.ROUNDS
     assert ticks == [op.key for op in disturbed.asked]
     assert table.ms[OPS[0].key] == 2.0
-    assert table.ms[OPS[1].key] == 1.5
+    assert table.ms[OPS[1].key] == 2.0
     assert table.missing(OPS) == []
+
+
+def test_a_single_measurement_that_is_too_short_does_not_count_either() -> None:
+    assert undisturbed([5.0]) == 5.0
+    assert undisturbed([1.0, 5.0, 5.0, 5.0, 9.0]) == 5.0
 
 
 def test_what_was_measured_is_kept_and_nothing_is_measured_twice(tmp_path: Path) -> None:
@@ -153,7 +158,10 @@ def test_without_kernels_there_is_nothing_to_time(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize(("mode", "tokens"), [("int8", 1), ("int8", 33), ("exact", 1)])
+@pytest.mark.parametrize(
+    ("mode", "tokens"),
+    [("int8", 1), ("int8", 33), ("exact", 1), ("int8g128", 2), ("int8g32", 33)],
+)
 def test_every_kind_of_product_can_be_timed(
     scheme: str, mode: str, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

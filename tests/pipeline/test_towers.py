@@ -1,4 +1,4 @@
-"""Models of which text reaches only a part: the rest is kept, with its reason, and still works."""
+"""Models of which text reaches only a part: the rest is kept by request, and still works."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,10 @@ import torch
 import transformers
 
 import quantlib
-from quantlib.models.modelmap import ModelMap
-from quantlib.models.source import Source
+from quantlib.errors import DataError
 from quantlib.pipeline.compress import compress
-from quantlib.pipeline.opening import reached_by_text
+from quantlib.pipeline.opening import load_inputs
+from quantlib.recipe import Recipe
 
 VISION = {
     "hidden_size": 16,
@@ -50,17 +50,27 @@ def llava(tmp_path: Path, tiny_tokenizer: Any) -> Path:
     return tmp_path / "model"
 
 
-def test_what_text_does_not_reach_is_kept_with_its_reason(llava: Path) -> None:
-    model_map = reached_by_text(ModelMap.from_source(Source.open(llava)))
-    assert {w.component for w in model_map.weights} == {"language_model", "embeddings", "head"}
-    reasons = {row.component: row.reason for row in model_map.kept if "weight" in row.name}
-    assert reasons["projector"] == "text does not run through it"
+TOWER = ("vision_tower", "projector")
+
+
+def test_what_text_does_not_reach_has_to_be_kept_by_name(llava: Path, text: str) -> None:
+    with pytest.raises(DataError, match=r"no record for the stream answer .* vision_tower, proj"):
+        load_inputs(llava, Recipe.create(data=text, seqlen=32, windows=4))
+    found = load_inputs(llava, Recipe.create(data=text, seqlen=32, windows=4, keep=TOWER))
+    assert {w.component for w in found.model_map.weights} == {
+        "language_model",
+        "embeddings",
+        "head",
+    }
+    reasons = {row.component: row.reason for row in found.model_map.kept if "weight" in row.name}
+    assert reasons["projector"] == "kept by request"
+    assert found.workload is None
 
 
 def test_the_language_model_of_a_larger_model_is_compressed_with_text(
     llava: Path, tmp_path: Path, text: str, small: dict[str, Any]
 ) -> None:
-    call = {**small, "size": "45%"}
+    call = {**small, "size": "45%", "keep": TOWER}
     result = compress(llava, out=tmp_path / "out", data=text, **call)
     assert all("language_model" in name or "lm_head" in name for name in result.plan.schemes)
     model = quantlib.load(result.path).model

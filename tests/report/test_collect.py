@@ -9,10 +9,10 @@ from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
 from quantlib.report import MeasuredPoint, ReportData, render
 from quantlib.report.collect import collect
+from quantlib.search.build import build_problem
 from quantlib.search.calibrate import Calibration
 from quantlib.search.pareto import pareto_front
 from quantlib.search.plan import Plan
-from quantlib.search.problem import build_problem
 from quantlib.search.sensitivity import Entry, Sensitivity
 from quantlib.search.solve import solve
 
@@ -37,7 +37,7 @@ def table(modelmap):
         for weight in modelmap.weights
     }
     del rows[modelmap.weights[0].name]["w2g32z"]
-    return Sensitivity(modelmap.fingerprint, ("kl",), rows, {}, Calibration.fit(PROBES))
+    return Sensitivity(modelmap.fingerprint, ("kl",), rows, {}, {"kl": Calibration.fit(PROBES)})
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def problem(modelmap, table):
 @pytest.fixture(scope="module")
 def plan(problem, table):
     budget = (problem.bytes(problem.smallest()) + problem.bytes(problem.best())) // 2
-    return Plan.from_solution(problem, solve(problem, budget), calibration=table.calibration)
+    return Plan.from_solution(problem, solve(problem, budget), calibrations=table.calibrations)
 
 
 @pytest.fixture(scope="module")

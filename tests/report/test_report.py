@@ -80,7 +80,8 @@ def undrawn(data):
 
 def test_every_section_and_picture_is_there(page):
     sections = [attributes["id"] for attributes in page.attributes("section")]
-    assert sections == ["bits", "bytes", "quality", "evaluation", "weights", "provenance"]
+    parts = ["bits", "bytes", "quality", "evaluation", "weights", "provenance"]
+    assert sections == ["components", *parts]
     for title in (
         "Bits in model.layers",
         "Sensitivity of model.layers",
@@ -232,7 +233,7 @@ def test_the_chosen_point_is_on_the_front_even_where_nothing_was_measured(data):
     line = Calibration.fit([(p.predicted, p.measured, p.error) for p in data.probes])
     for predicted, loss in (
         (data.predicted, data.predicted[0]),
-        (None, line.predict(data.predicted_sum).kl),
+        (None, line.predict(data.predicted_sum).value),
     ):
         picture = curves.pareto(dataclasses.replace(plan, predicted=predicted))
         assert "this plan, predicted" in [label for _, label, _ in picture.key]

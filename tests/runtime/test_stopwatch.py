@@ -13,10 +13,12 @@ from transformers import Gemma2Config, LlamaConfig
 
 from quantlib.formats.scheme import Scheme
 from quantlib.kernels.cpu import stopwatch as products
+from quantlib.kernels.layouts import TiledWeight
 from quantlib.runtime import stopwatch
 from quantlib.runtime.engine import Engine
 from quantlib.runtime.engine_spec import EngineSpec
-from quantlib.runtime.stopwatch import Fit, latencies, random_model
+from quantlib.runtime.engine_weights import plan_of
+from quantlib.runtime.stopwatch import Fit, draw, latencies, random_model
 
 SIZES = {
     "vocab_size": 96,
@@ -46,10 +48,26 @@ def test_a_line_is_found_again(fixed: float, factor: float, low: float, high: fl
     assert math.isclose(fit.factor, factor, rel_tol=1e-6)
 
 
+@given(slope=st.floats(0.7, 1.7), error=st.floats(-0.05, 0.05))
+def test_every_model_counts_by_its_relative_error(slope: float, error: float) -> None:
+    """Three models, the middle one beside the line: by as much as before its share of it."""
+    sums = [2.0, 4.0, 8.0]
+    totals = [1 + slope * one for one in sums]
+    totals[1] *= 1 + error
+    fit = Fit.through(sums, totals)
+    errors = [(fit.fixed + fit.factor * s) / t - 1 for s, t in zip(sums, totals, strict=True)]
+    # the least squares of relative errors leave none across the fixed part or the factor
+    assert math.isclose(sum(e / t for e, t in zip(errors, totals, strict=True)), 0, abs_tol=1e-9)
+    moments = (e * s / t for e, s, t in zip(errors, sums, totals, strict=True))
+    assert math.isclose(sum(moments), 0, abs_tol=1e-9)
+    # and no more than the line without the middle one: its error is error / (1 + error)
+    assert max(map(abs, errors)) <= abs(error) * 1.06 + 1e-9
+
+
 def test_products_that_hardly_differ_count_as_they_are() -> None:
     fit = Fit.through([100.0, 101.0], [150.0, 149.0])
     assert fit.factor == 1.0
-    assert fit.fixed == pytest.approx(49.0)
+    assert fit.fixed == pytest.approx(49.0, rel=0.01)
 
 
 def test_a_model_faster_than_its_products_has_nothing_fixed() -> None:
@@ -106,6 +124,46 @@ def test_layers_beyond_the_caches_share_their_weights(
     assert len({id(layer.down.weight) for layer in shared.layers}) == 2
     assert shared.layers[0].down.weight is shared.layers[2].down.weight
     assert shared.layers[0].down.weight is not shared.layers[1].down.weight
+
+
+def test_schemes_are_drawn_from_each_matrix_s_own_and_always_alike(llama: EngineSpec) -> None:
+    plan = plan_of(llama, own_head=False)
+    candidates = {
+        name: ("w8g32",) if name.endswith("down_proj.weight") else ("w2g32", "w4g32", "w6g32")
+        for name in plan.matrices
+    }
+    drawn = draw(plan, candidates)
+    assert drawn == draw(plan, candidates)
+    assert all(drawn[name] in candidates[name] for name in plan.matrices)
+    assert len({drawn[name] for name in plan.matrices if "q_proj" in name}) > 1
+    model = random_model(llama, drawn, own_head=False)
+    for index, layer in enumerate(model.layers):
+        scheme = Scheme.parse(drawn[f"model.layers.{index}.self_attn.o_proj.weight"])
+        assert isinstance(layer.o.weight, TiledWeight)
+        assert layer.o.weight.segments == scheme.segments(64)
+    assert torch.isfinite(Engine(model, capacity=8, mode="int8").prefill([1, 2, 3])).all()
+
+
+def test_drawn_layers_beyond_the_caches_repeat(
+    llama: EngineSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "footprint", lambda: 1)
+    plan = plan_of(replace(llama, layers=llama.layers * 2), own_head=False)
+    drawn = draw(plan, dict.fromkeys(plan.matrices, ("w2g32", "w3g32", "w4g32", "w8g32")))
+    layers = [
+        tuple(scheme for name, scheme in drawn.items() if f".{index}." in name)
+        for index in range(8)
+    ]
+    assert layers == layers[:2] * 4
+    assert len(set(layers)) == 2
+
+
+def test_a_matrix_that_is_kept_is_one_in_the_model_too(llama: EngineSpec) -> None:
+    plan = plan_of(llama, own_head=False)
+    schemes = {name: "bf16" if "embed" in name else "w4g32" for name in plan.matrices}
+    model = random_model(llama, schemes, own_head=False)
+    assert model.embedding.weight.dtype == torch.bfloat16
+    assert torch.isfinite(Engine(model, capacity=8).prefill([1, 2, 3])).all()
 
 
 # -- running models ------------------------------------------------------------------------------

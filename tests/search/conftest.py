@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from quantlib.models.rows import LinearGroup, Weight
-from quantlib.search.problem import Problem, build_problem
+from quantlib.search.build import build_problem
+from quantlib.search.problem import Problem
 from quantlib.search.sensitivity import Entry, Sensitivity
 
 SCHEMES = tuple(

@@ -8,8 +8,9 @@ import pytest
 
 from quantlib.errors import SearchError
 from quantlib.search.baselines import heuristic_first_last, ladder, random_allocation, uniform
+from quantlib.search.build import build_problem
 from quantlib.search.constraints import parse_rules, scheme_bits
-from quantlib.search.problem import Picks, Problem, build_problem
+from quantlib.search.problem import Picks, Problem
 from quantlib.search.relaxation import undominated
 from quantlib.search.sensitivity import Sensitivity
 from quantlib.search.solve import solve

@@ -31,7 +31,7 @@ def test_an_exact_power_law_is_found_exactly(a: float, b: float) -> None:
     assert fit.intercept == pytest.approx(a, abs=1e-6)
     assert fit.slope == pytest.approx(b, abs=1e-6)
     prediction = fit.predict(0.1)
-    assert prediction.kl == pytest.approx(math.exp(a) * 0.1**b, rel=1e-6)
+    assert prediction.value == pytest.approx(math.exp(a) * 0.1**b, rel=1e-6)
     assert prediction.high / prediction.low < 1.01  # exact probes leave a narrow interval
 
 
@@ -59,7 +59,7 @@ def test_one_odd_probe_does_not_bend_the_line_but_widens_the_interval() -> None:
     dirty = Calibration.fit([tuple(probe) for probe in odd])
     least_squares = np.polyfit(*np.log(np.array(odd)[:, :2]).T, 1)[0]
     assert abs(dirty.slope - clean.slope) < 0.5 * abs(least_squares - clean.slope)
-    assert math.log(dirty.predict(0.2).kl / clean.predict(0.2).kl) < 0.1
+    assert math.log(dirty.predict(0.2).value / clean.predict(0.2).value) < 0.1
     ratio = [math.log(fit.predict(0.2).high / fit.predict(0.2).low) for fit in (clean, dirty)]
     assert ratio[1] > 2 * ratio[0]
 
@@ -67,7 +67,7 @@ def test_one_odd_probe_does_not_bend_the_line_but_widens_the_interval() -> None:
 def test_precise_probes_count_more_than_noisy_ones() -> None:
     exact = [(s, s, 0.001 * s) for s in (0.05, 0.1, 0.2, 0.4, 0.8)]
     noisy = [(s, 1.5 * s, 0.5 * s) for s in (0.1, 0.2, 0.4)]
-    assert Calibration.fit(exact + noisy).predict(0.2).kl == pytest.approx(0.2, rel=0.02)
+    assert Calibration.fit(exact + noisy).predict(0.2).value == pytest.approx(0.2, rel=0.02)
 
 
 def test_the_interval_widens_away_from_the_probes() -> None:

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantlib.errors import UsageError
+from quantlib.search.build import build_problem
 from quantlib.search.constraints import Rule, parse_rules, scheme_bits
-from quantlib.search.problem import Problem, build_problem
+from quantlib.search.problem import Problem
 from quantlib.search.sensitivity import Sensitivity
 
 

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantlib.errors import SearchError
+from quantlib.search.build import build_problem
 from quantlib.search.calibrate import Calibration
 from quantlib.search.plan import Assignment, Plan, diff
-from quantlib.search.problem import Problem, build_problem
+from quantlib.search.problem import Problem
 from quantlib.search.sensitivity import Entry, Sensitivity
 from quantlib.search.solve import Solution, solve
 
@@ -71,9 +72,9 @@ def test_a_calibrated_plan_predicts_kl_with_an_interval(
     problem: Problem, solution: Solution
 ) -> None:
     calibration = Calibration.fit([(s, 1.2 * s, 0.01 * s) for s in (0.1, 0.3, 0.9)])
-    predicted = Plan.from_solution(problem, solution, calibration=calibration).predicted
+    predicted = Plan.from_solution(problem, solution, calibrations={"kl": calibration}).predicted
     assert predicted["kl_low"] < predicted["kl"] < predicted["kl_high"]
-    assert predicted["kl"] == calibration.predict(solution.loss).kl
+    assert predicted["kl"] == calibration.predict(solution.loss).value
 
 
 def test_the_file_has_one_line_for_each_weight_in_model_order(plan: Plan, weights: Any) -> None:

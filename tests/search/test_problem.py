@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from quantlib.errors import SearchError, UsageError
+from quantlib.search.build import build_problem
 from quantlib.search.constraints import parse_rules
-from quantlib.search.problem import Choice, Item, Problem, build_problem, fuse
+from quantlib.search.problem import Choice, Item, Problem, fuse
 from quantlib.search.sensitivity import Entry, Sensitivity
 from quantlib.search.solve import solve
 

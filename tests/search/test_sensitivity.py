@@ -99,7 +99,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[str], str], str]] = {
     "binary": (lambda text: "\x00\x01", "not valid JSON"),
     "deep": (lambda text: '{"a":' * 100_000, "nested too deeply"),
     "another format": (edit(lambda d: d.update(format="quantlib-plan")), "is not a quantlib-sens"),
-    "a later version": (edit(lambda d: d.update(version=2)), "version 2"),
+    "a later version": (edit(lambda d: d.update(version=3)), "version 3"),
     "no model": (edit(lambda d: d.update(model="")), "which model"),
     "model missing": (edit(lambda d: d.pop("model")), "'model' is missing"),
     "unknown key": (edit(lambda d: d.update(weigths={})), "nothing reads 'weigths'"),

@@ -1,6 +1,6 @@
-// How long the strips of a weight take where the decoder engine computes them: inside a parallel
-// region, the threads sharing them out, and nothing else between. kernels/timing.py turns it into
-// the cost table of latency budgets.
+// How long a weight takes where the decoder engine multiplies it: inside a parallel region, the
+// threads sharing out its strips and waiting for one another at its end. kernels/timing.py turns it
+// into the cost table of latency budgets.
 //
 // A model's weights do not stay in the caches from one token to the next, so the same weight in the
 // same place would be timed too fast: as many copies as the caller asks for lie one after the other
@@ -77,25 +77,27 @@ class Copies {
 // the engine's do: aligned, at strides of an odd number of lines.
 class Inputs {
  public:
-  Inputs(const ql::TiledWeight& weight, int64_t tokens, bool exact)
+  Inputs(const ql::TiledWeight& weight, int64_t tokens, int64_t act_group, bool exact)
       : stride_(64 * ((tile_padded_columns(weight) + 63) / 64 | 1)),
         sums_(round_up(tile_sum_count(weight), 16)),
-        memory_(round_up(tokens * (4 * stride_ + 4 * sums_ + 4), 64) + 64) {
+        scales_(round_up(tile_scale_count(weight, act_group), 16)),
+        memory_(round_up(4 * tokens * (stride_ + sums_ + scales_), 64) + 64) {
     if (!memory_.data()) return;
     input_.tokens = tokens;
     input_.value_stride = stride_;
     input_.sum_stride = sums_;
-    input_.scale_stride = 1;
+    input_.scale_stride = scales_;
+    input_.act_group = exact ? 0 : act_group;
     float* floats = reinterpret_cast<float*>(memory_.data());
     if (exact) {
       std::fill_n(floats, tokens * stride_, 0.25f);
       input_.floats = floats;
       return;
     }
-    std::fill_n(floats, tokens * (sums_ + 1), 3.0f);
+    std::fill_n(floats, tokens * (sums_ + scales_), 3.0f);
     input_.sums = floats;
     input_.scales = floats + tokens * sums_;
-    uint8_t* values = memory_.data() + round_up(4 * tokens * (sums_ + 1), 64);
+    uint8_t* values = memory_.data() + round_up(4 * tokens * (sums_ + scales_), 64);
     memset(values, 3, static_cast<size_t>(tokens * stride_));
     input_.values = reinterpret_cast<int8_t*>(values);
   }
@@ -104,7 +106,7 @@ class Inputs {
   const ql::TileInput& input() const { return input_; }
 
  private:
-  int64_t stride_, sums_;
+  int64_t stride_, sums_, scales_;
   Memory memory_;
   ql::TileInput input_{};
 };
@@ -120,20 +122,17 @@ struct Job {
   bool exact;
 };
 
-// A thread's part of a pass: ranges of strips, cut where a copy ends.
+// A thread's part of a pass, as in the engine's step.
 void compute(void* context, const ql::Member& member) {
   const Job& job = *static_cast<const Job*>(context);
   uint8_t* scratch = job.scratch + member.index * job.scratch_bytes;
   const auto strips = job.exact ? job.kernels->exact_strips : job.kernels->int8_strips;
-  const int64_t count = job.copies->count() * job.strips;
-  int64_t first = 0, last = 0;
-  while (member.next(count, count, &first, &last)) {
-    while (first < last) {
-      const int64_t copy = first / job.strips, begin = copy * job.strips;
-      const int64_t end = begin + job.strips < last ? begin + job.strips : last;
-      strips((*job.copies)[copy], *job.input, job.output, first - begin, end - begin, scratch);
-      first = end;
+  for (int64_t copy = 0; copy < job.copies->count(); ++copy) {
+    int64_t first = 0, last = 0;
+    while (member.next(job.strips, job.strips, &first, &last)) {
+      strips((*job.copies)[copy], *job.input, job.output, first, last, scratch);
     }
+    member.barrier();
   }
 }
 
@@ -141,17 +140,17 @@ void compute(void* context, const ql::Member& member) {
 
 // seconds[passes]: what one pass over `copies` copies of a weight takes on up to `threads` threads,
 // divided by `copies`; a first pass is not counted. `tiles` and `bytes` are the memory that the
-// weight was described with (ql_tile_describe). Returns a QlStatus.
+// weight was described with (ql_tile_describe), `act_group` is that of TileInput. Returns a QlStatus.
 QL_API int32_t ql_time_strips(const ql::TiledWeight* weight, const uint8_t* tiles, int64_t bytes,
-                              int64_t copies, int64_t tokens, int32_t exact, int32_t isa,
-                              int32_t threads, int64_t passes, double* seconds) try {
+                              int64_t copies, int64_t tokens, int64_t act_group, int32_t exact,
+                              int32_t isa, int32_t threads, int64_t passes, double* seconds) try {
   const ql::TileKernels* kernels = ql::kernels_of(isa);
   if (!kernels) return QL_NO_SUCH_ISA;
   const auto scratch_of = exact ? kernels->exact_scratch_bytes : kernels->int8_scratch_bytes;
   const int64_t scratch_bytes = round_up(scratch_of(*weight, tokens), 64) + 64;
   const Copies made(*weight, tiles, bytes, copies);
   const Memory scratch(scratch_bytes * threads);
-  const Inputs inputs(*weight, tokens, exact != 0);
+  const Inputs inputs(*weight, tokens, act_group, exact != 0);
   if (!made.made() || !scratch.data() || !inputs.made()) return QL_NO_MEMORY;
   std::vector<float> y(static_cast<size_t>(tokens * weight->rows));
   Job job{&made, kernels, &inputs.input(), {y.data(), weight->rows, nullptr, false}, scratch.data(),

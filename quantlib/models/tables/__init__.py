@@ -10,6 +10,7 @@ from quantlib.models.tables import (
     moe,
     omni,
     phi,
+    pisces,
     qwen,
     unified,
     vision,
@@ -31,6 +32,7 @@ FAMILIES: tuple[Family, ...] = (
     *vq.FAMILIES,
     *unified.FAMILIES,
     *omni.FAMILIES,
+    *pisces.FAMILIES,
 )
 
 

@@ -5,8 +5,9 @@
 
 // kernels/cpu/src/timing.cpp
 extern "C" int32_t ql_time_strips(const ql::TiledWeight* weight, const uint8_t* tiles,
-                                  int64_t bytes, int64_t copies, int64_t tokens, int32_t exact,
-                                  int32_t isa, int32_t threads, int64_t passes, double* seconds);
+                                  int64_t bytes, int64_t copies, int64_t tokens,
+                                  int64_t act_group, int32_t exact, int32_t isa, int32_t threads,
+                                  int64_t passes, double* seconds);
 
 namespace {
 
@@ -128,11 +129,13 @@ void check_timing(int32_t threads) {
   for (const int32_t isa : instruction_sets()) {
     const Tiles tiles(weight, isa, 1);
     Exact<double> seconds(2);
-    for (const int32_t exact : {0, 1}) {
-      const int32_t status =
-          ql_time_strips(&tiles.view(), tiles.memory().get(), tiles.memory().bytes(), 3, 5, exact,
-                         isa, threads, 2, seconds.get());
-      expect(status == QL_OK && seconds[1] > 0, "timing", "strips", isa, exact);
+    for (const int64_t act_group : {0, 32, 128}) {
+      for (const int32_t exact : {0, 1}) {
+        const int32_t status =
+            ql_time_strips(&tiles.view(), tiles.memory().get(), tiles.memory().bytes(), 3, 5,
+                           act_group, exact, isa, threads, 2, seconds.get());
+        expect(status == QL_OK && seconds[1] > 0, "timing", "strips", isa, act_group);
+      }
     }
   }
 }

@@ -1,0 +1,177 @@
+"""What `bench.multimodal` compares: the beds, their budgets, and ways to spend the same bytes.
+
+A method changes what quantlib is told and nothing else: data, rounding, candidates and the size of
+the file are the same, so a difference is the method's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantlib.bench.beds import speech, unified, unified_continuous, vlm
+from quantlib.calibration.paths import find
+from quantlib.calibration.records import GENERATION, KINDS, TEXT, Record, read_records
+from quantlib.checkpoint.disk import atomic_write_text
+from quantlib.errors import DataError
+from quantlib.models.families import EMBEDDINGS, HEAD, LANGUAGE_MODEL
+from quantlib.models.modelmap import ModelMap
+from quantlib.models.source import Source
+
+WORDS = (LANGUAGE_MODEL, EMBEDDINGS, HEAD)
+"""Components that tools for language models compress."""
+UNIFORM_LINEARS = "linear=w5g64zs5"
+
+
+@dataclass(frozen=True)
+class Bed:
+    """A test-bed: its folder, and budgets in bits of every parameter (scales counted).
+
+    middle: the budget that ablations are run at.
+    """
+
+    name: str
+    folder: Callable[[], Path]
+    bits: tuple[float, ...]
+    middle: float
+
+
+BEDS = {
+    bed.name: bed
+    for bed in (
+        Bed("unified", unified.BED.fetch, (3.5, 4.5, 6.0), 4.5),
+        Bed("unified-continuous", unified_continuous.BED.fetch, (3.5, 4.5, 6.0), 4.5),
+        Bed("vlm", vlm.bed, (4.0, 4.75, 6.0), 4.75),
+        Bed("speech", speech.bed, (5.0, 5.75, 6.5), 5.0),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to spend the bytes.
+
+    says:    what it is, for the reader of the table.
+    kinds:   of the records that are calibrated on; None: all.
+    only:    components that are quantized, the others kept in 16 bits; None: all that calibration
+             reaches.
+    recipe:  fields of the recipe. pins: as --pin takes them.
+    first_task: the objective is the model's first task, and no other.
+    """
+
+    name: str
+    says: str
+    kinds: tuple[str, ...] | None = None
+    only: tuple[str, ...] | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    pins: tuple[str, ...] = ()
+    first_task: bool = False
+
+    def records(self, records: Iterable[Record]) -> list[Record]:
+        """Those it calibrates on."""
+        return [record for record in records if self.kinds is None or record.kind in self.kinds]
+
+
+WHOLE = Method("whole", "all components, every task measured")
+LANGUAGE_ONLY = Method(
+    "language model only", "bits for the language model's weights, the rest in 16", only=WORDS
+)
+ABLATIONS = (
+    Method(
+        "no generation",
+        "calibrated without generating: what only generation runs stays in 16 bits",
+        kinds=tuple(kind for kind in KINDS if kind != GENERATION),
+    ),
+    Method("text only", "calibrated on text: what text does not run stays in 16 bits", (TEXT,)),
+    Method("unweighted", "Hessians of all tokens alike", recipe={"weighting": "none"}),
+    Method("one task", "the first task counts, and no other", first_task=True),
+)
+UNIFORM = Method(
+    "uniform linears",
+    "plain GPTQ of all linears to 5 bits, embeddings and convolutions cut to fit the size",
+    recipe={"weighting": "none", "passes": 0},
+    pins=(UNIFORM_LINEARS,),
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `compress` is asked for: a file of records, components to keep, and further fields."""
+
+    data: Path
+    keep: tuple[str, ...]
+    method: Method
+
+    def arguments(self, tasks: Iterable[str]) -> dict[str, Any]:
+        """Of `pipeline.compress`, beside model, folders and size. tasks: the model's, in order."""
+        from quantlib.search.tasks import Objective
+
+        others = list(tasks)[1:] if self.method.first_task else []
+        return {
+            "data": self.data,
+            "keep": self.keep,
+            "pins": self.method.pins,
+            "objective": Objective(dict.fromkeys(others, 0.0)),
+            **self.method.recipe,
+        }
+
+
+def request(method: Method, bed: Path, work: Path) -> Request:
+    """What a method asks for in a bed.
+
+    work: gets the records, if they are not all of the bed's. Raises DataError when a method leaves
+    no record, ModelError as `ModelMap.from_source`.
+    """
+    source = Source.open(bed / "model")
+    everything = read_records(bed / "calibration.jsonl")
+    chosen = method.records(everything)
+    if not chosen:
+        raise DataError(f"{method.name}: {bed.name} has no record of kind {method.kinds}")
+    model_map = ModelMap.from_source(source)
+    kept = unreached(source, model_map, chosen)
+    if method.only is not None:
+        kept |= {c.name for c in model_map.components()} - set(method.only)
+    weights = {weight.component for weight in model_map.weights}
+    data = bed / "calibration.jsonl"
+    if len(chosen) < len(everything):
+        data = work / f"{method.name.replace(' ', '-')}.jsonl"
+        write_chosen(chosen, data)
+    return Request(data, tuple(sorted(kept & weights)), method)
+
+
+def unreached(source: Source, model_map: ModelMap, records: Iterable[Record]) -> set[str]:
+    """Components that records of these kinds do not run."""
+    kinds = {record.kind for record in records}
+    routes = find(source.model_type)
+    reached = {
+        name
+        for route in (routes.routes if routes else ())
+        if kinds & set(route.kinds)
+        for name in route.reaches
+    }
+    return {component.name for component in model_map.components()} - reached
+
+
+def tasks_of(source: Source, records: Iterable[Record]) -> list[str]:
+    """The tasks that a model has records for, in its family's order."""
+    kinds = {record.kind for record in records}
+    routes = find(source.model_type)
+    return [route.stream for route in (routes.routes if routes else ()) if kinds & {*route.kinds}]
+
+
+def write_chosen(records: Iterable[Record], path: Path) -> None:
+    """A file of records that lie elsewhere: their media by absolute paths."""
+    rows = []
+    for record in records:
+        row: dict[str, Any] = dict(record.extra)
+        for key in KINDS[record.kind]:
+            if key in ("image", "audio", "target"):
+                row[key] = str(record.file.resolve())
+            else:
+                row[key] = record.answer if key == "answer" else record.text
+        rows.append(json.dumps(row, ensure_ascii=False) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, "".join(rows))

@@ -1,0 +1,85 @@
+"""A convolution on a packed weight [N, K], K the channels and the window they are read by.
+
+Two ways to compute it, and each needs memory that the other does not: the product of the unfolded
+input [places, K] with the packed weight, or torch's convolution with the dense weight [N, K]. What
+is smaller is made. Of an early convolution, with many places and few filters, that is the dense
+weight, which then stays; of a late one the unfolded input, which is gone after the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantlib.models.window import Window, from_rows
+from quantlib.runtime.packed_module import PackedModule, Segments, multiply
+
+
+class QuantizedConvolution(PackedModule):
+    """`nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` on a packed weight, in the dtype of its input.
+
+    Its inputs are never rounded: schemes of convolutions are of weights alone.
+    """
+
+    bias: nn.Parameter | None
+    groups = 1
+
+    def __init__(
+        self,
+        filters: int,
+        window: Window,
+        segments: Segments,
+        bias: nn.Parameter | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.filters, self.window, self.dtype = filters, window, dtype
+        # under torch's names, for models that ask
+        self.in_channels, self.out_channels = window.channels, filters
+        self.kernel_size, self.stride, self.dilation = window.size, window.stride, window.dilation
+        self._dense: Tensor | None = None
+        self.register_packed("weight", (filters, window.columns), segments, device)
+        self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense filters [N, channels, *window], for code that asks for their dtype or shape;
+        made anew unless they are kept already."""
+        shape = (self.filters, self.window.channels, *self.window.size)
+        if self._dense is not None:
+            return self._dense
+        return self.dequantize("weight").to(self.dtype).view(shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        window = self.window
+        entered = window.batched(x)
+        places = window.places(entered)
+        count = len(entered)
+        for size in places:
+            count *= size
+        if self.filters <= count:
+            if self._dense is None:
+                self._dense = self.weight
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            y = window.dense(entered, self._dense.to(x.dtype), bias)
+        else:
+            handle = self.handles("weight")[0]
+            rows = multiply(window.rows(entered), handle, self.bias, "exact", "")
+            y = from_rows(rows, len(entered), places)
+        return y if entered is x else y[0]
+
+    def exchange_packed(self, name: str, segments: Segments, tensors: Mapping[str, Tensor]) -> None:
+        """As `PackedModule.exchange_packed`; the dense filters are those of the weight before."""
+        self._dense = None
+        super().exchange_packed(name, segments, tensors)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
+        self.dtype, self._dense = fn(torch.empty(0, dtype=self.dtype)).dtype, None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_dense": None}

@@ -1,0 +1,230 @@
+"""The multimodal benchmark: methods differ in one thing, rows are measured once, and the table says
+who is better."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from PIL import Image
+
+from quantlib.bench import artifacts, comparisons, multimodal
+from quantlib.bench.comparisons import (
+    ABLATIONS,
+    LANGUAGE_ONLY,
+    UNIFORM,
+    WHOLE,
+    Bed,
+    request,
+    tasks_of,
+    write_chosen,
+)
+from quantlib.bench.multimodal import Row, measured, rows_of
+from quantlib.bench.multimodal_table import compared, table
+from quantlib.calibration.records import GENERATION, QUESTION, TEXT, read_records
+from quantlib.errors import DataError, SearchError, UsageError
+from quantlib.models.source import Source
+
+from ..models.stacked_models import build, save
+
+NO_GENERATION, TEXT_ONLY, UNWEIGHTED, ONE_TASK = ABLATIONS
+
+
+@pytest.fixture(scope="module")
+def bed(tmp_path_factory: pytest.TempPathFactory) -> Bed:
+    """A tiny random Janus with records of every kind it reads."""
+    folder = tmp_path_factory.mktemp("bed")
+    save(build("janus"), folder / "model")
+    Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+    rows = [
+        {"text": "a red three"},
+        {"image": "a.png", "question": "what digit ?", "answer": "three", "id": 7},
+        {"prompt": "a red three", "target": "a.png"},
+    ]
+    for name in ("calibration", "test"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Bed("tiny", lambda: folder, (4.0, 6.0), 4.0)
+
+
+def test_the_whole_model_keeps_nothing_and_reads_every_record(bed: Bed, tmp_path: Path) -> None:
+    asked = request(WHOLE, bed.folder(), tmp_path)
+    assert asked.keep == ()
+    assert asked.data == bed.folder() / "calibration.jsonl"
+    assert not any(tmp_path.iterdir())
+
+
+def test_language_only_keeps_what_is_no_language_model(bed: Bed, tmp_path: Path) -> None:
+    asked = request(LANGUAGE_ONLY, bed.folder(), tmp_path)
+    assert "vision_tower" in asked.keep
+    assert "generation_head" in asked.keep
+    assert not set(asked.keep) & set(comparisons.WORDS)
+    assert asked.data == bed.folder() / "calibration.jsonl", "the same data"
+
+
+def test_without_generation_its_components_are_kept(bed: Bed, tmp_path: Path) -> None:
+    asked = request(NO_GENERATION, bed.folder(), tmp_path)
+    assert {record.kind for record in read_records(asked.data)} == {TEXT, QUESTION}
+    assert "generation_head" in asked.keep
+    assert "vision_tower" not in asked.keep
+
+
+def test_with_text_alone_only_words_are_quantized(bed: Bed, tmp_path: Path) -> None:
+    asked = request(TEXT_ONLY, bed.folder(), tmp_path)
+    assert [record.kind for record in read_records(asked.data)] == [TEXT]
+    assert set(asked.keep) == set(request(LANGUAGE_ONLY, bed.folder(), tmp_path).keep)
+
+
+def test_one_task_leaves_the_others_out_of_the_objective(bed: Bed, tmp_path: Path) -> None:
+    tasks = tasks_of(Source.open(bed.folder() / "model"), read_records(bed.folder() / "test.jsonl"))
+    assert len(tasks) > 2
+    weights = request(ONE_TASK, bed.folder(), tmp_path).arguments(tasks)["objective"].weights
+    assert weights == dict.fromkeys(tasks[1:], 0.0)
+    assert not request(WHOLE, bed.folder(), tmp_path).arguments(tasks)["objective"].weights
+
+
+def test_chosen_records_find_their_media_elsewhere(bed: Bed, tmp_path: Path) -> None:
+    records = read_records(bed.folder() / "test.jsonl")
+    write_chosen(records, tmp_path / "deep" / "chosen.jsonl")
+    again = read_records(tmp_path / "deep" / "chosen.jsonl")
+    for was, now in zip(records, again, strict=True):
+        assert (now.kind, now.text, now.answer, now.extra) == (
+            was.kind,
+            was.text,
+            was.answer,
+            was.extra,
+        )
+        assert (now.media is None) == (was.media is None)
+        assert now.media is None or now.media.samefile(was.file)
+
+
+def test_a_method_without_a_record_is_refused(bed: Bed, tmp_path: Path) -> None:
+    only_pictures = comparisons.Method("none", "", kinds=("speech",))
+    with pytest.raises(DataError, match="has no record of kind"):
+        request(only_pictures, bed.folder(), tmp_path)
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+def test_rows_are_every_budget_and_seed_once(bed: Bed) -> None:
+    kinds = {TEXT, QUESTION, GENERATION}
+    rows = rows_of(bed, ("budgets", "ablations"), 2, kinds)
+    names = [row.name for row in rows]
+    assert len(set(names)) == len(names)
+    # Two methods at two budgets, and four ablations at the middle one, of two seeds.
+    assert len(rows) == 2 * (2 * 2 + 4)
+    with pytest.raises(UsageError, match="unknown part 'speed'"):
+        rows_of(bed, ("speed",), 1, kinds)
+
+
+def test_ablations_that_change_nothing_are_left_out() -> None:
+    """Sound alone has no text to calibrate on, no generation to leave out, and a single task."""
+    rows = rows_of(multimodal.BEDS["speech"], ("ablations", "uniform"), 1, {"speech"})
+    assert [row.method for row in rows] == [WHOLE, UNWEIGHTED, UNIFORM]
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Row]:
+    """Rows that were really measured; the cache lies in a folder of the test."""
+    done: list[Row] = []
+
+    def measure(row: Row, limit: int) -> dict[str, Any]:
+        done.append(row)
+        return {"bytes": 1, "figures": []}
+
+    monkeypatch.setattr(artifacts, "folder", lambda: tmp_path)
+    monkeypatch.setattr(multimodal, "_measure", measure)
+    return done
+
+
+def test_a_row_is_measured_once_until_its_data_change(bed: Bed, counted: list[Row]) -> None:
+    row = Row(bed, WHOLE, 4.0, 0)
+    first = measured(row, 10)
+    assert measured(row, 10) == first
+    assert len(counted) == 1
+    measured(Row(bed, WHOLE, 4.0, 1), 10)
+    measured(row, 20)
+    assert len(counted) == 3, "another seed, and more test records"
+    measured(row, 20, again=True)
+    assert len(counted) == 4
+    test = bed.folder() / "test.jsonl"
+    before = test.read_text()
+    test.write_text(before + json.dumps({"text": "more"}) + "\n")
+    try:
+        measured(row, 20)
+    finally:
+        test.write_text(before)
+    assert len(counted) == 5
+
+
+def test_a_damaged_row_is_measured_again(bed: Bed, counted: list[Row]) -> None:
+    row = Row(bed, WHOLE, 4.0, 0)
+    measured(row, 10)
+    (row.folder() / "rows" / f"{row.name}.json").write_text("{")
+    measured(row, 10)
+    assert len(counted) == 2
+
+
+def test_a_budget_that_nothing_fits_is_a_row_that_says_so(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise SearchError("the least that is possible is 9 MB")
+
+    monkeypatch.setattr(artifacts, "folder", lambda: tmp_path)
+    monkeypatch.setattr(multimodal, "compress", refuse)
+    assert measured(Row(bed, LANGUAGE_ONLY, 4.0, 0), 10)["infeasible"].endswith("is 9 MB")
+
+
+# -- the table -------------------------------------------------------------------------------------
+
+
+def row(method: str, seed: int, **values: float) -> dict[str, Any]:
+    figures = [
+        {
+            "task": "answer",
+            "name": name,
+            "better": "higher" if name == "right" else "lower",
+            "model": {"value": value},
+            "reference": {"value": 0.9} if name == "right" else None,
+        }
+        for name, value in values.items()
+    ]
+    return {"method": method, "bits": 4.0, "seed": seed, "figures": figures}
+
+
+@pytest.fixture
+def rows() -> list[dict[str, Any]]:
+    return [
+        row("whole", 0, KL=0.1, right=0.9),
+        row("whole", 1, KL=0.3, right=0.8),
+        row("language model only", 0, KL=0.4, right=0.95),
+        {"method": "text only", "bits": 4.0, "seed": 0, "infeasible": "at least 9 MB"},
+    ]
+
+
+def test_means_and_winners_follow_from_the_rows(rows: list[dict[str, Any]]) -> None:
+    divergence, right = compared(rows)
+    assert divergence["mean"] == {
+        "whole": 0.2,
+        "language model only": 0.4,
+        "text only": None,
+    }
+    assert divergence["range"]["whole"] == [0.1, 0.3]
+    assert divergence["seeds"] == {"whole": 2, "language model only": 1, "text only": 0}
+    assert divergence["whole_is_better"] == {"language model only": True, "text only": None}
+    assert right["whole_is_better"]["language model only"] is False
+    assert (divergence["reference"], right["reference"]) == (None, 0.9)
+
+
+def test_the_table_has_a_line_for_every_figure(rows: list[dict[str, Any]]) -> None:
+    lines = table(compared(rows)).splitlines()
+    assert lines[0] == "4 bits  answer: KL  whole 0.2  language model only 0.4  text only -"
+    assert lines[1].endswith("(full precision 0.9)")
+
+
+def test_the_command_refuses_a_bed_it_does_not_know() -> None:
+    with pytest.raises(typer.Exit) as caught:
+        multimodal.main("smell", None, 1, None, 10)
+    assert caught.value.exit_code == 2

@@ -1,0 +1,116 @@
+"""A recipe's formats of the KV cache by modality, scales known beforehand, and integer operators:
+found from records, written, loaded, and within the budget."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import quantlib
+from quantlib.checkpoint.contents import contents
+from quantlib.checkpoint.reader import read_layout
+from quantlib.errors import UsageError
+from quantlib.kernels.kv_format import KvFormat
+from quantlib.pipeline.compress import compress
+from quantlib.pipeline.modalities import integer_operators
+from quantlib.pipeline.opening import reopen_run
+from quantlib.recipe import Recipe
+from quantlib.runtime import nonlinear
+from quantlib.runtime.modality_hooks import attached_caches
+
+from . import whole_models
+
+FORMATS = {"text": "int8", "image_input": "int4g16", "image_output": "int4/int8"}
+SMALL: dict[str, Any] = {
+    "windows": 4,
+    "probe_windows": 2,
+    "probes": 0,
+    "passes": 0,
+    "size": "60%",
+    "schemes": ["w3g32z4s4", "w6g64zs6"],
+    "report": False,
+}
+
+
+@pytest.fixture(scope="module")
+def janus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folder of a tiny Janus, and records for it."""
+    root = tmp_path_factory.mktemp("janus")
+    return whole_models.save("janus", root / "model"), whole_models.records("janus", root)
+
+
+def test_a_checkpoint_is_made_for_its_caches_and_its_integers(
+    janus: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model, data = janus
+    result = compress(
+        model,
+        out=tmp_path / "out",
+        data=data,
+        kv_modalities=FORMATS,
+        kv_static=["image_output"],
+        nonlinear="sqnr=15",
+        **SMALL,
+    )
+    checkpoint = read_layout(result.path)
+    kv = checkpoint.around.kv
+    assert kv is not None
+    assert {name: str(form) for name, form in kv.formats.items()} == FORMATS
+    assert kv.image_token == whole_models.IMAGE
+    scales = checkpoint.static_scales()
+    assert {modality for _, modality, _ in scales} == {"image_output"}
+    assert {tuple(meta.shape) for meta in scales.values()} == {(16, 2, 1)}
+    assert checkpoint.around.nonlinear
+    # Bytes of the scales are part of the budget, and of what was predicted.
+    assert result.file_bytes <= 0.6 * result.source_bytes
+    assert result.plan.budget is not None
+    assert result.file_bytes <= result.plan.budget
+    beside = {row.name: row.bytes for row in contents(checkpoint).beside}
+    assert sum(beside.values()) == sum(meta.nbytes for meta in scales.values())
+
+    loaded = quantlib.load(result.path, engine="plain").model
+    assert nonlinear.attached(loaded) == dict(checkpoint.around.nonlinear)
+    caches = attached_caches(loaded)
+    assert caches is not None
+    assert caches.formats["image_output"] == KvFormat.parse("int4/int8")
+    caches.begun = []
+    with reopen_run(result.work, with_data=True) as run, torch.no_grad():
+        # A second look at what was found costs no run of the model.
+        assert integer_operators(run) == dict(checkpoint.around.nonlinear)
+        route = run.streams.route("image")
+        sample = next(iter(run.streams.judging("image", loaded)))
+        route.run(loaded, **sample.inputs)
+    kinds = caches.begun[0].kinds
+    assert sorted(set(kinds.flatten().tolist())) == [0, 2]
+
+
+def test_text_alone_has_no_images_to_know_scales_of(squeeze: Any) -> None:
+    for fields, what in (
+        ({"nonlinear": "sqnr=20"}, "images or sound"),
+        ({"kv_modalities": {"image_output": "int8"}, "kv_static": ["image_output"]}, "images"),
+    ):
+        with pytest.raises(UsageError, match=what):
+            squeeze(refine=False, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"kv": "int8", "kv_modalities": FORMATS}, "give one"),
+        ({"kv_modalities": {"video": "int8"}}, "kv_modalities"),
+        ({"kv_modalities": {"text": "int9"}}, "int9"),
+        ({"kv_static": ["image_output"]}, "kv_static"),
+        ({"kv_static": ["text"], "kv_modalities": FORMATS}, "kv_static"),
+        ({"nonlinear": "30"}, "sqnr=30"),
+    ],
+)
+def test_recipes_that_contradict_themselves_are_refused(fields: Any, what: str) -> None:
+    with pytest.raises(UsageError, match=what):
+        Recipe.create(data="text.txt", **fields)
+
+
+def test_recipes_come_back_from_yaml(tmp_path: Path) -> None:
+    recipe = Recipe.create(data="a", kv_modalities=FORMATS, kv_static=["image_input"])
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert Recipe.load(tmp_path / "recipe.yaml") == recipe
