@@ -28,8 +28,11 @@ _PROBE = (1, 2, 3)
 
 
 def measure(checkpoint: Path) -> dict[str, Any]:
-    """One row: bytes of the files, resident bytes, and seconds to read and to load, cold and
-    warm. Raises QuantlibError when the loading process fails."""
+    """One row: bytes of the files, resident bytes, and seconds to read, to load, and from the
+    beginning of loading to the first token, cold and warm.
+
+    Raises QuantlibError when the loading process fails.
+    """
     files = sorted(checkpoint.glob("*.safetensors"))
     row: dict[str, Any] = {"bytes": sum(file.stat().st_size for file in files)}
     for state in ("cold", "warm"):
@@ -40,6 +43,7 @@ def measure(checkpoint: Path) -> dict[str, Any]:
             drop(files)
         loaded = _load_elsewhere(checkpoint)
         row[f"load_s_{state}"] = loaded["load_s"]
+        row[f"first_token_s_{state}"] = loaded["first_token_s"]
         row["resident_bytes"] = loaded["resident_bytes"]
         row["peak_bytes"] = loaded["peak_bytes"]
     return row
@@ -93,9 +97,11 @@ def load_here(checkpoint: Path) -> dict[str, float]:
     model = load(checkpoint, "int8", engine="native")
     seconds = time.perf_counter() - started
     model.make_engine(capacity=64).prefill(_PROBE)
+    first = time.perf_counter() - started
     after = resident("VmRSS")
     return {
         "load_s": seconds,
+        "first_token_s": first,
         "resident_bytes": after - before,
         "peak_bytes": resident("VmHWM") - before,
     }

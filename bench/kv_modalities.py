@@ -38,7 +38,9 @@ from quantlib.runtime.static_scales import static_scales
 PICTURES = 32
 """Of calibration, that static scales are found on."""
 SEQLEN = 512
-ROWS: dict[str, tuple[dict[Modality, str], bool]] = {
+Row = tuple[dict[Modality, str], bool]
+"""Formats, and whether scales of written images are known beforehand."""
+ROWS: dict[str, Row] = {
     "int8": ({"text": "int8"}, False),
     "int4g32": ({"text": "int4g32"}, False),
     "int4": ({"text": "int4"}, False),
@@ -51,7 +53,6 @@ ROWS: dict[str, tuple[dict[Modality, str], bool]] = {
         False,
     ),
 }
-"""Name -> formats, and whether scales of written images are known beforehand."""
 
 
 @dataclass
@@ -69,19 +70,19 @@ class Opening:
         return model
 
 
-def measure(folder: Path, limit: int, seed: int) -> dict[str, Any]:
+def measure(folder: Path, wanted: Mapping[str, Row], limit: int, seed: int) -> dict[str, Any]:
     """The rows of a bed's folder; at most so many records of a kind."""
-    opening = Opening()
+    opening, judge = Opening(), folder / JUDGE
     given = Given(
         folder / TEST,
-        folder / JUDGE,
+        judge if judge.exists() else None,
         limit=limit,
         options=Options(seed=seed, guidance=BED.guidance),
         load=opening,
     )
     rows = {}
     with Baseline(folder / MODEL, given) as baseline:
-        for name, (formats, is_static) in ROWS.items():
+        for name, (formats, is_static) in wanted.items():
             parsed = {modality: KvFormat.parse(form) for modality, form in formats.items()}
             opening.formats, opening.static = None, {}
             scales = scales_of(opening(folder / MODEL), folder, parsed) if is_static else {}
@@ -121,7 +122,7 @@ def bytes_per_token(
         config.hidden_size // config.num_attention_heads
     )
     heads = config.num_hidden_layers * config.num_key_value_heads
-    found = {}
+    found: dict[str, int] = {}
     for modality, form in zip(MODALITIES, full_formats(formats), strict=True):
         size = form.bytes_per_position(head_dim)
         if is_static and modality == "image_output":
@@ -135,7 +136,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
 ) -> None:
     """Measure, and keep `results/kv_modalities_unified.json`."""
-    rows = measure(BED.fetch(), limit, seed)
+    rows = measure(BED.fetch(), ROWS, limit, seed)
     settings = {"limit": limit, "seed": seed, "pictures": PICTURES}
     print(record.write("kv_modalities_unified", {"settings": settings, "rows": rows}))
 

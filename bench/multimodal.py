@@ -32,7 +32,6 @@ from quantlib.bench.comparisons import (
     ABLATIONS,
     BEDS,
     LANGUAGE_ONLY,
-    UNIFORM,
     WHOLE,
     Bed,
     Method,
@@ -48,7 +47,7 @@ from quantlib.evaluation.passes import Options
 from quantlib.models.source import Source
 from quantlib.pipeline.compress import compress
 
-PARTS = ("budgets", "ablations", "uniform")
+PARTS = ("budgets", "ablations", "further")
 JUDGE = "judge.safetensors"
 LIMIT = 100
 """Test records of each stream."""
@@ -89,8 +88,8 @@ def rows_of(bed: Bed, parts: Iterable[str], seeds: int, kinds: set[str]) -> list
             elif part == "ablations":
                 applicable = [m for m in ABLATIONS if _differs(m, kinds)]
                 found += [Row(bed, m, bed.middle, seed) for m in (WHOLE, *applicable)]
-            elif bed.name == "speech":
-                found += [Row(bed, m, bed.middle, seed) for m in (WHOLE, UNIFORM)]
+            elif bed.further:
+                found += [Row(bed, m, bed.middle, seed) for m in (WHOLE, *bed.further)]
     return list({row.name: row for row in found}.values())
 
 

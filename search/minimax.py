@@ -28,7 +28,7 @@ from scipy.sparse import csr_array, hstack
 from quantlib.search.branch import ATTEMPTS, ROW_SCALE, Outcome, minimise
 from quantlib.search.improve import exchange_near, improved
 from quantlib.search.quiet import no_stdout
-from quantlib.search.relaxation import Bound, Table, lagrangian, linear_bound
+from quantlib.search.relaxation import Table, lagrangian, linear_bound
 
 BALANCED_GAP = 1e-3
 """Stop when the largest increase is proven within this of the least possible: what is predicted of
@@ -67,10 +67,17 @@ def least_largest(
     best = fitting.rows(first.picks)
     lower = max(lower, first.proven + priced.base_loss)
     proven, finished = lower, True
-    if not _near(tasks.largest(fitting, best), lower, relative_gap):
+    value = tasks.largest(fitting, best)
+    if not _near(value, lower, relative_gap):
+        # a better allocation with this row exists only if the bound and its reduced cost allow it;
+        # beyond rounding, so that no choice is lost to it, and what `best` takes stays
+        distance = value - (bound.value + priced.base_loss)
+        keep = bound.reduced <= distance * (1 + 1e-9) + 1e-12 * value
+        keep[best] = True
         best, proven, finished = _searched(
-            fitting, tasks, capacity, bound, best, lower, relative_gap, deadline
+            fitting, tasks, capacity, keep, best, lower, relative_gap, deadline
         )
+        finished = finished or _near(tasks.largest(fitting, best), proven, relative_gap)
     best = _least_sum(fitting, tasks, capacity, best)
     return Outcome(fitting.choice[best], lower, proven, finished)
 
@@ -142,28 +149,25 @@ def _searched(
     table: Table,
     tasks: _Tasks,
     capacity: np.ndarray,
-    bound: Bound,
+    keep: np.ndarray,
     best: np.ndarray,
     lower: float,
     relative_gap: float,
     deadline: float,
 ) -> tuple[np.ndarray, float, bool]:
-    """(better rows, proven bound, whether time sufficed), by HiGHS over what `bound` leaves open.
+    """(better rows, proven bound, whether time sufficed), by HiGHS over the rows to `keep`.
 
     When an answer does not fit after all, the capacity is tightened by the overshoot and HiGHS is
     asked again; the proven bound stays that of the first, untightened answer.
     """
     value, proven, asked = tasks.largest(table, best), lower, capacity
-    # beyond rounding, so that no choice is lost to it; what `best` takes stays, or none might
-    keep = bound.reduced <= (value - lower) * (1 + 1e-9) + 1e-12 * value
-    keep[best] = True
     origin = np.flatnonzero(keep)
     core, unit = table.select(keep), value or 1.0
     for attempt in range(ATTEMPTS):
         seconds = deadline - time.monotonic()
         if seconds <= 0:
             return best, proven, False
-        result = _epigraph(core, tasks, asked, unit, relative_gap / 2, seconds)
+        result = _epigraph(core, tasks, asked, unit, relative_gap, seconds)
         if attempt == 0 and result.mip_dual_bound is not None:
             proven = max(proven, min(value, float(result.mip_dual_bound) * unit))
         if result.x is None:

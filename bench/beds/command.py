@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantlib.bench import artifacts
+from quantlib.bench import artifacts, record
 from quantlib.bench.beds import unified_folder
 from quantlib.bench.beds.scenes import Handwriting, fetch_digits, handwriting
 from quantlib.bench.beds.unified_gates import Share, as_json, passed
@@ -117,12 +117,18 @@ def commands(bed: Bed, about: str) -> typer.Typer:
         weights: Annotated[
             Path | None, typer.Option(help=f"Folder with model/ and {JUDGE}.")
         ] = None,
+        keep: Annotated[
+            bool, typer.Option("--keep", help="Also write them to bench/results/.")
+        ] = False,
     ) -> None:
         """Print every gate with its limit as JSON; fails when one does not hold."""
         given = checked(weights or bed.weights)
         test = handwriting(fetch_digits(), "test")
         shares = bed.measure(bed.load(given), load_judge(given / JUDGE), test)
-        print(json.dumps({"guidance": bed.guidance, **as_json(shares)}, indent=1))
+        told = {"guidance": bed.guidance, **as_json(shares)}
+        print(json.dumps(told, indent=1))
+        if keep:
+            record.write(f"bed_{bed.name}", told)
         if not passed(shares):
             raise typer.Exit(1)
 

@@ -18,7 +18,7 @@ from quantlib.bench.beds.scenes import SIDE
 GUIDANCE = 2.0
 """Classifier-free guidance that vectors are predicted with."""
 READER_LAYERS, DECODER_LAYERS = 3, 4
-VECTOR_NOISE = 0.3
+VECTOR_NOISE = 0.2
 """Standard deviation that vectors (mean square 1) are disturbed by wherever a part learns to take
 them in: at the end they come from a language model that errs."""
 
@@ -36,7 +36,7 @@ def build() -> Any:
         image_encoder_config=_tower(READER_LAYERS),
         decoder_config=_tower(DECODER_LAYERS),
         pooling=2,
-        vector_size=32,
+        vector_size=64,
         image_token_id=unified.IDS[unified.IMAGE],
         begin_image_token_id=unified.IDS[unified.BEGIN],
     )
@@ -80,10 +80,14 @@ def start_from(model: Any, janus: Any) -> None:
 
 def drawing_loss(model: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Flow matching of pictures in -1..1 [n, 3, SIDE, SIDE] under their own vectors: the mean
-    squared error of the clean picture that the decoder sees behind the noise."""
+    squared error of the clean picture that the decoder sees behind the noise.
+
+    Times crowd at the beginning, where there is nothing but vectors to go by: what a decoder can
+    read off a picture with little noise teaches the encoder nothing.
+    """
     body, count = model.model, len(pixels)
     vectors = disturbed(body.image_encoder(pixels), generator)
-    time = torch.rand(count, generator=generator)
+    time = torch.rand(count, generator=generator).square()
     noise = torch.randn(pixels.shape, generator=generator)
     share = time[:, None, None, None]
     clean = body.image_decoder(share * pixels + (1 - share) * noise, time, vectors)

@@ -18,7 +18,7 @@ from quantlib.bench.beds.scenes import Handwriting, draw, handwriting, normalise
 from quantlib.bench.beds.training import Schedule, Stage, initialise
 from quantlib.bench.beds.unified_stages import DROPOUT, WORDS_WEIGHT, shorter
 
-DRAWING = Schedule(steps=1200, rate=1e-3, warmup=100, decay=0.02)
+DRAWING = Schedule(steps=800, rate=1.5e-3, warmup=100, decay=0.02)
 DRAWING_BATCH = 32
 JOINT = Schedule(steps=1000, rate=6e-4, warmup=100, decay=0.05)
 READ, WRITTEN = 16, 48

@@ -57,7 +57,7 @@ class Reader(nn.Module):
 def train_judge(
     source: Handwriting, training: Path, file: Path, seed: int, schedule: Schedule = SCHEDULE
 ) -> Judge:
-    """Train on the judge's fold (or go on), and write the judge to `file`."""
+    """Train on the judge's fold (or go on), and write the judge to `file`, in float16."""
     reader = Reader()
     initialise(reader, torch.Generator().manual_seed(seed))
 
@@ -68,7 +68,11 @@ def train_judge(
         return {"digit": F.cross_entropy(logits, source.labels[which], label_smoothing=0.05)}
 
     Stage(training / "judge.safetensors", reader, schedule, seed).run(loss)
-    return save_judge(file, reader.state_dict(), judge_spec())
+    stored = {
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in reader.state_dict().items()
+    }
+    return save_judge(file, stored, judge_spec())
 
 
 def _drawn_somehow(masks: Tensor, generator: torch.Generator) -> Tensor:

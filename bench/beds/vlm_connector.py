@@ -2,14 +2,14 @@
 reads as if they were words. Only it is trained; both backbones stay as they are.
 
 Two stages. Alone, it learns to point at the embeddings of the words that name a picture, which
-costs seconds and tells the language model at once what to read. Then it learns from the answers,
-through the frozen language model, which is where the time goes (a third of a second a picture on
-one core). Features of the pictures are computed once.
+costs seconds. Then it learns from the answers, too, through the frozen language model, which is
+where the time goes (a third of a second a picture on one core). Features of the pictures are
+computed once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,14 @@ from quantlib.bench.packages import built_once, console
 
 ALONE = Schedule(steps=600, rate=1e-3, warmup=30)
 ALONE_BATCH = 64
-THROUGH = Schedule(steps=100, rate=1e-3, warmup=10)
+THROUGH = Schedule(steps=300, rate=2e-3, warmup=10)
+FEW = 3
+"""In the first two thirds of the steps the language model reads every so manieth patch only, drawn
+anew each time: a step then costs half."""
+ANCHOR = 0.5
+"""Weight of pointing at the right words in the second stage. Without it the first steps, in which
+the form of an answer is learned, forget what the pictures show: 86 % of test pictures
+point at their own kind before them, and 43 % after 66 steps (measured once, on 600)."""
 SHARPNESS = 20.0
 """Of the softmax over cosines with the words of all kinds."""
 PICTURES = 6000
@@ -78,7 +85,7 @@ class Connector(nn.Module):
 def train(
     folder: Path,
     vision: Any,
-    pixels: Tensor,
+    pixels: Callable[[], Tensor],
     labels: Tensor,
     language: Any,
     prompt: Prompt,
@@ -88,7 +95,9 @@ def train(
     """Train the connector, or go on with it, and return `Connector.folded`.
 
     folder:   keeps the features and the state of both stages.
-    vision:   Dinov2Model; pixels: float32 [N, 3, H, W] as it reads them; labels: int64 [N].
+    vision:   Dinov2Model. labels: int64 [N] of the pictures.
+    pixels:   gives them as the model reads them, float32 [N, 3, H, W]; asked where their features
+              are not there yet.
     language: LlamaForCausalLM, frozen.
     """
     language.requires_grad_(False)
@@ -115,19 +124,26 @@ def train(
             [some[torch.randint(len(some), (), generator=draw)] for some in of_kind]
         )
         vectors = connector(features[batch])
-        return {"answer": answer_loss(language, vectors, labels[batch], prompt)}
+        if 3 * step < 2 * schedules[1].steps:
+            drawn = torch.randperm(vectors.shape[1], generator=draw)
+            vectors = vectors[:, drawn[: len(drawn) // FEW].sort().values]
+        pointing = pointing_loss(vectors.float(), labels[batch], words, length)
+        return {
+            "answer": answer_loss(language, vectors, labels[batch], prompt),
+            "kind": ANCHOR * pointing["kind"],
+        }
 
     Stage(folder / "alone.safetensors", connector, schedules[0], seed).run(alone)
     Stage(folder / "through.safetensors", connector, schedules[1], seed).run(through)
     return connector.folded()
 
 
-def kept_features(file: Path, vision: Any, pixels: Tensor) -> Tensor:
+def kept_features(file: Path, vision: Any, pixels: Callable[[], Tensor]) -> Tensor:
     """`vision_features` of all pictures, computed once."""
 
     def build(_: Path, target: Path) -> None:
-        console.print(f"Computing features of {len(pixels):,} pictures (only this once)")
-        found = [vision_features(vision, part) for part in pixels.split(50)]
+        console.print("Computing features of the training pictures (only this once)")
+        found = [vision_features(vision, part) for part in pixels().split(50)]
         safetensors.torch.save_file({"features": torch.cat(found)}, target)
 
     with safe_open(built_once(file, build), framework="pt") as opened:

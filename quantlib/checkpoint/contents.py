@@ -64,7 +64,7 @@ def contents(checkpoint: PackedCheckpoint) -> Contents:
     schemes = {name: str(scheme) for name, scheme in checkpoint.schemes.items()}
     components = component_table(model_map, sizes, schemes)
     beside = _beside(checkpoint, model_map)
-    held = sum(row.bytes for row in (*components, *beside))
+    held = sum(row.bytes for row in components) + sum(row.bytes for row in beside)
     rest = checkpoint.total_bytes - held
     return Contents(model_map, tuple(components), beside, rest, checkpoint.total_bytes)
 

@@ -277,7 +277,9 @@ def measure(
                 "sensitivity": file,
                 "weights": len(found.rows),
                 "schemes": settings.schemes,
-                "probes": len(found.calibration.probes) if found.calibration else 0,
+                "tasks": found.tasks,
+                "baseline": dict(found.baseline),
+                "probes": max((len(c.probes) for c in found.calibrations.values()), default=0),
                 "seconds": seconds,
             }
         )

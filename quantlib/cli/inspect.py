@@ -152,32 +152,33 @@ def print_components(components: Sequence[Component], beside: Sequence[KeptTenso
     packed = any(row.schemes for row in components)
     rows = []
     for row in components:
-        size = (format_size(row.before), format_size(row.bytes)) if packed else ()
-        plain = () if packed else (format_size(row.bytes),)
-        counted = f"{row.parameters:,}", *size, *plain, f"{row.share:.1%}", f"{row.bits:.2f}"
-        schemes = _shares(row.schemes) if packed else (f"{row.quantized / row.parameters:.1%}",)
-        rows.append((row.name, *counted, *schemes, format_size(row.kept_bytes)))
-    sizes = ("before", "after") if packed else ("bytes",)
-    what = "schemes, by parameters" if packed else "to quantize"
-    columns = "component", "parameters", *sizes, "share", "bits", what, "kept as it is"
-    console.print(table(*columns, rows=rows, numbers_to=len(columns) - 2))
+        sizes = [format_size(row.before)] if packed else []
+        sizes.append(format_size(row.bytes))
+        counted = f"{row.parameters:,}", *sizes, f"{row.share:.1%}", f"{row.bits:.2f}"
+        to_quantize = f"{row.quantized / row.parameters:.1%}"
+        what = _shares(row.schemes) if packed else to_quantize
+        rows.append((row.name, *counted, format_size(row.kept_bytes), what))
+    stored = ("before", "after") if packed else ("bytes",)
+    last = "schemes, by parameters" if packed else "to quantize"
+    columns = ("component", "parameters", *stored, "share", "bits", "kept as it is", last)
+    console.print(table(*columns, rows=rows, numbers_to=len(columns) - packed))
     console.print()
     kept = [
         (name, row.reason, f"{row.count}", format_size(row.bytes), row.dtype, row.name)
         for name, group in [*((c.name, c.kept) for c in components), ("-", tuple(beside))]
         for row in by_reason(group)
     ]
-    columns = "kept as it is", "why", "tensors", "bytes", "as", "names"
-    console.print(table(*columns, rows=kept, numbers_from=2, numbers_to=5))
+    details = ("kept as it is", "why", "tensors", "bytes", "as", "names")
+    console.print(table(*details, rows=kept, numbers_from=2, numbers_to=5))
     console.print()
 
 
-def _shares(schemes: Mapping[str, int]) -> tuple[str]:
+def _shares(schemes: Mapping[str, int]) -> str:
     """`w4g64 71%, w8g64 29%`; the largest three, and how many more."""
     total = sum(schemes.values()) or 1
     shares = [f"{scheme} {count / total:.0%}" for scheme, count in schemes.items()]
     more = [f"{len(shares) - 3} more"] if len(shares) > 3 else []
-    return (", ".join([*shares[:3], *more]),)
+    return ", ".join([*shares[:3], *more])
 
 
 def _print(source: Source, model_map: ModelMap, coverage: bool) -> None:

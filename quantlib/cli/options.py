@@ -66,7 +66,7 @@ Threads = Annotated[
 Mode = Annotated[
     str | None,
     typer.Option(
-        metavar="exact|int8",
+        metavar="exact|int8|int8g128|fast",
         help="Activations that a latency is for, as in generate; the scheme decides unless said.",
         rich_help_panel=BUDGET,
     ),

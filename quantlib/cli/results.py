@@ -68,6 +68,7 @@ def show(result: Result, model: str) -> None:
     console.print(facts(places))
     out = shlex.quote(str(result.path))
     next_commands(
+        f"quantlib inspect {out}",
         f"quantlib eval {out} --against {shlex.quote(model)} --data HELD_OUT_TEXT",
         f"quantlib generate {out} {shlex.quote(_first_prompt(result.path))}",
     )

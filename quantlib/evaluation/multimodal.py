@@ -75,23 +75,20 @@ class Baseline:
 
     def __init__(self, against: str | Path, given: Given) -> None:
         """Raises as `evaluate_suite`."""
-        folder = model_folder(against)
-        self.against, self.given = str(against), given
-        media, self.questions, self.true = _asked(folder, given)
-        self.reference = run(
-            media, self.questions, None, True, _ticks(given, "reference", self.questions)
-        )
-        self._folder = folder
+        self.folder, self.given = model_folder(against), given
+        media, self.questions, self.true = _asked(self.folder, given)
+        ticks = _ticks(given, "reference", self.questions)
+        self.reference = run(media, self.questions, None, True, ticks)
 
     def evaluate(self, model: str | Path) -> SuiteResult:
         """The figures of a folder beside this."""
         began, target = time.monotonic(), model_folder(model)
         gc.collect()  # the other model's memory, before this one is opened
-        media = _second(self.given.open(target), self._folder, target)
+        media = _second(self.given.open(target), self.folder, target)
         ticks = _ticks(self.given, "model", self.questions)
         ours = run(media, self.questions, self.reference, False, ticks)
         found = Found(self.questions, ours, self.reference, self.true)
-        return _result(target, self._folder, self.given, media, found, began)
+        return _result(target, self.folder, self.given, media, found, began)
 
     def close(self) -> None:
         """Give the disk space back."""

@@ -112,19 +112,24 @@ class PiscesDecoder(nn.Module):
         tower: Any = config.decoder_config
         self.pooling, self.grid, self.patch = config.pooling, config.grid, tower.patch_size
         self.tower = JanusVisionModel._from_config(tower)
-        self.condition = nn.Linear(config.vector_size, tower.hidden_size)
+        self.condition = nn.Linear(config.vector_size, config.pooling**2 * tower.hidden_size)
         self.time = nn.Linear(2 * TIME_WAVES, tower.hidden_size)
         self.pixels = nn.Linear(tower.hidden_size, 3 * tower.patch_size**2)
 
     def forward(self, noisy: Tensor, time: Tensor, vectors: Tensor) -> Tensor:
         """noisy: a picture mixed with noise. time [n]: the picture's share, 0 to 1."""
         tokens = self.tower.embeddings(noisy)
-        cells = self.condition(vectors).unflatten(1, (self.grid, self.grid))
-        patches = cells.repeat_interleave(self.pooling, 1).repeat_interleave(self.pooling, 2)
-        entered = tokens + patches.flatten(1, 2) + self.time(waves(time))[:, None]
+        entered = tokens + self._patches(self.condition(vectors)) + self.time(waves(time))[:, None]
         states = self.tower.encoder(inputs_embeds=entered).last_hidden_state
         drawn = self.pixels(self.tower.post_layernorm(states)).transpose(1, 2)
         return F.fold(drawn, tuple(noisy.shape[-2:]), self.patch, stride=self.patch)
+
+    def _patches(self, cells: Tensor) -> Tensor:
+        """What each vector tells its patches, [n, grid * grid, pooling * pooling * size], in the
+        order of patches [n, patches, size]."""
+        apart = cells.unflatten(2, (self.pooling, self.pooling, -1))
+        rows = apart.unflatten(1, (self.grid, self.grid)).transpose(2, 3)
+        return rows.flatten(1, 4)
 
 
 def waves(time: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def _kv_format(recipe: Recipe) -> KvFormat:
     bits = recipe.kv_bits
     if bits is None:
         return KvFormat.parse(recipe.kv)
-    return KvFormat.parse("int4g32" if bits < 6 else "int8/int4g32" if bits < 7.5 else "int8")
+    return KvFormat.parse("int4" if bits < 6 else "int8/int4" if bits < 7.5 else "int8")
 
 
 class RandomModels:

@@ -22,7 +22,8 @@ from quantlib.formats.weight import QuantizedWeight, pack
 from quantlib.models.rows import LinearGroup, Weight
 from quantlib.pipeline import bytecount, parts
 from quantlib.pipeline.calibrate import embedding_statistics, group_statistics
-from quantlib.pipeline.run import TASK, Run
+from quantlib.pipeline.plan import TASK
+from quantlib.pipeline.run import Run
 from quantlib.pipeline.scoring import (
     EmbeddingPart,
     Matrix,

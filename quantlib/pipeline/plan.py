@@ -34,6 +34,7 @@ from quantlib.search.tasks import COMBINED, Objective
 from quantlib.search.weights import ENGINES
 
 TASK = "kl"
+"""The loss of language models: KL divergence per token of text, in nats."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Budget:
         if not self.given or (self.size is not None and self.bits is not None):
             raise UsageError(
                 "give one budget: a size such as --size 82.8MB, or true bits such as --bits 4.25 "
-                "(or a latency such as --latency 12ms, alone or with one of them)"
+                "(or latencies and bytes of components, such as --latency 12ms or --component-size "
+                "vision=2MB, alone or with one of them)"
             )
         if self.size is not None:
             return parse_size(self.size, model_map.nbytes)

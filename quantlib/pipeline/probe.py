@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from quantlib.errors import SearchError
 from quantlib.evaluation.estimate import Estimate
 from quantlib.pipeline.dense import Trials, measured_kl
-from quantlib.pipeline.run import TASK, Run
+from quantlib.pipeline.plan import TASK
+from quantlib.pipeline.run import Run
 from quantlib.pipeline.task_trials import TaskTrials
 from quantlib.search.calibrate import Calibration
 from quantlib.search.problem import Problem

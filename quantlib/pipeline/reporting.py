@@ -16,8 +16,7 @@ from quantlib.checkpoint.provenance import versions
 from quantlib.errors import DataError, UsageError
 from quantlib.evaluation.language import LanguageResult
 from quantlib.pipeline import workfiles
-from quantlib.pipeline.plan import Budget, allocation_problem
-from quantlib.pipeline.run import TASK
+from quantlib.pipeline.plan import TASK, Budget, allocation_problem
 from quantlib.pipeline.workfiles import KnownModel, Outcome
 from quantlib.recipe import Recipe
 from quantlib.report.collect import LatencyParts, collect

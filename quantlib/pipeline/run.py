@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from quantlib.calibration.data import load_windows
-from quantlib.calibration.paths.workload import Workload
 from quantlib.checkpoint.bank import LayerBank
 from quantlib.checkpoint.provenance import digest, file_sha256
 from quantlib.checkpoint.workdir import WorkDir
@@ -23,8 +22,12 @@ from quantlib.errors import UsageError
 from quantlib.formats.scheme import Scheme
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
+from quantlib.pipeline.plan import TASK
 from quantlib.recipe import Recipe
 from quantlib.search.latency import LatencyCosts
+
+if TYPE_CHECKING:
+    from quantlib.calibration.paths.workload import Workload
 
 
 class Progress(Protocol):
@@ -191,8 +194,6 @@ def read_windows(recipe: Recipe, tokenizer: Any) -> Tensor:
     return load_windows(recipe.data, tokenizer, recipe.seqlen, wanted, recipe.seed)
 
 
-TASK = "kl"
-"""The loss of language models: KL divergence per token of text, in nats."""
 STATISTICS_VERSION = 1
 """Raise when the meaning of the statistics changes: old work directories then calibrate again."""
 ROUNDING_VERSION = 3

@@ -16,6 +16,7 @@ from quantlib.calibration.paths.tools import Tools
 from quantlib.calibration.paths.workload import (
     Workload,
     divide,
+    keep_options,
     require_reached,
     text_records,
 )
@@ -55,13 +56,13 @@ def _keeping(model_map: ModelMap, patterns: Sequence[str]) -> ModelMap:
         if not names:
             components = dict.fromkeys(weight.component for weight in model_map.weights)
             raise UsageError(
-                f"keep={pattern!r} matches no weight and no component: the components are "
+                f"--keep {pattern} matches no weight and no component: the components are "
                 f"{', '.join(components)}"
             )
         chosen |= dict.fromkeys(names)
     kept = model_map.keeping_weights(chosen, KEPT)
     if not kept.weights:
-        raise UsageError(f"keep={list(patterns)!r} leaves nothing to quantize")
+        raise UsageError(f"--keep {' --keep '.join(patterns)} leaves nothing to quantize")
     return kept
 
 
@@ -117,7 +118,9 @@ def routes_of(source: Source, model_map: ModelMap) -> Routes:
     unreached = unreached_by_text(model_map)
     advice = ""
     if unreached:
-        advice = f", or keep its other parts with keep={unreached!r} and calibrate on plain text"
+        advice = (
+            f", or keep its other parts with {keep_options(unreached)} and calibrate on plain text"
+        )
     raise ModelError(
         f"quantlib does not know how records run through a model of type {source.model_type!r} "
         f"(it knows {', '.join(known())}): add its routes to quantlib/calibration/paths{advice}"

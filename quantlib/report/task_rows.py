@@ -7,7 +7,6 @@ search weighed it. Where it has one, in that task's own unit.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,9 +27,9 @@ def component_rows(
     """Quantized weights at the plan's bytes, kept tensors at the source's."""
     sizes = {name: row.bytes for name, row in plan.weights.items()}
     owner = {weight.name: weight.component for weight in modelmap.weights}
-    losses: dict[str, Counter[str]] = {}
+    losses: dict[str, dict[str, float]] = {}
     for weight, entry in _chosen(plan, sensitivity).items():
-        found = losses.setdefault(owner[weight], Counter())
+        found = losses.setdefault(owner[weight], dict.fromkeys(entry.loss, 0.0))
         for task, loss in entry.loss.items():
             found[task] += loss / _unit_loss(sensitivity, task)
     return tuple(
@@ -40,7 +39,7 @@ def component_rows(
             row.bytes,
             row.parameters,
             dict(row.schemes),
-            dict(losses.get(row.name, {})),
+            losses.get(row.name, {}),
         )
         for row in component_table(modelmap, sizes, plan.schemes)
     )

@@ -64,15 +64,16 @@ def typical_changes(spec: EngineSpec, residual: bool, rotated: bool, kv: KvForma
     bases, and the inputs of down projections are rotated. kv: of all layers.
     """
     layers = range(len(spec.layers))
-    caches = {} if kv == KvFormat.parse("f32") else dict.fromkeys(layers, kv)
+    exact = kv == KvFormat.parse("f32")
+    caches: dict[int, KvFormat] = {} if exact else dict.fromkeys(layers, kv)
     if not rotated:
         return Changes(caches=caches)
     size = hadamard.block_size(spec.intermediate)
     order, _ = hadamard.split(size)
     turn = BlockRotation(size, hadamard.signs(order) if order > 1 else None)
-    keys = torch.eye(spec.head_dim).expand(spec.kv_heads, -1, -1).contiguous()
+    keys = torch.eye(spec.head_dim, device="cpu").expand(spec.kv_heads, -1, -1).contiguous()
     return Changes(
-        residual=torch.eye(spec.hidden) if residual else None,
+        residual=torch.eye(spec.hidden, device="cpu") if residual else None,
         key_bases=dict.fromkeys(layers, keys),
         hidden=dict.fromkeys(layers, turn),
         caches=caches,

@@ -58,7 +58,12 @@ def write_text(
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}: use 1 or more")
     sampling = sampling or Sampling()
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+        "guidance_scale": 1.0,  # what a generation config says of it is meant for pictures
+    }
     if sampling.temperature > 0:
         options["logits_processor"] = LogitsProcessorList([Drawing(sampling, 1)])
     began = time.perf_counter()

@@ -221,7 +221,7 @@ class _RandomParts:
         vector = None if bias is None else torch.zeros(self._plan.vectors[bias])
         parsed = Scheme.parse(scheme)
         if parsed.weight is None:
-            return Linear(torch.full(shape, 0.01, dtype=torch.bfloat16), vector)
+            return Linear(torch.full(shape, 0.01, dtype=torch.bfloat16, device="cpu"), vector)
         key = _like(name, self._distinct), scheme
         if key not in self._tiled:
             self._tiled[key] = tile(self._weight(shape, scheme))

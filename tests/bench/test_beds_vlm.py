@@ -167,8 +167,8 @@ def test_a_few_steps_lower_the_loss_and_a_finished_run_is_not_repeated(
     prompt = vlm.training_prompt(reader)
     short = (Schedule(40, 1e-2, 5), Schedule(20, 1e-2, 2))
     vision = tiny_vision()
-    weights = train(tmp_path / "run", vision, pixels, labels, model, prompt, 0, short)
-    again = train(tmp_path / "run", vision, pixels, labels, model, prompt, 0, short)
+    weights = train(tmp_path / "run", vision, lambda: pixels, labels, model, prompt, 0, short)
+    again = train(tmp_path / "run", vision, lambda: pixels, labels, model, prompt, 0, short)
     assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
 
     untrained = Connector(torch.zeros(VISION_WIDTH), torch.ones(VISION_WIDTH), TEXT_WIDTH)

@@ -1,7 +1,9 @@
 """The multimodal benchmark: methods differ in one thing, rows are measured once, and the table says
 who is better."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from quantlib.errors import DataError, SearchError, UsageError
 from quantlib.models.source import Source
 
 from ..models.stacked_models import build, save
+from ..pipeline import whole_models
 
 NO_GENERATION, TEXT_ONLY, UNWEIGHTED, ONE_TASK = ABLATIONS
 
@@ -120,7 +123,7 @@ def test_rows_are_every_budget_and_seed_once(bed: Bed) -> None:
 
 def test_ablations_that_change_nothing_are_left_out() -> None:
     """Sound alone has no text to calibrate on, no generation to leave out, and a single task."""
-    rows = rows_of(multimodal.BEDS["speech"], ("ablations", "uniform"), 1, {"speech"})
+    rows = rows_of(multimodal.BEDS["speech"], ("ablations", "further"), 1, {"speech"})
     assert [row.method for row in rows] == [WHOLE, UNWEIGHTED, UNIFORM]
 
 
@@ -175,6 +178,37 @@ def test_a_budget_that_nothing_fits_is_a_row_that_says_so(
     monkeypatch.setattr(artifacts, "folder", lambda: tmp_path)
     monkeypatch.setattr(multimodal, "compress", refuse)
     assert measured(Row(bed, LANGUAGE_ONLY, 4.0, 0), 10)["infeasible"].endswith("is 9 MB")
+
+
+QUICK = {
+    "windows": 4,
+    "probe_windows": 2,
+    "probes": 0,
+    "passes": 0,
+    "schemes": ["w4g32zs4", "w8g32zs6"],
+}
+
+
+def test_a_row_is_compressed_and_judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Through the real pipeline and evaluation, on a tiny LLaVA: the file is within its budget, the
+    figures are of every task, the checkpoint is gone, and too small a budget is a row, too."""
+    folder = tmp_path / "bed"
+    folder.mkdir()
+    whole_models.save("llava_dinov2", folder / "model")
+    whole_models.records("llava_dinov2", folder).rename(folder / "calibration.jsonl")
+    shutil.copy(folder / "calibration.jsonl", folder / "test.jsonl")
+    monkeypatch.setattr(artifacts, "folder", lambda: tmp_path / "cache")
+    method = dataclasses.replace(WHOLE, recipe=QUICK)
+    row = Row(Bed("tiny", lambda: folder, (20.0,), 20.0), method, 20.0, 0)
+    found = measured(row, 3)
+    assert found["true_bits"] <= 20.0
+    assert found["kept_in_16_bits"] == []
+    assert {figure["task"] for figure in found["figures"]} == {"text", "answer"}
+    assert json.loads((row.folder() / "rows" / f"{row.name}.json").read_text()) == found
+    assert not list(row.folder().glob(".out-*"))
+    small = measured(dataclasses.replace(row, bits=1.0), 3)
+    assert "infeasible" in small
+    assert "figures" not in small
 
 
 # -- the table -------------------------------------------------------------------------------------

@@ -88,6 +88,7 @@ def test_what_cannot_be_done_is_a_sentence(
     assert "takes one prompt, and 2" in fails(2, *asked, "a blue two", "--image", new)
     assert "give --image FILE too" in fails(2, *asked, "--guidance", 3)
     assert "--kv is for text alone" in fails(2, *asked, "--image", new, "--kv", "int8")
+    assert "--top-p is for text alone" in fails(2, *asked, "--image", new, "--top-p", 0.5)
     assert "not written as '.txt'" in fails(2, *asked, "--image", tmp_path / "new.txt")
     assert "there is no folder" in fails(2, *asked, "--image", tmp_path / "no" / "new.png")
     assert "guidance is 0.5" in fails(2, *asked, "--image", new, "--guidance", 0.5)

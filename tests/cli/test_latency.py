@@ -13,6 +13,8 @@ from quantlib.kernels import timing
 from quantlib.kernels.cpu import stopwatch
 from quantlib.kernels.timing import Machine, Op
 from quantlib.pipeline import latency
+from quantlib.pipeline.latency_models import RandomModels
+from quantlib.runtime.stopwatch import Fit
 
 from .conftest import QUICK, Run
 
@@ -36,24 +38,14 @@ def clock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Op]]:
         asked.append(op)
         return [1e-3 * invented_ms(op)] * passes
 
-    def running(table, prices, costs, schemes, budget, progress):
-        everywhere = {s: {w.name: [s] for w in prices.model_map.weights} for s in schemes}
-        return {
-            s: {
-                cost: 1.0
-                + sum(
-                    prices.scale(cost, op) * invented_ms(op) for _, op in prices.ops(cost, all_in)
-                )
-                for cost in costs
-            }
-            for s, all_in in everywhere.items()
-        }
+    def fits(self, table, products, schemes, progress):
+        return {cost: Fit(fixed=1.0, factor=1.0) for cost in products}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "table_folder", lambda: folder)
         patch.setattr(stopwatch, "seconds", seconds)
         patch.setattr(latency, "this_machine", lambda threads: MACHINE)
-        patch.setattr(latency, "_running", running)
+        patch.setattr(RandomModels, "fits", fits)
         yield asked
 
 

@@ -205,7 +205,7 @@ def test_a_recipe_s_bases_and_cache_are_those_of_its_checkpoints() -> None:
     assert set(found.key_bases) == {0, 1}
     fused = changes_of(Recipe(data="unused", rotation="pca", kv="5.2"), spec, own_head=True)
     assert fused.residual is None
-    assert {str(cache) for cache in fused.caches.values()} == {"int4g32"}
+    assert {str(cache) for cache in fused.caches.values()} == {"int4"}
     plain = changes_of(Recipe(data="unused"), spec, own_head=False)
     assert (plain.residual, plain.key_bases, plain.hidden) == (None, {}, {})
 

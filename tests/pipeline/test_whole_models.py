@@ -15,6 +15,7 @@ from quantlib.calibration.paths.route import objective
 from quantlib.pipeline.compress import Result, compress
 from quantlib.pipeline.dense import DensePlan
 from quantlib.pipeline.opening import reopen_run
+from quantlib.pipeline.task_trials import TaskTrials
 from quantlib.pipeline.workfiles import load_model, load_table
 
 from . import whole_models
@@ -42,16 +43,16 @@ STREAMS = {
     "dinov2": ("vectors",),
     "clip": ("vectors",),
 }
-CASES = [
+CASES: list[Any] = [
     "janus",
-    "janus_mixture",
+    pytest.param("janus_mixture", marks=pytest.mark.slow),
     "llava_dinov2",
     "llava_siglip",
     "idefics3",
     "gemma3",
     "qwen2_5_vl",
     "chameleon",
-    "emu3",
+    pytest.param("emu3", marks=pytest.mark.slow),
     "whisper",
     "bert",
     "dinov2",
@@ -89,9 +90,8 @@ def test_the_checkpoint_says_on_every_path_what_was_measured(case: str, squeezed
         for task in run.tasks:
             expected = _said(run, plan.model, task, samples[task])
             found = _said(run, packed, task, samples[task])
-            error = float((found - expected).abs().max() / expected.abs().max())
-            assert error <= TOLERANCE, (task, error)
-            moved = float((exact[task] - expected).abs().max() / expected.abs().max())
+            assert _distance(found, expected) <= TOLERANCE, task
+            moved = _distance(exact[task], expected)
             assert moved > 10 * TOLERANCE, f"{task} does not run on what was rounded"
 
 
@@ -99,6 +99,14 @@ def _said(run: Any, model: Any, task: str, samples: list[Any]) -> torch.Tensor:
     route = run.streams.route(task)
     said = [objective(sample).said(route.run(model, **sample.inputs)) for sample in samples]
     return torch.cat([one.flatten() for one in said])
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference relative to the largest number; Chameleon's forbidden words have logits
+    of minus infinity, nearly."""
+    allowed = expected > -1e30
+    difference = (found - expected)[allowed].abs().max()
+    return float(difference / expected[allowed].abs().max())
 
 
 @pytest.mark.parametrize("case", ["janus", "llava_siglip", "gemma3", "whisper"])
@@ -143,6 +151,22 @@ def test_the_table_has_a_column_and_a_full_precision_loss_for_every_stream(
         for name in (decoder, tower, head)
     }
     assert felt == {decoder: {"decoder"}, tower: {"answer"}, head: {"image"}}
+
+
+def test_predicted_losses_are_of_the_size_of_measured_ones(squeezed: Squeeze) -> None:
+    """In every task, on held-back records: the units of statistics, terms and divergences agree.
+
+    The prediction leaves out what errors do to each other, which at 2 and 3 bits is a factor of
+    several, and measures nothing of two records but their order of magnitude.
+    """
+    result = squeezed("janus")
+    table = load_table(result.work, load_model(result.work).model_map)
+    with reopen_run(result.work, with_data=True) as run:
+        measured = TaskTrials(run).measure(result.plan.schemes)
+    for task, found in measured.items():
+        rows = result.plan.schemes.items()
+        predicted = sum(table.entry(name, scheme).loss[task] for name, scheme in rows)
+        assert predicted / 12 < found.value < 12 * predicted, (task, predicted, found.value)
 
 
 def test_janus_writes_and_decodes_pictures_after_a_reload(squeezed: Squeeze) -> None:

@@ -49,7 +49,7 @@ def test_a_stream_without_a_record_is_named_with_what_it_leaves_unknown(
     sentence = (
         r"no record for the stream image \(records with prompt, target\): nothing would be known "
         r"of generation_embeddings, generation_projector, generation_head\. .*"
-        r"keep=\['generation_embeddings', 'generation_projector', 'generation_head'\]"
+        "--keep generation_embeddings --keep generation_projector --keep generation_head"
     )
     # pictures of questions are enough for the image encoder and decoder
     with pytest.raises(DataError, match=sentence):
@@ -66,7 +66,7 @@ def test_what_is_kept_needs_no_records(janus: Path, tmp_path: Path) -> None:
 
 
 def test_kept_patterns_that_match_nothing_list_the_components(janus: Path, data: Path) -> None:
-    with pytest.raises(UsageError, match=r"keep='vision' matches no weight .* vision_tower"):
+    with pytest.raises(UsageError, match=r"--keep vision matches no weight .* vision_tower"):
         inputs(janus, data, keep=("vision",))
     with pytest.raises(UsageError, match="leaves nothing to quantize"):
         inputs(janus, data, keep=("*",))
@@ -199,3 +199,25 @@ def test_every_stream_is_calibrated_once(janus: Path, data: Path, tmp_path: Path
     assert any(line.startswith("language_model is rounded for ") for line in again.said)
     with open_run(janus, tmp_path / "work", recipe(data, weighting="none")) as run:
         assert parts_there(run) == (0, 5)
+
+
+def test_experts_that_saw_too_little_are_given_further_records(tmp_path: Path) -> None:
+    model = whole_models.save("janus_mixture", tmp_path / "model")
+    data = whole_models.records("janus_mixture", tmp_path, count=14)
+    others = ("image_*", "vision_tower", "projector")
+    settings = recipe(data, windows=2, expert_tokens=16, keep=others)
+    with open_run(model, tmp_path / "work", settings) as run:
+        calibrate_whole(run)
+        seen = [summary(run, task) for task in run.tasks]
+    experts = [name for name, matrices in seen[0].groups.items() if len(matrices) > 1]
+    assert experts
+    for name in experts:
+        for expert in range(len(seen[0].groups[name])):
+            assert sum(one.groups[name][expert][0] for one in seen) >= 16, (name, expert)
+    assert any(one.samples > 2 for one in seen)
+    greedy = recipe(data, windows=2, expert_tokens=10_000, keep=others)
+    with (
+        open_run(model, tmp_path / "work", greedy) as run,
+        pytest.raises(DataError, match=r"of 10000 tokens, fewer reached .*expert"),
+    ):
+        calibrate_whole(run)

@@ -177,9 +177,9 @@ def _letters(number: int) -> str:
 def save(case: str, folder: Path) -> Path:
     """The folder of a model: weights, tokenizer, processor, generation config."""
     model = build(case)
-    if hasattr(model, "generation_config") and model.generation_config is not None:
-        model.generation_config.update(**GENERATION)
-        model.generation_config.generation_kwargs = {"boi_token_id": SPECIAL["<boi>"]}
+    if case.startswith("janus"):
+        begin = {"generation_kwargs": {"boi_token_id": SPECIAL["<boi>"]}}
+        model.generation_config = transformers.GenerationConfig(**GENERATION, **begin)
     model.save_pretrained(folder)
     words = tokenizer()
     if case in PROCESSORS:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantlib.errors import SearchError
+from quantlib.search.pareto import pareto_front
 from quantlib.search.problem import Choice, Item, Problem
 from quantlib.search.solve import Solver, solve
 from quantlib.search.tasks import COMBINED, Objective, task_cost
@@ -135,6 +136,17 @@ def test_the_worst_task_is_better_off_than_under_the_sum_and_the_sum_is_worse() 
         # with hundreds of choices nothing keeps one task far ahead of the others for nothing
         levels = [balanced.scales[t] * x for t, x in balanced.task_losses(solution.picks).items()]
         assert min(levels) > 0.9 * max(levels)
+
+
+def test_a_front_shows_the_largest_increase_and_it_falls() -> None:
+    problem = large("minmax", seed=1)
+    low, high = (problem.bytes(picks) for picks in (problem.smallest(), problem.best()))
+    front = pareto_front(problem, [int(low + share * (high - low)) for share in (0, 0.3, 0.6, 1)])
+    assert len(front) > 2
+    for point, after in itertools.pairwise(front):
+        assert point.loss == problem.value(point.picks)
+        assert after.loss < point.loss
+        assert point.gap <= 5e-3, "what is proven is near enough for a picture"
 
 
 def test_a_task_that_is_left_out_is_not_balanced_but_still_reported() -> None:

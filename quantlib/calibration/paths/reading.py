@@ -152,13 +152,8 @@ def pictures_of(side: Callable[[Tools], int | None], tokens: Callable[..., int |
     text: of (tools, pixel_values); None: anything."""
 
     def fits(tools: Tools, inputs: Mapping[str, Any], where: str) -> None:
-        pixels, wanted = inputs["pixel_values"], side(tools)
-        size = tuple(pixels.shape[-2:])
-        if wanted is not None and size != (wanted, wanted):
-            raise DataError(
-                f"the image processor in {tools.folder} makes pictures of {size[0]} x {size[1]} "
-                f"pixels, and config.json says {wanted} x {wanted}: fetch both again"
-            )
+        pixels = inputs["pixel_values"]
+        require_side(tools, pixels, side(tools))
         count, expected = placeholders(tools, inputs), tokens(tools, pixels)
         if expected is not None and count != expected:
             raise DataError(
@@ -167,6 +162,27 @@ def pictures_of(side: Callable[[Tools], int | None], tokens: Callable[..., int |
             )
 
     return fits
+
+
+def require_side(tools: Tools, pixels: Tensor, side: int | None) -> None:
+    """Raise DataError for pictures [..., H, W] of another size than config.json says; None: it does
+    not say."""
+    size = tuple(pixels.shape[-2:])
+    if side is not None and size != (side, side):
+        raise DataError(
+            f"the image processor in {tools.folder} makes pictures of {size[0]} x {size[1]} "
+            f"pixels, and config.json says {side} x {side}: fetch both again"
+        )
+
+
+def any_side(_: Tools) -> None:
+    """Pictures may have any size."""
+    return None
+
+
+def any_count(_: Tools, __: Tensor) -> None:
+    """How many tokens a picture takes follows from the picture."""
+    return None
 
 
 def placeholders(tools: Tools, inputs: Mapping[str, Any]) -> int:

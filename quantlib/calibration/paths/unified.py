@@ -21,9 +21,10 @@ from quantlib.calibration.paths.reading import (
     TEXT_ROUTE,
     WORDS,
     answers,
-    parsed,
+    any_count,
+    any_side,
     pictures_of,
-    placeholder_of,
+    require_side,
     vision,
 )
 from quantlib.calibration.paths.route import Route, Routes
@@ -126,12 +127,7 @@ def _janus_writing(tools: Tools, model: Any, record: Record) -> Sample:
 
 def _janus_check_writing(tools: Tools, record: Record) -> None:
     janus_prompt(tools, record.text)
-    side, size = _janus_side(tools), tuple(pixels_of(tools, record)["pixel_values"].shape[-2:])
-    if size != (side, side):
-        raise DataError(
-            f"the image processor in {tools.folder} makes pictures of {size[0]} x {size[1]} "
-            f"pixels, and config.json says {side} x {side}: fetch both again"
-        )
+    require_side(tools, pixels_of(tools, record)["pixel_values"], _janus_side(tools))
 
 
 def _janus_decoding(tools: Tools, model: Any, record: Record) -> Sample:
@@ -184,14 +180,6 @@ JANUS = Routes(
 # -- one vocabulary of words and codes -------------------------------------------------------------
 
 
-def _any_side(_: Tools) -> None:
-    return None
-
-
-def _any_count(_: Tools, __: Tensor) -> None:
-    return None
-
-
 def _chameleon_unread(_: Mapping[str, Any], __: ModelMap) -> dict[str, str]:
     return {"model.vqmodel.post_quant_conv.*": NO_DECODER}
 
@@ -211,7 +199,7 @@ CHAMELEON = Routes(
     ("chameleon",),
     (
         TEXT_ROUTE,
-        answers(pictures_of(_any_side, _any_count), WORDS, _chameleon_encode, placeholder_of),
+        answers(pictures_of(any_side, any_count), WORDS, _chameleon_encode),
         _CODES,
     ),
     _chameleon_unread,
@@ -251,7 +239,6 @@ def _emu3_decoding(tools: Tools, model: Any, record: Record) -> Sample:
 
 def _check_joined(tools: Tools, record: Record) -> None:
     _check_picture(tools, record)
-    parsed(tools)
     if not hasattr(tools.processor, "fake_token_around_image"):
         raise DataError(f"the processor in {tools.folder} is not Emu3's: fetch it again")
 
@@ -260,7 +247,7 @@ EMU3 = Routes(
     ("emu3",),
     (
         TEXT_ROUTE,
-        answers(pictures_of(_any_side, _any_count), WORDS),
+        answers(pictures_of(any_side, any_count), WORDS),
         Route("image", (GENERATION,), WORDS, _emu3_writing, _check_joined, modalities=MODALITIES),
         Route(
             "decoder",

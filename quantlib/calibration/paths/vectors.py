@@ -9,11 +9,11 @@ from torch import Tensor
 
 from quantlib.calibration.media import read_image
 from quantlib.calibration.objectives import VectorObjective
+from quantlib.calibration.paths.reading import require_side
 from quantlib.calibration.paths.route import Route, Routes
 from quantlib.calibration.paths.tools import Tools, row
 from quantlib.calibration.records import GENERATION, PAIR, PICTURE, QUESTION, TEXT, Record
 from quantlib.calibration.streams import Sample
-from quantlib.errors import DataError
 from quantlib.models.families import EMBEDDINGS, TEXT_ENCODER, VISION
 
 STREAM = "vectors"
@@ -48,14 +48,8 @@ def _text(tools: Tools, _: Any, record: Record) -> Sample:
 def _pixels(tools: Tools, record: Record) -> Tensor:
     image = read_image(record.file)
     pixels: Tensor = tools.pictures(images=[image], return_tensors="pt")["pixel_values"]
-    side = tools.config.get("image_size")
-    size = tuple(pixels.shape[-2:])
     fixed = tools.config["model_type"] in ("clip_vision_model", "siglip_vision_model")
-    if fixed and side is not None and size != (side, side):
-        raise DataError(
-            f"the image processor in {tools.folder} makes pictures of {size[0]} x {size[1]} "
-            f"pixels, and config.json says {side} x {side}: fetch both again"
-        )
+    require_side(tools, pixels, tools.config.get("image_size") if fixed else None)
     return pixels
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from quantlib.calibration.paths.reading import (
     TEXT_ROUTE,
     answers,
+    any_count,
+    any_side,
     by_parts,
     parsed,
     pictures_of,
@@ -73,25 +75,17 @@ def _idefics_tokens(tools: Tools, pixels: Tensor) -> int:
     return pixels.shape[1] * places // factor**2
 
 
-def _any_side(_: Tools) -> None:
-    return None
-
-
-def _any_count(_: Tools, __: Tensor) -> None:
-    return None
-
-
 FAMILIES = (
     Routes(("llava",), (TEXT_ROUTE, answers(pictures_of(_llava_side, _llava_tokens))), _unread),
     Routes(
         ("gemma3",), (TEXT_ROUTE, answers(pictures_of(_gemma_side, _gemma_tokens))), _unread_head
     ),
-    Routes(("idefics3", "smolvlm"), (TEXT_ROUTE, answers(pictures_of(_any_side, _idefics_tokens)))),
+    Routes(("idefics3", "smolvlm"), (TEXT_ROUTE, answers(pictures_of(any_side, _idefics_tokens)))),
     Routes(
         ("qwen2_5_vl",),
         (
             TEXT_ROUTE,
-            answers(pictures_of(_any_side, _any_count), encode=by_parts, placeholder=token_of),
+            answers(pictures_of(any_side, any_count), encode=by_parts, placeholder=token_of),
         ),
     ),
 )

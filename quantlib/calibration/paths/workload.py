@@ -165,14 +165,19 @@ def require_reached(model_map: ModelMap, routes: Routes, workload: Workload) -> 
         raise DataError(
             "nothing that quantlib does with a model of type "
             f"{workload.tools.config['model_type']} runs {some(unknown)}: keep them as they are "
-            f"with keep={unknown!r}"
+            f"with {keep_options(unknown)}"
         )
     empty = " and ".join(f"{route.stream} (records with {_keys(route)})" for route in helpful)
     raise DataError(
         f"the calibration data has no record for the stream {empty}: nothing would be known of "
         f"{', '.join(unknown)}. Add such records, or keep these components as they are with "
-        f"keep={unknown!r}"
+        f"{keep_options(unknown)}"
     )
+
+
+def keep_options(components: Sequence[str]) -> str:
+    """What a user adds to a command so that components stay as they are."""
+    return " ".join(f"--keep {name}" for name in components)
 
 
 def text_records(source: TextSource, seqlen: int) -> list[Record]:

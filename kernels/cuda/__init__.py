@@ -1,0 +1,7 @@
+"""Hand-written kernels for NVIDIA GPUs, sm_80 and later, and what surrounds them.
+
+`src/` has the sources, `fragments.py` what the PTX manual says about tensor cores, `layout.py` how
+weights are packed for them, `decode.py` the cases that a kernel is compiled for and its arguments,
+`toolkit.py` and `compile.py` the compilers, `machine_code.py` what came out of them, `cubins.py`
+kernels compiled ahead of time.
+"""

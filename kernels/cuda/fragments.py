@@ -1,0 +1,46 @@
+"""Who holds what in a tensor core instruction: PTX ISA manual, "Matrix Fragments for
+mma.m16n8k16 with floating point type", 16-bit elements.
+
+A matrix is spread over the 32 lanes of a warp: each holds some registers of 32 bits, each register
+two elements that are neighbours along k (the left operand's columns, the right operand's rows).
+With `group = lane / 4` and `member = lane % 4`, the manual's formulas are written out here; layouts
+are derived by enumerating them, never by hand.
+"""
+
+from __future__ import annotations
+
+LANES = 32
+ROWS, COLUMNS, DEPTH = 16, 8, 16
+"""m, n and k of the instruction."""
+LEFT_REGISTERS, RIGHT_REGISTERS, SUM_REGISTERS = 4, 2, 4
+"""Of a lane; a register of sums is one float."""
+
+
+def left_element(lane: int, register: int, side: int) -> tuple[int, int]:
+    """(row, column) of 16 x 16 that a lane's register holds in its low (side 0) or high half.
+
+    The manual: element a_i, i = 2 register + side, is in row `group` for i in 0, 1, 4, 5, else
+    `group + 8`, and in column `2 member + i % 2`, plus 8 for i >= 4.
+    """
+    group, member, i = lane // 4, lane % 4, 2 * register + side
+    row = group if i in (0, 1, 4, 5) else group + 8
+    return row, member * 2 + i % 2 + (8 if i >= 4 else 0)
+
+
+def right_element(lane: int, register: int, side: int) -> tuple[int, int]:
+    """(row, column) of 16 x 8.
+
+    The manual: element b_i is in row `2 member + i % 2`, plus 8 for i >= 2, and column `group`.
+    """
+    group, member, i = lane // 4, lane % 4, 2 * register + side
+    return member * 2 + i % 2 + (8 if i >= 2 else 0), group
+
+
+def sum_element(lane: int, register: int) -> tuple[int, int]:
+    """(row, column) of 16 x 8.
+
+    The manual: element c_i is in row `group` for i < 2, else `group + 8`, and in column
+    `2 member + i % 2`.
+    """
+    group, member = lane // 4, lane % 4
+    return (group if register < 2 else group + 8), member * 2 + register % 2

@@ -1,0 +1,191 @@
+// The functions of `ptx::` on the machine. kernels/cuda/src/device.h has their contracts and, for a
+// GPU, their instructions; a function that is there and not here does not compile.
+#pragma once
+
+#include <cstring>
+
+#include "entry.h"
+#include "machine.h"
+#include "numbers.h"
+
+namespace ptx {
+
+using Shared = uint32_t;
+
+struct Half : emulator::Fp16 {};
+struct BFloat : emulator::Bf16 {};
+
+inline Shared shared_memory() { return 0; }
+
+inline int thread_index() { return static_cast<int>(threadIdx.x); }
+inline uint64_t evict_first() { return 0; }
+inline void copy_async(Shared to, const void* from, int bytes) {
+  emulator::copy_async(to, from, static_cast<uint32_t>(bytes));
+}
+inline void copy_async(Shared to, const void* from, int bytes, uint64_t) {
+  copy_async(to, from, bytes);
+}
+inline void commit_copies() { emulator::commit_copies(); }
+template <int pending>
+void wait_copies() {
+  emulator::wait_copies(pending);
+}
+
+namespace detail {
+
+struct SharedAccess {
+  Shared address;
+  void* value;
+};
+
+// All lanes of a warp together, so that conflicts can be counted.
+template <class Value, emulator::Access access>
+void access_shared(void* const* lanes) {
+  Shared addresses[32];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& own = *static_cast<SharedAccess*>(lanes[lane]);
+    addresses[lane] = own.address;
+    unsigned char* at = emulator::shared_of_lane(lane, own.address, sizeof(Value), access);
+    if (access == emulator::Access::read) {
+      std::memcpy(own.value, at, sizeof(Value));
+    } else {
+      std::memcpy(at, own.value, sizeof(Value));
+    }
+  }
+  emulator::count_bank_conflicts(addresses, sizeof(Value));
+}
+
+struct MatrixRow {
+  Shared row;
+  uint32_t* registers;
+};
+
+// Matrix m is rows 8m .. 8m+7, at the addresses of those lanes; lane 4r + c gets columns 2c, 2c+1
+// of row r of each.
+inline void load_four_matrices(void* const* lanes) {
+  ++emulator::counters.matrix_loads;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    Shared addresses[32];
+    for (int row = 0; row < 8; ++row) {
+      const auto& own = *static_cast<MatrixRow*>(lanes[8 * matrix + row]);
+      const unsigned char* at =
+          emulator::shared_of_lane(8 * matrix + row, own.row, 16, emulator::Access::read);
+      for (int column = 0; column < 4; ++column) {
+        std::memcpy(&static_cast<MatrixRow*>(lanes[4 * row + column])->registers[matrix],
+                    at + 4 * column, 4);
+      }
+      for (int part = 0; part < 4; ++part) addresses[4 * row + part] = own.row + 4 * part;
+    }
+    emulator::count_bank_conflicts(addresses, 4);
+  }
+}
+
+struct Product {
+  const uint32_t *a, *b;
+  float* c;
+};
+
+// mma.m16n8k16, as the PTX manual's figures have it: with g = lane / 4 and t = lane % 4, a register
+// r holds row g + 8 (r % 2) and columns 2t, 2t + 1, + 8 (r / 2), of 16 x 16; a register r of b
+// holds rows 2t, 2t + 1, + 8 r and column g, of 16 x 8; c[i] is row g + 8 (i / 2) and column 2t + i
+// % 2. Sums are exact here and rounded once; the hardware rounds more often.
+template <class Element>
+void multiply_fragments(void* const* lanes) {
+  ++emulator::counters.matrix_products;
+  double a[16][16], b[16][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& own = *static_cast<Product*>(lanes[lane]);
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 2; ++i) {
+      const auto value = [i](uint32_t pair) { return Element::decode(pair >> (16 * i) & 0xffff); };
+      for (int r = 0; r < 4; ++r) a[g + 8 * (r % 2)][2 * t + i + 8 * (r / 2)] = value(own.a[r]);
+      for (int r = 0; r < 2; ++r) b[2 * t + i + 8 * r][g] = value(own.b[r]);
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    float* c = static_cast<Product*>(lanes[lane])->c;
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+      double sum = c[i];
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+      c[i] = static_cast<float>(sum);
+    }
+  }
+}
+
+template <class Element>
+uint32_t fma_lane(uint32_t a, uint32_t b, uint32_t c, int shift) {
+  const auto decode = [&](uint32_t pair) {
+    return static_cast<double>(Element::decode(pair >> shift & 0xffff));
+  };
+  return static_cast<uint32_t>(Element::encode(decode(a) * decode(b) + decode(c))) << shift;
+}
+
+}  // namespace detail
+
+template <class Value>
+Value load_shared(Shared from) {
+  Value value;
+  detail::SharedAccess own{from, &value};
+  emulator::collective("a load from shared memory", &own,
+                       detail::access_shared<Value, emulator::Access::read>);
+  return value;
+}
+
+template <class Value>
+void store_shared(Shared to, Value value) {
+  detail::SharedAccess own{to, &value};
+  emulator::collective("a store to shared memory", &own,
+                       detail::access_shared<Value, emulator::Access::write>);
+}
+
+inline void load_matrices(uint32_t (&registers)[4], Shared row) {
+  detail::MatrixRow own{row, registers};
+  emulator::collective("ldmatrix", &own, detail::load_four_matrices);
+}
+
+template <class Element>
+void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  detail::Product own{a, b, c};
+  emulator::collective("mma", &own, detail::multiply_fragments<Element>);
+}
+
+inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
+inline uint32_t and_xor(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) ^ bits; }
+
+template <class Element>
+uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+  return detail::fma_lane<Element>(a, b, c, 0) | detail::fma_lane<Element>(a, b, c, 16);
+}
+
+template <class Element>
+float to_float(uint32_t low_bits) {
+  return Element::decode(low_bits & 0xffff);
+}
+
+template <class Element>
+uint32_t to_pair(float low, float high) {
+  return Element::encode(low) | static_cast<uint32_t>(Element::encode(high)) << 16;
+}
+
+template <class Value>
+Value load_global(const void* from) {
+  Value value;
+  std::memcpy(&value, emulator::global_read(from, sizeof value), sizeof value);
+  return value;
+}
+
+template <class Value>
+Value load_global_from_l2(const void* from) {
+  return load_global<Value>(from);
+}
+
+template <class Value>
+void store_global(void* to, Value value) {
+  std::memcpy(emulator::global_write(to, sizeof value), &value, sizeof value);
+}
+
+inline int load_acquire(const int* from) { return emulator::load_acquire(from); }
+inline void store_release(int* to, int value) { emulator::store_release(to, value); }
+
+}  // namespace ptx
