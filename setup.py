@@ -46,8 +46,9 @@ EXTRAS = {
     "eval": ["lm-eval>=0.4.9"],
     "datasets": ["datasets>=3"],
     "graph": ["torch-geometric>=2.6"],
-    # Weights of the demo model and of the test-beds are published as GGUF and ONNX files.
-    "bench": ["gguf>=0.17", "onnx>=1.16"],
+    # Weights of the demo model and of the test-beds are published as GGUF and ONNX files; a bed writes
+    # its own tokenizer.
+    "bench": ["gguf>=0.17", "onnx>=1.16", "tokenizers>=0.20"],
     # What quantlib is measured beside; `make peers` installs them, and llama.cpp from its source.
     "peers": ["onnx>=1.16", "onnxruntime>=1.20", "openvino>=2025.0"],
     "dev": [
@@ -121,7 +122,7 @@ setup(
     package_dir=package_dir,
     package_data={
         "quantlib": ["py.typed"],
-        "quantlib.kernels": ["cpu/src/*"],
+        "quantlib.kernels": ["cpu/src/*", "cuda/src/*", "emulator/src/*"],
         "quantlib.report": ["page/*"],
         "quantlib.bench": ["plans/*.json"],
         "quantlib.bench.beds": ["weights/*", "weights/*/*", "weights/*/*/*"],

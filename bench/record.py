@@ -33,7 +33,7 @@ def machine() -> str:
 def write(name: str, rows: dict[str, Any]) -> Path:
     """Keep `rows` as `results/NAME.json` with date, machine, versions and the command that made
     them."""
-    words = [Path(sys.argv[0]).stem, *(Path(w).name if "/" in w else w for w in sys.argv[1:])]
+    words = [_module(), *(Path(w).name if "/" in w else w for w in sys.argv[1:])]
     head = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": machine(),
@@ -44,3 +44,10 @@ def write(name: str, rows: dict[str, Any]) -> Path:
     RESULTS.mkdir(exist_ok=True)
     atomic_write_text(path, json.dumps({**head, **rows}, indent=1) + "\n")
     return path
+
+
+def _module() -> str:
+    """The module that was run, as a name below `quantlib.bench`."""
+    path = Path(sys.argv[0]).resolve()
+    inside = path.is_relative_to(RESULTS.parent)
+    return ".".join(path.relative_to(RESULTS.parent).with_suffix("").parts) if inside else path.stem

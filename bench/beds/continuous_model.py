@@ -15,7 +15,7 @@ from torch import Tensor
 from quantlib.bench.beds import unified_model as unified
 from quantlib.bench.beds.scenes import SIDE
 
-GUIDANCE = 2.0
+GUIDANCE = 1.5
 """Classifier-free guidance that vectors are predicted with."""
 READER_LAYERS, DECODER_LAYERS = 3, 4
 VECTOR_NOISE = 0.2

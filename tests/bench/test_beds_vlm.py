@@ -165,7 +165,7 @@ def test_a_few_steps_lower_the_loss_and_a_finished_run_is_not_repeated(
     labels = torch.arange(20) % 10
     pixels = drawn(10, 3, PIXELS, PIXELS)[labels]  # ten pictures, one of each kind
     prompt = vlm.training_prompt(reader)
-    short = (Schedule(40, 1e-2, 5), Schedule(20, 1e-2, 2))
+    short = (Schedule(40, 1e-2, 5), Schedule(60, 1e-2, 2))
     vision = tiny_vision()
     weights = train(tmp_path / "run", vision, lambda: pixels, labels, model, prompt, 0, short)
     again = train(tmp_path / "run", vision, lambda: pixels, labels, model, prompt, 0, short)
