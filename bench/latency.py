@@ -6,8 +6,8 @@
 SmolLM2-135M-Instruct (the permuted copy of `bench.assets`). The budgets lie evenly between the
 fastest plan and the one that loses least, in milliseconds a decoded token; each plan is searched
 for within its budget, written as a packed checkpoint, loaded as a user would, and timed in turns
-with the other four. A prompt's latency is predicted and measured on the same plans. `error` is
-measured / predicted - 1.
+with the other four; what predictions rest on is measured in the same run. A prompt's latency is
+predicted and measured on the same plans. `error` is measured / predicted - 1.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def measure_model(work: Path) -> None:
 
 def compare(work: Path, scratch: Path, threads: int, mode: str) -> dict[str, Any]:
     """Predict, make and time the five plans."""
-    costs, plans = make_plans(work, threads, mode)
+    costs, plans = make_plans(work, threads, mode, scratch / "timings")
     models: dict[str, Decoder] = {}
     with reopen_run(work, progress=Said()) as run:
         for name, plan in plans.items():
@@ -96,8 +96,13 @@ def compare(work: Path, scratch: Path, threads: int, mode: str) -> dict[str, Any
     }
 
 
-def make_plans(work: Path, threads: int, mode: str) -> tuple[LatencyCosts, dict[str, Plan]]:
-    """The costs on this machine, and the best plan within each of the five budgets."""
+def make_plans(
+    work: Path, threads: int, mode: str, timings: Path
+) -> tuple[LatencyCosts, dict[str, Plan]]:
+    """The costs on this machine, and the best plan within each of the five budgets.
+
+    timings: an empty folder, so that all is measured now: a machine is not as fast every hour.
+    """
     known = workfiles.load_model(work)
     table = workfiles.load_table(work, known.model_map)
     schemes = {weight: list(row) for weight, row in table.rows.items()}
@@ -107,7 +112,7 @@ def make_plans(work: Path, threads: int, mode: str) -> tuple[LatencyCosts, dict[
 
     both = LatencyBudget((f"decode=1s@{CONTEXT}", f"prefill=1s@{PROMPT}"), threads, mode)
     recipe = workfiles.load_recipe(work)
-    costs = costs_for(known.model_map, known.path, schemes, both, Said(), recipe)
+    costs = costs_for(known.model_map, known.path, schemes, both, Said(), recipe, timings)
     assert costs is not None
     best, problem, _ = search(known.model_map, table, Budget(latency=budget(GENEROUS)), costs)
     low, high = least_cost(problem, DECODE), best.predicted[DECODE]

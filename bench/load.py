@@ -5,13 +5,16 @@
 Rearranging weights for the kernels is part of loading: nothing is put off but what the first step
 allocates for itself, so the time to the first token is kept beside it. Every loading has a process
 of its own and follows one reading of the files from beginning to end, with their pages dropped
-before both ("cold") or still there ("warm"); what counts is the median of their ratios. Needs
-4.5 GB of disk, and as much memory beside the page cache, unless --checkpoint names another model.
+before both ("cold") or still there ("warm"); what counts is the median of their ratios. Beside them
+stands what the system takes to hand out as much fresh memory, which any loading needs. Needs 4.5 GB
+of disk, and as much memory beside the page cache, unless --checkpoint names another model.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +34,8 @@ def measure(model: str, checkpoint: Path, rounds: int) -> dict[str, Any]:
     """All rounds, their medians, and whether the promises are kept."""
     rows = []
     for _ in range(rounds):
-        rows.append({"model": model, **footprint.measure(checkpoint)})
+        found = footprint.measure(checkpoint)
+        rows.append({"model": model, **found, "fresh_memory_s": fresh_memory(found["bytes"])})
         print(_sentence(rows[-1]), flush=True)
     medians = {state: _medians(rows, state) for state in STATES}
     worst = max(rows, key=lambda row: row["resident_bytes"])
@@ -54,6 +58,18 @@ def measure(model: str, checkpoint: Path, rounds: int) -> dict[str, Any]:
     }
 
 
+def fresh_memory(nbytes: int) -> float:
+    """Seconds that a process of its own takes to write to memory it never had."""
+    code = (
+        "import sys, time, torch\n"
+        "started = time.perf_counter()\n"
+        "torch.full((int(sys.argv[1]),), 1, dtype=torch.uint8)\n"
+        "print(time.perf_counter() - started)"
+    )
+    command = [sys.executable, "-P", "-c", code, str(nbytes)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 def _medians(rows: Sequence[Mapping[str, Any]], state: str) -> dict[str, float]:
     """Of one state: seconds to read, to load, to the first token, and loading over reading."""
     names = ("read_s", "load_s", "first_token_s")
@@ -69,7 +85,8 @@ def _sentence(row: Mapping[str, Any]) -> str:
         for state in STATES
     ]
     return (
-        f"{row['bytes'] / 1e9:.2f} GB; {'; '.join(parts)}; "
+        f"{row['bytes'] / 1e9:.2f} GB; {'; '.join(parts)}; as much fresh memory in "
+        f"{row['fresh_memory_s']:.2f} s; "
         f"{row['resident_bytes'] / 1e9:.2f} GB resident"
     )
 

@@ -53,18 +53,20 @@ def latency_costs(
     budget: LatencyBudget,
     progress: Progress,
     recipe: Recipe | None = None,
+    timings: Path | None = None,
 ) -> LatencyCosts:
     """Measure what is not in the cache yet, and price every weight.
 
     config: the model's config.json. schemes: weight -> its candidates. recipe: says what else the
-    checkpoint will do while it runs; None: nothing.
+    checkpoint will do while it runs; None: nothing. timings: folder of what is known already, the
+    user's cache by default.
     Raises UsageError when the native engine does not run the model, or there are no kernels.
     """
     names = sorted(budget.limits())
     spec = _engine_spec(config, model_map)
     _check_inputs(model_map, schemes)
     machine = this_machine(budget.threads or torch.get_num_threads())
-    table = TimingTable.load(machine)
+    table = TimingTable.load(machine, timings)
     said = table.problem
     if said:
         progress.say(said)
@@ -103,6 +105,7 @@ def costs_for(
     budget: LatencyBudget,
     progress: Progress,
     recipe: Recipe | None = None,
+    timings: Path | None = None,
 ) -> LatencyCosts | None:
     """`latency_costs` of the model in `folder`; None when no latency is limited.
 
@@ -114,7 +117,8 @@ def costs_for(
     if not isinstance(schemes, Mapping):
         names = [str(Scheme.parse(name)) for name in schemes]
         schemes = {weight.name: names for weight in model_map.weights}
-    return latency_costs(model_map, model_config(folder), schemes, budget, progress, recipe)
+    config = model_config(folder)
+    return latency_costs(model_map, config, schemes, budget, progress, recipe, timings)
 
 
 def measured_ms(

@@ -9,8 +9,10 @@ large as the file, and never the file and the tiles together.
 from __future__ import annotations
 
 import mmap
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 from typing import Protocol
 
 import torch
@@ -30,6 +32,8 @@ EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "mo
 _DENSE = (torch.float32, torch.float16, torch.bfloat16)
 """What the engine multiplies as it is stored."""
 _EXACT_CACHE = KvFormat.parse("f32")
+_READ_AHEAD = 8 << 20
+"""Bytes that are asked for at once."""
 
 
 @dataclass(frozen=True)
@@ -263,8 +267,21 @@ class _Reader:
         return self._files[file]
 
 
+def _read_ahead(path: Path) -> None:
+    """Have the system bring a file into memory, as far as it can be asked to."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with path.open("rb") as file:
+        for start in range(0, os.fstat(file.fileno()).st_size, _READ_AHEAD):
+            os.posix_fadvise(file.fileno(), start, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
+
+
 class _MappedFile:
-    """A file on a private memory map, whose pages can be given back one tensor at a time."""
+    """A file on a private memory map, whose pages can be given back one tensor at a time.
+
+    A thread has the system read the file while weights are rearranged: page faults alone would wait
+    for the disk and the processors in turn.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
@@ -272,6 +289,7 @@ class _MappedFile:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be mapped into memory: {error}") from error
+        Thread(target=_read_ahead, args=(path,), daemon=True).start()
 
     def tensor(self, header: TensorHeader) -> Tensor:
         """The tensor on the map; it keeps the map alive and is not to be written."""

@@ -34,7 +34,7 @@ from quantlib.runtime.engine_spec import EngineSpec
 from quantlib.runtime.engine_weights import Plan, assemble, layer_prefix, plan_of
 from quantlib.search.latency import phase_of
 
-ROUNDS = 5
+ROUNDS = 9
 """Turns in which the models are timed."""
 STEPS = 8
 """Tokens decoded in one turn."""

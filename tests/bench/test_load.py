@@ -28,7 +28,9 @@ def test_ratios_are_those_of_one_round_and_the_most_memory_is_judged(
         [row(1.0, 1.5, 10**9), row(2.0, 5.0, 2 * 10**9), row(4.0, 6.0, 10**9)]
     )
     monkeypatch.setattr(footprint, "measure", lambda checkpoint: next(rounds))
+    monkeypatch.setattr(load, "fresh_memory", lambda nbytes: nbytes / 1e9)
     found = load.measure("m", tmp_path, 3)
+    assert found["rows"][0]["fresh_memory_s"] == 1.0
     assert found["medians"]["warm"]["read_s"] == 2.0
     assert found["medians"]["warm"]["load_s"] == 5.0
     assert found["medians"]["cold"]["first_token_s"] == 11.0
@@ -47,6 +49,7 @@ def test_a_checkpoint_is_read_and_loaded(
     packed = pack_rounded(tiny_llama(tmp_path / "m"), tmp_path / "p", Schemes("w4g32", "w8g32"))
     monkeypatch.setattr(footprint, "_load_elsewhere", footprint.load_here)
     (found,) = load.measure("tiny", packed, 1)["rows"]
+    assert found["fresh_memory_s"] > 0
     assert found["bytes"] == sum(file.stat().st_size for file in packed.glob("*.safetensors"))
     for state in load.STATES:
         assert 0 < found[f"load_s_{state}"] < found[f"first_token_s_{state}"]
