@@ -29,7 +29,7 @@ import torch
 from quantlib.errors import UsageError
 from quantlib.formats.scheme import Scheme
 from quantlib.kernels import timing
-from quantlib.kernels.cpu.engine_library import FAST, MODES
+from quantlib.kernels.cpu.engine_library import FAST, MODES, Decoder
 from quantlib.kernels.cpu.forms import why_not
 from quantlib.kernels.timing import Op, TimingTable, this_machine
 from quantlib.models.modelmap import ModelMap
@@ -77,9 +77,7 @@ def latency_costs(
         cost: {pair: share * table.ms[op.key] for pair, share, op in rows}
         for cost, rows in priced.items()
     }
-    own_head = not any(weight.head for weight in model_map.weights)
-    changes = NO_CHANGES if recipe is None else changes_of(recipe, spec, own_head)
-    models = RandomModels(spec, plan_of(spec, own_head), changes, budget.mode)
+    models = _random_models(model_map, spec, budget.mode, recipe)
     fits = models.fits(table, products, schemes, progress)
     if table.problem != said:
         progress.say(table.problem)
@@ -142,6 +140,26 @@ def model_config(path: Path) -> dict[str, Any]:
             "read: put the model back where it was measured, or give a size instead"
         ) from error
     return dict(config)
+
+
+def reference_models(
+    model_map: ModelMap,
+    folder: Path,
+    schemes: Mapping[str, Sequence[str]],
+    mode: str | None,
+    recipe: Recipe | None = None,
+) -> list[tuple[dict[str, str], Decoder]]:
+    """The random models that predictions rest on: the scheme of every matrix, and the model."""
+    spec = _engine_spec(model_config(folder), model_map)
+    return _random_models(model_map, spec, mode, recipe).drawn(schemes)
+
+
+def _random_models(
+    model_map: ModelMap, spec: EngineSpec, mode: str | None, recipe: Recipe | None
+) -> RandomModels:
+    own_head = not any(weight.head for weight in model_map.weights)
+    changes = NO_CHANGES if recipe is None else changes_of(recipe, spec, own_head)
+    return RandomModels(spec, plan_of(spec, own_head), changes, mode)
 
 
 class _Prices:

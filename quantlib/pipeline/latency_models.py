@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from quantlib.formats.scheme import Scheme
 from quantlib.formats.size import true_bits
+from quantlib.kernels.cpu.engine_library import Decoder
 from quantlib.kernels.kv_format import KvFormat
 from quantlib.kernels.timing import TimingTable
 from quantlib.pipeline.run import Progress
@@ -51,6 +52,13 @@ class RandomModels:
 
     def __init__(self, spec: EngineSpec, plan: Plan, changes: Changes, mode: str | None) -> None:
         self._spec, self._plan, self._changes, self._mode = spec, plan, changes, mode
+
+    def drawn(self, schemes: Mapping[str, Sequence[str]]) -> list[tuple[dict[str, str], Decoder]]:
+        """The models, made anew: the scheme of every matrix, and the model."""
+        return [(one, self._build(one)) for one in self._draw(schemes)]
+
+    def _build(self, drawn: Mapping[str, str]) -> Decoder:
+        return random_model(self._spec, drawn, HEAD in self._plan.matrices, self._changes)
 
     def fits(
         self,
@@ -106,11 +114,7 @@ class RandomModels:
         if missing:
             progress.start("time model", stopwatch.ROUNDS * len(missing))
             try:
-                own_head = HEAD in self._plan.matrices
-                models = {
-                    name: random_model(self._spec, one, own_head, self._changes)
-                    for name, one in missing.items()
-                }
+                models = {name: self._build(one) for name, one in missing.items()}
                 threads = table.machine.threads
                 found = latencies(models, costs, self._mode, threads, progress.tick)
             finally:
