@@ -46,8 +46,8 @@ EXTRAS = {
     "eval": ["lm-eval>=0.4.9"],
     "datasets": ["datasets>=3"],
     "graph": ["torch-geometric>=2.6"],
-    # Weights of the demo model and of the test-beds are published as GGUF and ONNX files; a bed writes
-    # its own tokenizer.
+    # Weights of the demo model and of the test-beds are published as GGUF and ONNX files; a bed
+    # writes its own tokenizer.
     "bench": ["gguf>=0.17", "onnx>=1.16", "tokenizers>=0.20"],
     # What quantlib is measured beside; `make peers` installs them, and llama.cpp from its source.
     "peers": ["onnx>=1.16", "onnxruntime>=1.20", "openvino>=2025.0"],

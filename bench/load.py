@@ -47,9 +47,7 @@ def measure(model: str, checkpoint: Path, rounds: int) -> dict[str, Any]:
         )
         for state, found in medians.items()
     ]
-    judged.append(
-        targets.Target(model, "memory allowed over used", allowed / used, 1.0)
-    )
+    judged.append(targets.Target(model, "memory allowed over used", allowed / used, 1.0))
     return {
         "model": model,
         "rounds": rounds,
