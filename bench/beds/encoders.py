@@ -34,6 +34,7 @@ from quantlib.bench.beds.folders import (
     write_picture,
     write_records,
 )
+from quantlib.bench.beds.options import Cache, Wheels
 from quantlib.bench.packages import (
     Package,
     built_once,
@@ -67,11 +68,6 @@ CALIBRATION_TEXTS, CALIBRATION_PICTURES = 160, 160
 KNOWN_PICTURES, ASKED_PICTURES = 1500, 500
 NEIGHBOURS = 10
 BATCH = 25
-
-Cache = Annotated[Path | None, typer.Option(help="In place of the user's cache folder.")]
-Wheels = Annotated[
-    Path | None, typer.Option(help="Folder that holds the packages already: no network is used.")
-]
 
 
 def text_bed(cache: Path | None = None, wheels: Path | None = None) -> Path:

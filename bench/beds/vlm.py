@@ -36,6 +36,7 @@ from quantlib.bench.beds.folders import (
     write_picture,
     write_records,
 )
+from quantlib.bench.beds.options import Cache, Wheels
 from quantlib.bench.beds.vlm_connector import Prompt
 from quantlib.bench.packages import built_once, console
 from quantlib.checkpoint.disk import atomic_write
@@ -62,10 +63,6 @@ CHARACTERS = 1500
 GATE = 0.8
 """Share of right answers on pictures that nothing was trained on."""
 
-Cache = Annotated[Path | None, typer.Option(help="In place of the user's cache folder.")]
-Wheels = Annotated[
-    Path | None, typer.Option(help="Folder that holds the packages already: no network is used.")
-]
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None, no_args_is_help=True)
 
