@@ -5,10 +5,10 @@
 SmolLM2-135M (real weights, with the KL divergence of every file) and a random model of
 Llama-3.2-1B's shape; engines take turns, each round once through all of them, and a figure is the
 median over rounds. A prompt of 512 tokens is read at once, 128 tokens are written one by one. Then
-what loading costs, up to a checkpoint of Llama-3.1-8B's shape.
+what loading costs (`bench.load` has a larger model).
 
-All of it takes half an hour, most of which is compressing SmolLM2 for the first time and the large
-models, and up to 9 GB of disk while it runs; models are kept in the user's cache folder (2.5 GB).
+All of it takes half an hour, most of which is compressing SmolLM2 for the first time; models are
+kept in the user's cache folder (2.5 GB).
 --quick takes a minute once its models are in the cache: SmolLM2 only, uncalibrated, without KL.
 Peers that are not there (`make peers` installs them) are named with the reason.
 """
@@ -27,14 +27,13 @@ import torch
 from rich.console import Console
 
 from quantlib.bench import artifacts, assets, divergence, footprint, record, targets
-from quantlib.bench.checkpoints import LLAMA_1B, LLAMA_8B
+from quantlib.bench.checkpoints import LLAMA_1B
 from quantlib.bench.engines import Eager, Engine, LlamaBench, Quantlib
 from quantlib.bench.peers.linear import PeerMissing
 from quantlib.bench.peers.llama_cpp import LlamaCpp
 from quantlib.bench.timing import quartiles
 from quantlib.cli.console import answers, notes, print_json, table
 from quantlib.cli.request import quiet_transformers
-from quantlib.errors import QuantlibError
 
 SMOLLM2 = "SmolLM2-135M"
 KINDS = ("Q4_0", "Q4_K_M")
@@ -43,7 +42,7 @@ SIZES_MB = (69.6, 76.2, None)
 """Budgets of quantlib's checkpoints of SmolLM2; None: the bytes of llama.cpp's Q4_0 file."""
 PROMPT, NEW = 512, 128
 ROUNDS, QUICK_ROUNDS = 5, 2
-MODELS = (SMOLLM2, LLAMA_1B.name, LLAMA_8B.name)
+MODELS = (SMOLLM2, LLAMA_1B.name)
 DECODE_TARGETS = {SMOLLM2: 1.5, LLAMA_1B.name: 1.25}
 MODE = "int8"
 
@@ -82,10 +81,8 @@ def run(
             _smollm2(found, llama, work or artifacts.folder() / "smollm2-work")
         if LLAMA_1B.name in wanted:
             _llama_1b(found, llama)
-        if LLAMA_8B.name in wanted:
-            _llama_8b(found)
     judged = targets.of_models(found.rows, FASTEST, DECODE_TARGETS)
-    judged += targets.of_footprints(found.footprints, LLAMA_8B.name)
+    judged += targets.of_footprints(found.footprints)
     return {
         "threads": torch.get_num_threads(),
         "prompt_tokens": PROMPT,
@@ -179,19 +176,6 @@ def _llama_1b(found: Found, llama: LlamaCpp | None) -> None:
     found.rows += race(LLAMA_1B.name, engines, ROUNDS, found)
     for path in packed.values():
         found.footprints.append({"model": LLAMA_1B.name, **footprint.measure(path)})
-
-
-def _llama_8b(found: Found) -> None:
-    notes().print(f"making a random checkpoint of the {LLAMA_8B.name}", style="dim")
-    artifacts.folder().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=artifacts.folder()) as scratch:
-        try:
-            checkpoint = artifacts.llama_8b(Path(scratch))
-            found.footprints.append({"model": LLAMA_8B.name, **footprint.measure(checkpoint)})
-        except (
-            QuantlibError
-        ) as error:  # no room on the disk or in memory: the rest is worth keeping
-            found.missing[LLAMA_8B.name] = str(error)
 
 
 def race(

@@ -3,9 +3,13 @@ seconds to read the file.
 
     python -P -m quantlib.bench.footprint CHECKPOINT    loads it in this process, prints JSON
 
-A loading is measured in a process of its own. Resident memory is what loading and one step add to
-that of the same process with quantlib, torch and transformers imported: those are there for any
-model. "Cold" is after the file's pages were dropped from the page cache, "warm" after it was read.
+A loading is measured in a process of its own, and so is what it is compared with: reading the files
+into memory of that process, which is the least that any loading does. Reading them through a small
+buffer, of which nothing is kept, stands beside it. The difference is large where memory is handed
+out slowly: a virtual machine may get pages from its host at the moment they are first touched.
+Resident memory is what loading and one step add to that of the same process with quantlib, torch
+and transformers imported: those are there for any model. "Cold" is after the file's pages were
+dropped from the page cache, "warm" after it was read.
 """
 
 from __future__ import annotations
@@ -27,30 +31,38 @@ _PROBE = (1, 2, 3)
 """Tokens of the step that follows loading: it touches what loading may have put off."""
 
 
-def measure(checkpoint: Path) -> dict[str, Any]:
-    """One row: bytes of the files, resident bytes, and seconds to read, to load, and from the
-    beginning of loading to the first token, cold and warm.
+def measure(checkpoint: Path, load_first: bool = False) -> dict[str, Any]:
+    """One row: bytes of the files, resident bytes, and seconds to read (keeping nothing), to read
+    into memory, to load, and from the beginning of loading to the first token, cold and warm.
 
+    load_first: load before reading into memory. Whoever comes second may get pages that the first
+        has just given back, which are cheaper; so rounds should take turns.
     Raises QuantlibError when the loading process fails.
     """
     files = sorted(checkpoint.glob("*.safetensors"))
     row: dict[str, Any] = {"bytes": sum(file.stat().st_size for file in files)}
-    for state in ("cold", "warm"):
-        if state == "cold":
-            drop(files)
+
+    for state, prepare in (("cold", drop), ("warm", read)):
+        prepare(files)
         row[f"read_s_{state}"] = read(files)
-        if state == "cold":
-            drop(files)
-        loaded = _load_elsewhere(checkpoint)
-        row[f"load_s_{state}"] = loaded["load_s"]
-        row[f"first_token_s_{state}"] = loaded["first_token_s"]
-        row["resident_bytes"] = loaded["resident_bytes"]
-        row["peak_bytes"] = loaded["peak_bytes"]
+        for loads in (load_first, not load_first):
+            prepare(files)
+            if loads:
+                row |= _loaded(checkpoint, state)
+            else:
+                row[f"keep_s_{state}"] = read_into_memory(files)
     return row
 
 
+def _loaded(checkpoint: Path, state: str) -> dict[str, float]:
+    """What a loading tells, named by the state of the page cache."""
+    loaded = _load_elsewhere(checkpoint)
+    seconds = {f"{name}_{state}": loaded.pop(name) for name in ("load_s", "first_token_s")}
+    return {**loaded, **seconds}
+
+
 def read(files: Sequence[Path]) -> float:
-    """Seconds to read files from beginning to end."""
+    """Seconds to read files from beginning to end, through a buffer of 8 MiB."""
     buffer = bytearray(_PIECE)
     started = time.perf_counter()
     for path in files:
@@ -58,6 +70,18 @@ def read(files: Sequence[Path]) -> float:
             while file.readinto(buffer):
                 pass
     return time.perf_counter() - started
+
+
+def read_into_memory(files: Sequence[Path]) -> float:
+    """Seconds that a process of its own takes to read all files into memory that it never had."""
+    code = (
+        "import sys, time, numpy\n"
+        "started = time.perf_counter()\n"
+        "kept = [numpy.fromfile(path, dtype=numpy.uint8) for path in sys.argv[1:]]\n"
+        "print(time.perf_counter() - started)"
+    )
+    command = [sys.executable, "-P", "-c", code, *map(str, files)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def drop(files: Sequence[Path]) -> None:

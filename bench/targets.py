@@ -108,17 +108,14 @@ def of_models(rows: Sequence[Row], fastest: str, least: Mapping[str, float]) -> 
     return found
 
 
-def of_footprints(rows: Sequence[Row], timed: str) -> list[Target]:
-    """Resident memory of every loaded checkpoint, and the loading time of the model `timed`."""
+def of_footprints(rows: Sequence[Row]) -> list[Target]:
+    """Resident memory of every loaded checkpoint."""
     found = []
     for row in rows:
         where = f"{row['model']}, {row['bytes'] / 1e6:.1f} MB loaded"
         allowed = 1.1 * row["bytes"] + SPARE_BYTES
         used = max(row["resident_bytes"], 1)  # a small model may fit into what is there already
         found.append(Target(where, "memory allowed over used", allowed / used, 1.0))
-        for state in ("cold", "warm") if row["model"] == timed else ():
-            ratio = 2 * row[f"read_s_{state}"] / row[f"load_s_{state}"]
-            found.append(Target(where, f"twice the time to read over loading, {state}", ratio, 1.0))
     return found
 
 

@@ -10,10 +10,8 @@ from typing import TypeVar
 
 from quantlib.bench.timing import Candidate
 from quantlib.errors import QuantlibError
+from quantlib.kernels.cpu.stopwatch import footprint
 
-CACHE_BYTES = 96 << 20
-"""Copies of a weight together take at least this much: three times the last-level cache of the
-machines this runs on, so that weights come from memory as they do when a model is decoded."""
 MAX_COPIES = 256
 """Bounds the time that setting up small weights takes."""
 
@@ -40,8 +38,9 @@ class LinearPeer:
 
 
 def copies(make: Callable[[], T], nbytes: int) -> list[T]:
-    """As many copies of something of `nbytes` as exceed the caches."""
-    return [make() for _ in range(max(1, min(MAX_COPIES, -(-CACHE_BYTES // nbytes))))]
+    """As many copies of something of `nbytes` as exceed the caches, so that weights come from
+    memory as they do when a model is decoded."""
+    return [make() for _ in range(max(1, min(MAX_COPIES, -(-footprint() // nbytes))))]
 
 
 def optional(package: str, name: str | None = None) -> ModuleType:

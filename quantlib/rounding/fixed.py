@@ -111,13 +111,13 @@ def _round_block(
     the segment, into `codes`; returns the scaled errors [N, B]."""
     errors = torch.empty_like(block)
     for j in range(block.shape[1]):
-        codes[:, j], value = _round_column(block[:, j : j + 1], segment, offset + j, scales)
+        codes[:, j], value = round_column(block[:, j : j + 1], segment, offset + j, scales)
         errors[:, j] = (block[:, j] - value) / factor[j, j]
         block[:, j + 1 :].addr_(errors[:, j], factor[j, j + 1 :], alpha=-1)
     return errors
 
 
-def _round_column(
+def round_column(
     column: Tensor, segment: Segment, index: int, scales: Scales
 ) -> tuple[Tensor, Tensor]:
     """(codes uint8 [N], value float32 [N]) of one column [N, 1] at `index` inside its segment."""

@@ -13,7 +13,6 @@ from quantlib.bench.checkpoints import Schemes, pack_rounded
 from quantlib.bench.engines import Eager, Quantlib, Sample
 from quantlib.bench.peers.linear import PeerMissing
 from quantlib.bench.peers.llama_cpp import Speed
-from quantlib.errors import CheckpointError
 from quantlib.kernels.cpu import library
 
 ROW = {
@@ -128,7 +127,6 @@ def test_a_full_run_measures_models_losses_and_footprints(
     monkeypatch.setattr(decode, "NEW", 4)
     monkeypatch.setattr(artifacts, "smollm2_gguf", lambda *_: gguf)
     monkeypatch.setattr(artifacts, "llama_1b", lambda _: ({"": packed, " mixed": packed}, gguf))
-    monkeypatch.setattr(artifacts, "llama_8b", lambda _: packed)
     monkeypatch.setattr(divergence, "of_llama", lambda *_: (losses, windows))
     monkeypatch.setattr(footprint, "_load_elsewhere", footprint.load_here)
     monkeypatch.setattr(decode.assets, "fetch_smollm2", lambda: tiny)
@@ -144,25 +142,10 @@ def test_a_full_run_measures_models_losses_and_footprints(
     assert rows[decode.LLAMA_1B.name, "llama.cpp Q4_0"]["decode_tok_s"] == 100.0
     assert found["engines_missing"] == {}
     models = [row["model"] for row in found["footprints"]]
-    assert models == [decode.SMOLLM2] * 3 + [decode.LLAMA_1B.name] * 2 + [decode.LLAMA_8B.name]
+    assert models == [decode.SMOLLM2] * 3 + [decode.LLAMA_1B.name] * 2
     promised = {target["what"] for target in found["targets"]}
     assert "decoding against llama.cpp Q4_0" in promised
     assert "KL of llama.cpp Q4_0 over ours" in promised
-    assert "twice the time to read over loading, cold" in promised
-
-
-def test_no_room_for_the_largest_model_leaves_it_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(_: Path) -> Path:
-        raise CheckpointError("the checkpoint needs 4.4 GB and 1.0 GB is free")
-
-    monkeypatch.setattr(artifacts, "llama_8b", full)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = decode.Found()
-    decode._llama_8b(found)
-    assert "1.0 GB is free" in found.missing[decode.LLAMA_8B.name]
-    assert found.footprints == []
 
 
 def footprint_bytes(checkpoint: Path) -> int:
@@ -204,7 +187,9 @@ def test_a_footprint_has_both_states_and_the_bytes_of_the_files(
     monkeypatch.setattr(footprint, "_load_elsewhere", footprint.load_here)
     row = footprint.measure(packed)
     assert row["bytes"] == footprint_bytes(packed)
-    assert all(row[f"{what}_s_{s}"] > 0 for what in ("read", "load") for s in ("cold", "warm"))
+    assert all(
+        row[f"{what}_s_{s}"] > 0 for what in ("read", "keep", "load") for s in ("cold", "warm")
+    )
 
 
 def test_loading_is_measured_in_another_process(packed: Path) -> None:

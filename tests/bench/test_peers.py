@@ -185,8 +185,8 @@ def test_every_peer_multiplies_or_says_why_not(
 
 
 def test_copies_exceed_the_caches_but_have_a_limit() -> None:
-    assert len(linear.copies(object, linear.CACHE_BYTES // 3)) >= 3
-    assert len(linear.copies(object, linear.CACHE_BYTES * 2)) == 1
+    assert len(linear.copies(object, linear.footprint() // 3)) >= 3
+    assert len(linear.copies(object, linear.footprint() * 2)) == 1
     assert len(linear.copies(object, 1)) == linear.MAX_COPIES
 
 
