@@ -30,9 +30,12 @@ KINDS = ("floor", "ceiling", "pin")
 
 
 @lru_cache(maxsize=1024)
-def scheme_bits(scheme: str) -> int:
-    """Bits of one stored code of a scheme; 16 or 32 where the weight is kept as it is."""
+def scheme_bits(scheme: str, most: bool = False) -> int:
+    """Bits of one stored code of a scheme; 16 or 32 where the weight is kept as it is. Where blocks
+    of rows differ, the fewest, or the most."""
     parsed = Scheme.parse(scheme)
+    if parsed.rows:
+        return (max if most else min)(block.format.bits for block in parsed.rows)
     return parsed.weight.bits if parsed.weight is not None else 8 * KEPT[str(parsed.kept)]
 
 
@@ -79,8 +82,9 @@ class Rule:
         """Whether a weight under this rule may have `scheme`."""
         if self.kind == "pin":
             return scheme == self.value
-        bits = scheme_bits(scheme)
-        return bits >= float(self.value) if self.kind == "floor" else bits <= float(self.value)
+        if self.kind == "floor":
+            return scheme_bits(scheme) >= float(self.value)
+        return scheme_bits(scheme, most=True) <= float(self.value)
 
     def __str__(self) -> str:
         return f"--{self.kind} {self.pattern}={self.value}"

@@ -59,15 +59,15 @@ def combined(
 def shares(
     parts: Sequence[StreamStatistics], weights: Mapping[str, float]
 ) -> dict[str, dict[str, float]]:
-    """Group -> stream -> its share of the group's token weights: who decides how it is rounded.
+    """Group -> stream -> its share of the weight: who decides how it is rounded.
 
-    Groups that no loss depends on are left out.
+    By the energy of their gradients, whichever tokens a stream's own Hessian is of. Groups that no
+    loss depends on are left out.
     """
     found = {}
     for group in parts[0].groups:
         sums = {
-            part.name: weights[part.name]
-            * math.fsum(m.weight_sum for m in part.groups[group].matrices)
+            part.name: weights[part.name] * math.fsum(m.energy for m in part.groups[group].matrices)
             for part in parts
         }
         total = math.fsum(sums.values())
@@ -94,10 +94,10 @@ def _matrix(
     if not seen:
         return parts[0]
     tokens = sum(m.tokens for m, _, _ in seen)
-    weight_sum = math.fsum(s * m.weight_sum for m, s, _ in seen)
+    weight_sum = math.fsum(s * m.energy for m, s, _ in seen)
     hessian = torch.zeros_like(seen[0][0].hessian)
     for m, s, _ in seen:
-        hessian.add_(m.hessian, alpha=s * m.weight_sum / weight_sum if weight_sum > 0 else 0.0)
+        hessian.add_(m.hessian, alpha=s * m.energy / weight_sum if weight_sum > 0 else 0.0)
     fisher = {
         name: _sum([m.fisher[name] * (s * m.tokens / tokens) for m, s, _ in seen])
         for name in seen[0][0].fisher

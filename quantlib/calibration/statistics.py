@@ -15,6 +15,7 @@ dominate the Hessian. Without gradients (block-local statistics) w_t = 1 and `fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -53,6 +54,15 @@ class MatrixStatistics:
     @property
     def has_gradients(self) -> bool:
         return bool(self.fisher)
+
+    @property
+    def energy(self) -> float:
+        """Sum over tokens of squared output gradients: what this input weighs beside the same one
+        in another stream, however tokens are weighted within each. `weight_sum` without gradients.
+        """
+        if not self.fisher:
+            return self.weight_sum
+        return self.tokens * math.fsum(float(value.sum()) for value in self.fisher.values())
 
     def reordered(self, order: Tensor) -> MatrixStatistics:
         """Of the inputs in another order: column j is what was column `order[j]`, int64 [K]."""
@@ -93,6 +103,22 @@ class EmbeddingStatistics:
     sample_h: Tensor
     sample_window: Tensor
     tokens: int
+
+    def expected(self) -> EmbeddingStatistics:
+        """The same with frequencies to expect of as much other text, instead of those that were
+        seen: what treats rare tokens worse than others must not believe that unseen ones never
+        come.
+
+        Of the tokens to come, as many are new as were seen once (Good and Turing's estimate); these
+        are shared out by what the model itself expects to see, of which the variance of its
+        predictions is the measure (p(1-p) is p where p is small). Where nothing is predicted, they
+        are shared out evenly.
+        """
+        total = self.frequency.sum()
+        missing = (self.frequency == 1).sum() / total.clamp(min=1)
+        expected = self.variance if float(self.variance.sum()) > 0 else self.variance + 1
+        shared = missing * total * expected / expected.sum()
+        return replace(self, frequency=(1 - missing) * self.frequency + shared)
 
 
 def group_to_tensors(stats: GroupStatistics) -> dict[str, Tensor]:

@@ -30,12 +30,15 @@ class Weighting(Enum):
     """Which tokens decide a group's Hessian; output gradients are the same under each.
 
     TOKEN:    each by its own gradient energy (token importance; `statistics.py`).
+    ROOT:     by the root of it: of few records some hundredth of the tokens has most of the energy,
+              and a Hessian of a hundred tokens says little of a matrix with a thousand columns.
     MODALITY: by the mean gradient energy of its modality in its sample (after MBQ,
               arXiv:2412.19509, which takes mean absolute gradients).
     NONE:     each the same.
     """
 
     TOKEN = "token"
+    ROOT = "root"
     MODALITY = "modality"
     NONE = "none"
 
@@ -80,6 +83,8 @@ class Watcher:
         than the language model's is of one modality."""
         if self.weighting is Weighting.TOKEN:
             return energy
+        if self.weighting is Weighting.ROOT:
+            return energy.sqrt()
         if self.weighting is Weighting.NONE:
             return torch.ones_like(energy)
         modality = self.modality

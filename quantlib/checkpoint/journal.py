@@ -41,38 +41,15 @@ class Journal:
     def _recover(self) -> list[tuple[int, dict[str, Any]]]:
         with disk_errors("read", self.path):
             data = self.path.read_bytes()
-        *complete, torn = data.split(b"\n")
-        records: list[tuple[int, dict[str, Any]]] = []
-        self._end = len(data) - len(torn)
-        for number, line in enumerate(complete, start=1):
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                if number < len(complete):
-                    raise self.corrupt(number, "it is not JSON") from error
-                self._end -= len(line) + 1
-                break
-            if not isinstance(record, dict):
-                raise self.corrupt(number, "it is not a record")
-            records.append((number, record))
+        records, self._end = parsed(self.path, data)
         self._truncate()
         if not records:
             self.append([HEADER])
-            return []
-        if records[0][1] != HEADER:
-            raise CheckpointError(
-                f"{self.path} is not a journal of this version of quantlib (its first line should "
-                f"be {json.dumps(HEADER)}): choose another work directory, or delete this one to "
-                "start again"
-            )
         return records[1:]
 
     def corrupt(self, number: int, why: str) -> CheckpointError:
         """The error for a bad line."""
-        return CheckpointError(
-            f"line {number} of {self.path} is corrupt ({why}): delete that line and what it "
-            "recorded is computed again"
-        )
+        return corrupt(self.path, number, why)
 
     def append(self, records: list[dict[str, Any]]) -> None:
         """Append records and flush them to the disk: all of them or, when it is full, none."""
@@ -96,3 +73,65 @@ class Journal:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+class ReadJournal:
+    """The journal at `path` as it is now, for a reader beside the process that appends to it: a
+    line that is being written does not count, and nothing can be appended.
+
+    Raises CheckpointError as `Journal`, and when there is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with disk_errors("read", path):
+            data = path.read_bytes()
+        self.lines = parsed(path, data)[0][1:]
+
+    def corrupt(self, number: int, why: str) -> CheckpointError:
+        """The error for a bad line."""
+        return corrupt(self.path, number, why)
+
+    def append(self, records: list[dict[str, Any]]) -> None:
+        """Refused for results; what was found damaged is forgotten by this reader alone."""
+        if any("forget" not in record for record in records):
+            raise CheckpointError(
+                f"{self.path.parent} was opened for reading only, and results cannot be recorded"
+            )
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def parsed(path: Path, data: bytes) -> tuple[list[tuple[int, dict[str, Any]]], int]:
+    """((line number, record) pairs, header included, and the bytes up to the last whole line) of a
+    journal's content. Raises CheckpointError as `Journal`."""
+    *complete, torn = data.split(b"\n")
+    records: list[tuple[int, dict[str, Any]]] = []
+    end = len(data) - len(torn)
+    for number, line in enumerate(complete, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number < len(complete):
+                raise corrupt(path, number, "it is not JSON") from error
+            end -= len(line) + 1
+            break
+        if not isinstance(record, dict):
+            raise corrupt(path, number, "it is not a record")
+        records.append((number, record))
+    if records and records[0][1] != HEADER:
+        raise CheckpointError(
+            f"{path} is not a journal of this version of quantlib (its first line should "
+            f"be {json.dumps(HEADER)}): choose another work directory, or delete this one to "
+            "start again"
+        )
+    return records, end
+
+
+def corrupt(path: Path, number: int, why: str) -> CheckpointError:
+    """The error for a bad line."""
+    return CheckpointError(
+        f"line {number} of {path} is corrupt ({why}): delete that line and what it recorded is "
+        "computed again"
+    )

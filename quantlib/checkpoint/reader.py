@@ -27,6 +27,16 @@ from quantlib.checkpoint.tensorfile import TensorFile
 from quantlib.checkpoint.writer import CONFIG_FILE, PROVENANCE_FILE, QUANT_METHOD, VERSIONS
 from quantlib.errors import CheckpointError, FormatError
 from quantlib.formats.activation import ActivationSegment
+from quantlib.formats.composite import (
+    BASIS,
+    BLOCK,
+    DOWN,
+    ROWS,
+    UP,
+    StoredWeight,
+    stored_layout,
+    unpack_stored,
+)
 from quantlib.formats.scheme import Scheme, Segment
 from quantlib.formats.weight import (
     ORDER,
@@ -34,10 +44,7 @@ from quantlib.formats.weight import (
     ROW_SCALE,
     SCALE,
     ZERO_POINT,
-    QuantizedWeight,
     TensorLayout,
-    packed_layout,
-    unpack,
 )
 from quantlib.models.headers import TORCH_DTYPES, TensorHeader
 from quantlib.models.source import INDEX_FILE, SINGLE_FILE
@@ -45,7 +52,8 @@ from quantlib.transforms.rotation import Rotation
 
 _KEPT_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 _PACKED_NAME = re.compile(
-    rf"(.+)(?:(?:{PACKED}|{ROW_SCALE}|{SCALE}|{ZERO_POINT})(?:_\d+)?|{ORDER})"
+    rf"(.+?)(?:{DOWN}|{UP}|(?:{ROWS}|{BASIS})\d+)?"
+    rf"(?:(?:{PACKED}|{ROW_SCALE}|{SCALE}|{ZERO_POINT})(?:_\d+)?|{ORDER}|{BLOCK})"
 )
 
 
@@ -88,25 +96,21 @@ class PackedCheckpoint:
         """
         return {suffix: self._read(weight + suffix) for suffix in self.layout(weight)}
 
-    def quantized(self, weight: str) -> QuantizedWeight:
+    def quantized(self, weight: str) -> StoredWeight:
         """The unpacked weight, [N, K], or [E*N, K] for a stack.
 
-        Raises CheckpointError when there is none or its values are damaged.
+        Raises CheckpointError when there is none, when it is kept, or its values are damaged.
         """
-        segments = self.segments(weight)
+        scheme = self._packed_scheme(weight)
         try:
-            return unpack(self.tensors(weight), _matrix(self.shapes[weight]), segments)
+            return unpack_stored(self.tensors(weight), _matrix(self.shapes[weight]), scheme)
         except FormatError as error:
             raise CheckpointError(f"{weight} in {self.path}: {error}") from error
 
     def segments(self, weight: str) -> tuple[Segment, ...]:
-        """The K segments of a packed weight. Raises CheckpointError when it is kept."""
-        scheme = self._scheme(weight)
-        if scheme.weight is None:
-            raise CheckpointError(
-                f"{weight} in {self.path} is kept as {scheme}: read it with `kept`"
-            )
-        return scheme.segments(self.shapes[weight][-1])
+        """The K segments of a packed weight. Raises CheckpointError when it is kept, FormatError
+        when it is several matrices."""
+        return self._packed_scheme(weight).segments(self.shapes[weight][-1])
 
     def activations(self, weight: str) -> tuple[ActivationSegment, ...]:
         """How the inputs of a weight are rounded, clip factors included; none: not at all."""
@@ -170,6 +174,14 @@ class PackedCheckpoint:
         if weight not in self.schemes:
             raise CheckpointError(f"{self.path} has no weight {weight}")
         return self.schemes[weight]
+
+    def _packed_scheme(self, weight: str) -> Scheme:
+        scheme = self._scheme(weight)
+        if scheme.weight is None:
+            raise CheckpointError(
+                f"{weight} in {self.path} is kept as {scheme}: read it with `kept`"
+            )
+        return scheme
 
     def _read(self, name: str) -> torch.Tensor:
         if name not in self.headers:
@@ -343,8 +355,7 @@ def _check_surroundings(checkpoint: PackedCheckpoint) -> None:
 def _layout(scheme: Scheme, shape: tuple[int, ...]) -> TensorLayout:
     if scheme.weight is None:
         return {"": (_KEPT_DTYPES[str(scheme.kept)], shape)}
-    matrix = _matrix(shape)
-    return packed_layout(matrix, scheme.segments(matrix[1]))
+    return stored_layout(_matrix(shape), scheme)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -135,6 +135,14 @@ def is_known_to_version_1(scheme: Scheme) -> bool:
     return scheme.high is None and scheme.activation in (AS_THEY_ARE, ActivationFormat(8))
 
 
+def is_known_to_version_2(scheme: Scheme) -> bool:
+    """Whether a scheme could be written before weights were several matrices, columns had three
+    widths, and integers shared exponents."""
+    formats = [scheme.weight, *(block.format for block in scheme.rows)]
+    shared = any(form is not None and form.shares_exponent for form in formats)
+    return not (scheme.is_composite or scheme.higher or shared)
+
+
 def read(
     described: Mapping[str, Any],
     schemes: Mapping[str, Scheme],

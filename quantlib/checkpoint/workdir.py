@@ -33,7 +33,7 @@ from quantlib.checkpoint.disk import (
     remove_temporaries,
     sync_folder,
 )
-from quantlib.checkpoint.journal import Journal
+from quantlib.checkpoint.journal import Journal, ReadJournal
 from quantlib.checkpoint.lock import FolderLock
 from quantlib.checkpoint.provenance import canonical_json, digest, file_sha256
 from quantlib.errors import CheckpointError
@@ -67,17 +67,22 @@ class Unit:
 
 
 class WorkDir:
-    """An open, locked work directory. Make one with `WorkDir.open`."""
+    """An open, locked work directory, or a reader's view of one. Make one with `WorkDir.open` or
+    `WorkDir.view`."""
 
-    def __init__(self, path: Path, lock: FolderLock) -> None:
-        """Read the journal of `path`, whose `lock` is held. Use `open`."""
+    def __init__(self, path: Path, lock: FolderLock | None) -> None:
+        """Read the journal of `path`, whose `lock` is held, or which is only read. Use `open`."""
         self.path = path
         self._lock = lock
         self._units: dict[str, Unit] = {}
         self._owners: dict[str, str] = {}
         self._verified: set[str] = set()
-        remove_temporaries(path)
-        self._journal = Journal(path / JOURNAL_NAME)
+        self._journal: Journal | ReadJournal
+        if lock is None:
+            self._journal = ReadJournal(path / JOURNAL_NAME)
+        else:
+            remove_temporaries(path)
+            self._journal = Journal(path / JOURNAL_NAME)
         for number, record in self._journal.lines:
             try:
                 self._replay(record)
@@ -110,10 +115,19 @@ class WorkDir:
                 lock.release()
                 raise
 
+    @staticmethod
+    def view(path: str | os.PathLike[str]) -> WorkDir:
+        """What is finished in a work directory now, to be read beside the process that has it open.
+
+        Committing raises CheckpointError; so does a folder that is no work directory.
+        """
+        return WorkDir(Path(path), None)
+
     def close(self) -> None:
         """Unlock the directory. Everything committed is on the disk already."""
         self._journal.close()
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> WorkDir:
         return self
@@ -218,6 +232,8 @@ class WorkDir:
                  for many small files. A kill loses nothing then either; after a power cut their
                  hashes show which ones have to be made again.
         """
+        if self._lock is None:
+            raise CheckpointError(f"the work directory {self.path} was opened for reading only")
         if not self._lock.held:
             raise CheckpointError(f"the work directory {self.path} has been closed")
         batch = Batch(self.path, durable)

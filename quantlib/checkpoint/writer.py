@@ -45,9 +45,10 @@ from quantlib.models.source import INDEX_FILE, SINGLE_FILE
 from quantlib.transforms.rotation import Rotation
 
 QUANT_METHOD = "quantlib"
-VERSIONS = (1, 2)
+VERSIONS = (1, 2, 3)
 """Of the checkpoint's layout. A reader refuses versions it does not know. Version 2 is 1 and what
-`surroundings` and schemes with several formats add: a checkpoint that has none of it says 1."""
+`surroundings` and schemes with several formats add; 3 is 2 and weights of several matrices, of more
+than two widths, or with shared exponents. A checkpoint says the lowest that has all it needs."""
 CONFIG_FILE = "config.json"
 PLAN_FILE = "quantlib_plan.json"
 PROVENANCE_FILE = "quantlib_provenance.json"
@@ -86,10 +87,14 @@ def quantization_config(
     parsed = {name: Scheme.parse(str(scheme)) for name, scheme in schemes.items()}
     around = surroundings.entries(clips or {}, orders, rotation, caches or {}, nonlinear, kv)
     surroundings.read(around, parsed, {name: tuple(shapes[name]) for name in shapes})
-    plain = not around and all(map(surroundings.is_known_to_version_1, parsed.values()))
+    version = 1
+    if around or not all(map(surroundings.is_known_to_version_1, parsed.values())):
+        version = 2
+    if not all(map(surroundings.is_known_to_version_2, parsed.values())):
+        version = 3
     return {
         "quant_method": QUANT_METHOD,
-        "version": 1 if plain else 2,
+        "version": version,
         "schemes": {name: str(schemes[name]) for name in sorted(schemes)},
         "shapes": {name: list(shapes[name]) for name in sorted(shapes)},
         **around,

@@ -13,6 +13,8 @@ times `clip`):
 - asymmetric integers: (max - min) / (2^b - 1) over a range that includes 0, and a zero point taken
   with the *stored* scale. An integer one keeps zero exact and both ends within half a step (of the
   ideal scale; a stored one that was rounded down may clip a little more).
+- integers of dynamic fixed point: the least power of two that is not below the scale above, so
+  that nothing saturates (arXiv:1802.00930).
 - floats: amax / max_value.
 - MX: 2^(floor(log2 amax) - emax), OCP Microscaling Formats 1.0, 6.3. The top of the range may
   saturate.
@@ -148,10 +150,12 @@ def encode(
 def _ideal_scale(low: Tensor, high: Tensor, format: WeightFormat) -> Tensor:
     """The module docstring's list: the scale, float32, of groups reaching from `low` to `high`."""
     if format.is_integer:
-        if not format.symmetric:
-            return (high - low) / ((1 << format.bits) - 1)
         half = 1 << (format.bits - 1)
-        return torch.maximum(high / (half - 0.5), -low / (half + 0.5))
+        if format.symmetric:
+            ideal = torch.maximum(high / (half - 0.5), -low / (half + 0.5))
+        else:
+            ideal = (high - low) / ((1 << format.bits) - 1)
+        return _next_power(ideal) if format.shares_exponent else ideal
     amax, element = torch.maximum(high, -low), FLOATS[format.element]
     if format.scale != "e8m0":
         return amax / element.max_value
@@ -187,6 +191,13 @@ def _to_e8m0(ideal: Tensor) -> Tensor:
     mantissa, exponent = torch.frexp(ideal)  # ideal = mantissa * 2^exponent, mantissa in [1/2, 1)
     exponent = exponent - (mantissa < 0.5**0.5).to(exponent.dtype) + E8M0_BIAS
     return torch.where(ideal > 0, exponent.clamp(0, E8M0_NAN - 1), 0).to(torch.uint8)
+
+
+def _next_power(value: Tensor) -> Tensor:
+    """The least power of two that is not below each `value`; 0 stays 0. At most 2^127."""
+    mantissa, exponent = torch.frexp(value)  # value = mantissa * 2^exponent, mantissa in [1/2, 1)
+    exponent = (exponent - (mantissa == 0.5).to(exponent.dtype)).clamp(max=E8M0_BIAS)
+    return torch.where(value > 0, torch.ldexp(torch.ones_like(value), exponent), value)
 
 
 def _divisor(scale: Tensor) -> Tensor:

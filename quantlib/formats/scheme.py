@@ -8,6 +8,8 @@ Grammar of a scheme's name (`Scheme.parse` reads it, `str(scheme)` writes it; th
     w4g64z          asymmetric: an integer zero point of as many bits as the weight
     w4g64z6         ... a zero point of 6 bits, in steps of (2^4 - 1) / (2^6 - 1) codes (z2..z8)
     w4g64zs6        two-level scales: 6-bit scale codes and one float16 per output channel (s4..s8)
+    w4g64e w8e w8te dynamic fixed point: the scale of a group, channel or tensor is a power of two,
+                    one shared exponent (e8m0) over integers, with or without zero points
     fp8 fp8e5m2 fp6 fp6e2m3 fp4
                     floating point per output channel (e4m3, e5m2, e3m2, e2m3, e2m1); g, t, s as
                     above
@@ -31,10 +33,27 @@ after these (but not after a kept weight), a share of wider columns, the last on
     h8x3/16         ... the last 3/16
     hfp8/8 hmxfp6/8 ... weights in another float format, and activations too if they are floats;
                     integer activations get as many bits
+    h3x5/16h4/16    several such shares, each wider than the one before it: the last 1/16 have 4
+                    bits, the 5/16 before them 3
 
 So `w4g64zs4a4zh8/8` multiplies 7/8 of the columns as w4g64zs4a4z does and 1/8 as w8g64zs4a8 does.
 Columns are stored in ascending importance. The number of wide ones is the share of K rounded to the
-nearest multiple of 4, and at least 4; a layer of fewer columns is wide altogether.
+nearest multiple of 4, and at least 4; a layer of fewer columns is wide altogether, and the widest
+share takes its columns first.
+
+after all of that, directions of a linear that are kept beside the rounded rest, as two factors:
+
+    w3g64z4+r16     the 16 directions that matter most, in 8 bits (one scale per row of a factor)
+    w3g64z4+r16w4   ... in 4 bits (groups of 32)
+    r16w8 r16w4     of a convolution: these directions alone
+
+or, for embeddings, blocks of rows in formats of their own, the most frequent tokens first:
+
+    w6g64zs6@1/8+w4g32zs4@3/8+w3g32z4s4d256
+                    an eighth of the rows in 6 bits, three eighths in 4, the rest in 3 bits and 256
+                    dimensions, under a basis in 8 bits
+
+Such a weight is several matrices (`composite.py`), and has no segments of its own.
 
 Group size is written in weights along K (input features). A row whose K is not a multiple of the
 group has a shorter last group; shapes are never refused.
@@ -47,7 +66,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import product
+from itertools import pairwise, product
 
 from quantlib.errors import FormatError
 from quantlib.formats.activation import (
@@ -58,6 +77,15 @@ from quantlib.formats.activation import (
     ActivationSegment,
 )
 from quantlib.formats.elements import FLOAT_NAMES
+from quantlib.formats.several import (
+    FACTORS,
+    ROW_BLOCK,
+    LowRank,
+    RowBlock,
+    check_rows,
+    names_rows,
+    parse_low_rank,
+)
 
 CHANNEL = 0
 """`group_size` of one scale per output channel."""
@@ -80,9 +108,10 @@ _PATTERN = re.compile(
     r"|nv(?P<nv>fp4)"
     r"|mx(?P<mx>fp8e5m2|fp8|fp6e2m3|fp6|fp4)"
     r"|(?:w(?P<bits>[2-8])|(?P<fp>fp8e5m2|fp8|fp6e2m3|fp6|fp4))"
-    r"(?:g(?P<group>\d+)|(?P<tensor>t))?(?P<zero>z(?P<zero_bits>[2-8])?)?(?:s(?P<scale>[4-8]))?"
+    r"(?:g(?P<group>\d+)|(?P<tensor>t))?(?P<zero>z(?P<zero_bits>[2-8])?)?"
+    r"(?:s(?P<scale>[4-8])|(?P<exponent>e))?"
 )
-_NAME = re.compile(r"(?P<weight>[^ah]+)(?:a(?P<activation>[^ah]+))?(?:h(?P<high>[^ah]+))?")
+_NAME = re.compile(r"(?P<weight>[^ah]+)(?:a(?P<activation>[^ah]+))?(?P<high>(?:h[^ah]+)*)")
 _HIGH = re.compile(
     r"(?P<format>[2-8]|nvfp4|(?:mx)?(?:fp8e5m2|fp8|fp6e2m3|fp6|fp4))"
     r"(?:x(?P<count>[1-9]\d*))?/(?P<parts>[1-9]\d*)"
@@ -98,7 +127,8 @@ class WeightFormat:
     element:    "int2".."int8", or a key of FLOAT_ELEMENTS.
     group_size: weights along K that share a scale; CHANNEL or TENSOR otherwise.
     symmetric:  integers only; False adds a zero point per group.
-    scale:      "f16"; "u4".."u8": two-level, `row_scale[n] * code / (2^bits - 1)`; "e8m0"; "e4m3".
+    scale:      "f16"; "u4".."u8": two-level, `row_scale[n] * code / (2^bits - 1)`; "e8m0", a power
+                of two; "e4m3".
     zero_bits:  bits of a stored zero point; the element's own (an integer zero point) unless said
                 otherwise. A stored code stands for `code * zero_step`, so that its range is always
                 0 .. 2^bits - 1. 0 when symmetric.
@@ -131,9 +161,9 @@ class WeightFormat:
             object.__setattr__(self, "zero_bits", self.bits)
         if self.two_level and self.group_size in (CHANNEL, TENSOR):
             raise FormatError("two-level scales need groups: write for example w4g64s6")
-        if self.scale == "e8m0" and (self.is_integer or self.group_size != 32):
+        if self.scale == "e8m0" and not self.is_integer and self.group_size != 32:
             raise FormatError(
-                "e8m0 scales are for floats in groups of 32: write mxfp8, mxfp6 or mxfp4"
+                "floats have e8m0 scales in groups of 32 only: write mxfp8, mxfp6 or mxfp4"
             )
         if self.scale == "e4m3" and (self.element != "e2m1" or self.group_size != 16):
             raise FormatError("e4m3 scales are for e2m1 in groups of 16: write nvfp4")
@@ -146,6 +176,16 @@ class WeightFormat:
     @property
     def is_integer(self) -> bool:
         return self.element.startswith("int")
+
+    @property
+    def is_mx(self) -> bool:
+        """Whether this is one of the OCP microscaling formats."""
+        return self.scale == "e8m0" and not self.is_integer
+
+    @property
+    def shares_exponent(self) -> bool:
+        """Whether this is dynamic fixed point: integers whose scale is a power of two."""
+        return self.scale == "e8m0" and self.is_integer
 
     @property
     def two_level(self) -> bool:
@@ -166,7 +206,7 @@ class WeightFormat:
         return -(-length // self.group_size) if self.group_size > 0 else 1
 
     def __str__(self) -> str:
-        if self.scale == "e8m0":
+        if self.is_mx:
             return "mx" + _ELEMENT_NAMES[self.element]
         if self.scale == "e4m3":
             return "nvfp4"
@@ -175,7 +215,8 @@ class WeightFormat:
         zero = "" if self.symmetric else "z"
         if self.zero_bits not in (0, self.bits):
             zero += str(self.zero_bits)
-        return name + group + zero + (f"s{self.scale_bits}" if self.two_level else "")
+        scale = f"s{self.scale_bits}" if self.two_level else "e" if self.shares_exponent else ""
+        return name + group + zero + scale
 
 
 @dataclass(frozen=True, order=True)
@@ -221,53 +262,78 @@ class Scheme:
     weight:     format of the weight, of its low columns if some are high; None: kept as `kept`.
     activation: format of the inputs, likewise.
     high:       the columns that are wider, if any.
+    higher:     those after them that are wider still, ascending.
+    low_rank:   directions that are kept beside the rest, if any.
+    rows:       blocks of rows with formats of their own, the first one's is `weight`; none: all
+                rows are alike.
     """
 
     weight: WeightFormat | None
     kept: str | None = None
     activation: ActivationFormat = AS_THEY_ARE
     high: HighColumns | None = None
+    higher: tuple[HighColumns, ...] = ()
+    low_rank: LowRank | None = None
+    rows: tuple[RowBlock, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.low_rank is not None and self.weight is None:
+            raise FormatError(f"a weight kept as {self.kept} has no rounded rest to add factors to")
+        if self.rows:
+            check_rows(str(self), self.rows)
+        if (
+            self.low_rank is not None
+            and self.low_rank.alone
+            and (self.activation.rounds or self.high)
+        ):
+            raise FormatError(f"{self.low_rank}: factors alone round no inputs")
         if self.activation.clip != 1:
             raise FormatError("a clip factor belongs to one weight's activations, not to a scheme")
-        if self.high is None:
+        if not self.wide:
             return
         if self.weight is None:
             raise FormatError(f"a weight kept as {self.kept} has no wider columns")
-        if (
-            min(
-                self.high_weight.bits - self.weight.bits,
-                self.high_activation.bits - self.activation.bits,
-            )
-            < 0
-        ):
-            raise FormatError(
-                f"{self}: the last columns matter most and must not be narrower than the others"
-            )
+        widths = [(self.weight.bits, self.activation.bits)]
+        widths += [(self._weight_of(p).bits, self._activation_of(p).bits) for p in self.wide]
+        for index, (before, after) in enumerate(pairwise(widths)):
+            if min(after[0] - before[0], after[1] - before[1]) < 0 or (index and after == before):
+                raise FormatError(
+                    f"{self}: the last columns matter most and must not be narrower than the "
+                    "others, and every further share must be wider than the one before it"
+                )
+        if sum(part.share for part in self.wide) >= 1:
+            raise FormatError(f"{self}: wider columns are a part of all: their shares sum to 1")
 
     @staticmethod
     def parse(name: str) -> Scheme:
         """Read a scheme's short name. Raises FormatError with examples when it is not one."""
+        head, *beside = name.split("+")
+        if names_rows(head):
+            return _parse_rows(name)
+        if beside:
+            low_rank = parse_low_rank(beside[0]) if len(beside) == 1 else None
+            if low_rank is None:
+                raise _no_scheme(name)
+            return replace(Scheme.parse(head), low_rank=low_rank)
+        alone = parse_low_rank(name, alone=True)
+        if alone is not None:
+            return replace(Scheme.parse(FACTORS[alone.bits]), low_rank=alone)
         match = _NAME.fullmatch(name)
         base = _PATTERN.fullmatch(match["weight"]) if match else None
-        high = _HIGH.fullmatch(match["high"]) if match and match["high"] else None
-        if match is None or base is None or (match["high"] and high is None):
-            raise FormatError(
-                f"{name!r} is not a scheme: write for example w4g64, w3g32z, w4g64zs6, w8a8, "
-                "w4a4zh8/8, fp8, mxfp4, nvfp4 or bf16"
-            )
+        highs = [_HIGH.fullmatch(part) for part in match["high"].split("h")[1:]] if match else []
+        if match is None or base is None or None in highs:
+            raise _no_scheme(name)
         try:
             activation = ActivationFormat.parse(match["activation"] or str(UNROUNDED))
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from error
-        columns = None
-        if high:
-            share = Fraction(int(high["count"] or 1), int(high["parts"]))
-            columns = HighColumns(high["format"], share)
-        if base["kept"]:
-            return Scheme(None, base["kept"], activation, columns)
-        return Scheme(_weight_format(base), None, activation, columns)
+        wide = tuple(
+            HighColumns(high["format"], Fraction(int(high["count"] or 1), int(high["parts"])))
+            for high in highs
+            if high
+        )
+        weight = None if base["kept"] else _weight_format(base)
+        return Scheme(weight, base["kept"], activation, wide[0] if wide else None, wide[1:])
 
     @staticmethod
     def of(segments: Sequence[Segment], activations: Sequence[ActivationSegment] = ()) -> Scheme:
@@ -279,19 +345,17 @@ class Scheme:
         rounded = [replace(part, format=replace(part.format, clip=1.0)) for part in activations]
         low = segments[0].format
         activation = rounded[0].format if rounded else AS_THEY_ARE
-        candidates = [Scheme(low, None, activation)]
-        if len(segments) == 2:
-            high, count = segments[1].format, segments[1].length
-            # Sixteenths are what a search chooses among; the first that gives this count is taken.
-            shares = [*(Fraction(part, 16) for part in range(1, 16)), Fraction(count, length)]
-            for name, share in product((str(high.bits), str(high)), shares):
-                with suppress(FormatError):
-                    columns = HighColumns(name, share)
-                    candidates.append(Scheme(low, None, activation, columns))
-        for scheme in candidates:
-            same = scheme.segments(length) == tuple(segments)
-            if same and scheme.activations(length) == tuple(rounded):
-                return scheme
+        wide = segments[1:]
+        shares = [_share(part.length, length) for part in wide]
+        names = [dict.fromkeys((str(part.format.bits), str(part.format))) for part in wide]
+        for chosen in product(*names):
+            with suppress(FormatError):
+                columns = tuple(map(HighColumns, chosen, shares))
+                first, others = columns[0] if columns else None, columns[1:]
+                scheme = Scheme(low, None, activation, first, others)
+                same = scheme.segments(length) == tuple(segments)
+                if same and scheme.activations(length) == tuple(rounded):
+                    return scheme
         raise FormatError(
             f"no scheme has the formats {'+'.join(str(part.format) for part in segments)} on "
             f"{'+'.join(str(part.length) for part in segments)} columns"
@@ -303,61 +367,116 @@ class Scheme:
         )
 
     @property
+    def is_composite(self) -> bool:
+        """Whether a weight in this scheme is stored as several matrices."""
+        return self.low_rank is not None or bool(self.rows)
+
+    @property
+    def rest(self) -> Scheme:
+        """The scheme of what the factors leave. Raises FormatError where they leave nothing."""
+        if self.low_rank is not None and self.low_rank.alone:
+            raise FormatError(f"a weight in {self} is its factors, and there is no rest")
+        return replace(self, low_rank=None)
+
+    @property
     def activation_bits(self) -> int:
         """Bits of an input in the low columns; 16: not rounded."""
         return self.activation.bits
 
     @property
-    def high_weight(self) -> WeightFormat:
-        """Format of the weight's high columns; that of all of them when none are higher."""
-        if self.weight is None:
-            raise FormatError(f"a weight kept as {self.kept} has no segments")
-        if self.high is None:
-            return self.weight
-        if self.high.name.isdigit():
-            return _restyled(self.weight, int(self.high.name))
-        return Scheme.parse(self.high.name).high_weight
+    def wide(self) -> tuple[HighColumns, ...]:
+        """The shares of wider columns, in the order of the columns."""
+        return (self.high, *self.higher) if self.high else ()
 
-    @property
-    def high_activation(self) -> ActivationFormat:
-        """Format of the inputs in the high columns."""
+    def _weight_of(self, part: HighColumns) -> WeightFormat:
+        """Format of the weight in a share of wider columns."""
+        if not part.name.isdigit():
+            weight = Scheme.parse(part.name).weight
+        else:
+            weight = self.weight and _restyled(self.weight, int(part.name))
+        assert weight is not None
+        return weight
+
+    def _activation_of(self, part: HighColumns) -> ActivationFormat:
+        """Format of the inputs in a share of wider columns."""
         low = self.activation
-        if self.high is None or not low.rounds:
+        if not low.rounds:
             return low
+        bits = max(low.bits, self._weight_of(part).bits)
         if low.element == INTEGER:
-            return replace(low, bits=max(low.bits, self.high_weight.bits), symmetric=True)
-        if not self.high.name.isdigit():
-            return ActivationFormat(element=self.high.name)
-        bits = max(low.bits, self.high_weight.bits)
+            return replace(low, bits=bits, symmetric=True)
+        if not part.name.isdigit():
+            return ActivationFormat(element=part.name)
         return ActivationFormat(element=low.element if bits == low.bits else _wider(low, bits))
 
     def segments(self, length: int) -> tuple[Segment, ...]:
-        """The K segments of a weight with `length` input features: low columns, then high ones.
+        """The K segments of a weight with `length` input features: low columns, then wider ones.
 
-        One, for a uniform scheme. Raises FormatError for a weight that is kept.
+        One, for a uniform scheme. Raises FormatError for a weight that is kept, and for one that is
+        stored as several matrices: `composite.parts_of` has theirs.
         """
         if self.weight is None:
             raise FormatError(f"a weight kept as {self.kept} has no segments")
-        low = self.low_columns(length)
-        parts = Segment(0, low, self.weight), Segment(low, length - low, self.high_weight)
-        return tuple(part for part in parts if part.length)
+        if self.is_composite:
+            raise FormatError(f"a weight in {self} is several matrices, and has no segments itself")
+        formats = [self.weight, *map(self._weight_of, self.wide)]
+        spans = zip(self._spans(length), formats, strict=True)
+        return tuple(Segment(start, count, form) for (start, count), form in spans if count)
 
     def activations(self, length: int) -> tuple[ActivationSegment, ...]:
         """How `length` input features are rounded, in the same segments; none: not at all."""
         if not self.activation.rounds:
             return ()
-        low = self.low_columns(length)
-        high = ActivationSegment(low, length - low, self.high_activation)
-        return tuple(p for p in (ActivationSegment(0, low, self.activation), high) if p.length)
+        formats = [self.activation, *map(self._activation_of, self.wide)]
+        spans = zip(self._spans(length), formats, strict=True)
+        return tuple(
+            ActivationSegment(start, count, form) for (start, count), form in spans if count
+        )
 
     def low_columns(self, length: int) -> int:
-        """How many of `length` input features come before the high ones: all, if there are none."""
-        return length - (self.high.count(length) if self.high else 0)
+        """How many of `length` input features come before the wider ones: all, if none are."""
+        return self._spans(length)[0][1]
+
+    def _spans(self, length: int) -> list[tuple[int, int]]:
+        """(start, length) of the low columns and of each share of wider ones; some may be empty."""
+        left, spans = length, []
+        for part in reversed(self.wide):
+            count = min(left, part.count(length))
+            left -= count
+            spans.append((left, count))
+        return [(0, left), *reversed(spans)]
 
     def __str__(self) -> str:
+        if self.rows:
+            return "+".join(map(str, self.rows))
+        if self.low_rank is not None and self.low_rank.alone:
+            return str(self.low_rank)
         base = str(self.weight) if self.weight is not None else str(self.kept)
         activation = f"a{self.activation}" if self.activation.rounds else ""
-        return base + activation + (str(self.high) if self.high else "")
+        factors = f"+{self.low_rank}" if self.low_rank is not None else ""
+        return base + activation + "".join(map(str, self.wide)) + factors
+
+
+def _no_scheme(name: str) -> FormatError:
+    return FormatError(
+        f"{name!r} is not a scheme: write for example w4g64, w3g32z, w4g64zs6, w8a8, w4a4zh8/8, "
+        "w3g64+r16, w6g64@1/8+w4g64, fp8, mxfp4, nvfp4 or bf16"
+    )
+
+
+def _parse_rows(name: str) -> Scheme:
+    """The scheme of an embedding whose rows are in blocks."""
+    blocks = []
+    for part in name.split("+"):
+        match = ROW_BLOCK.fullmatch(part)
+        if match is None:
+            raise _no_scheme(name)
+        scheme = Scheme.parse(match["format"])
+        if scheme.weight is None or scheme != Scheme(scheme.weight):
+            raise FormatError(f"{name}: {match['format']} is no format for a block of rows")
+        share = Fraction(match["share"]) if match["share"] else None
+        blocks.append(RowBlock(scheme.weight, share, int(match["width"] or 0)))
+    return Scheme(blocks[0].format, rows=tuple(blocks))
 
 
 def _weight_format(match: re.Match[str]) -> WeightFormat:
@@ -367,7 +486,7 @@ def _weight_format(match: re.Match[str]) -> WeightFormat:
         return WeightFormat(FLOAT_NAMES[match["mx"]], 32, scale="e8m0")
     element = f"int{match['bits']}" if match["bits"] else FLOAT_NAMES[match["fp"]]
     group = int(match["group"]) if match["group"] else TENSOR if match["tensor"] else CHANNEL
-    scale = f"u{match['scale']}" if match["scale"] else "f16"
+    scale = f"u{match['scale']}" if match["scale"] else "e8m0" if match["exponent"] else "f16"
     return WeightFormat(element, group, not match["zero"], scale, int(match["zero_bits"] or 0))
 
 
@@ -383,6 +502,14 @@ def _restyled(format: WeightFormat, bits: int) -> WeightFormat:
     if format.scale == "e4m3":
         return WeightFormat(_FLOAT_OF_BITS[bits], CHANNEL)
     return replace(format, element=_FLOAT_OF_BITS[bits])
+
+
+def _share(count: int, length: int) -> Fraction:
+    """The share that `count` of `length` columns are: in sixteenths where those give this count,
+    because they are what a search chooses among."""
+    shares = (Fraction(part, 16) for part in range(1, 16))
+    fitting = (share for share in shares if HighColumns("8", share).count(length) == count)
+    return next(fitting, Fraction(count, length))
 
 
 def _wider(format: ActivationFormat, bits: int) -> str:

@@ -18,6 +18,7 @@ import torch
 
 from quantlib.errors import FormatError
 from quantlib.formats.activation import UNROUNDED
+from quantlib.formats.composite import stored_bytes
 from quantlib.formats.scheme import KEPT, Scheme, Segment
 from quantlib.formats.weight import packed_layout
 
@@ -84,7 +85,7 @@ def true_bits(scheme: Scheme, shape: Sequence[int]) -> tuple[float, float]:
     activation_bits = codes / matrix[1] if rounded else float(UNROUNDED)
     if scheme.weight is None:
         return 8.0 * KEPT[str(scheme.kept)], activation_bits
-    return bits_per_weight(matrix, scheme.segments(matrix[1])), activation_bits
+    return 8 * stored_bytes(matrix, scheme) / math.prod(matrix), activation_bits
 
 
 def safetensors_order(tensors: Mapping[str, TensorForm]) -> list[str]:

@@ -10,7 +10,7 @@ and one group):
     kind       scale                       row_scale      effective scale, float32
     f16        float16 [N, G]              none           scale
     u4 .. u8   uint8 [N, G], the codes     float16 [N]    row_scale * (code / (2^b - 1))
-    e8m0       uint8 [N, G], exponents     none           2^(code - 127)
+    e8m0       uint8 [N, G], exponents     none           2^(code - 127), of floats and integers
     e4m3       uint8 [N, G], e4m3 codes    float32 [1]    row_scale * value_of(code)
 
 A scale of zero (f16, u4..u8, e4m3) stands for a group whose weights are all zero and for nothing

@@ -1,6 +1,7 @@
 """The apply stage: a plan becomes a packed checkpoint, assembled from the layer bank.
 
-Nothing is rounded here: the tensors that were measured are the tensors that ship. With `refine` the
+The tensors that were measured are the tensors that ship; what a predicted table left unrounded
+(`predict.py`) is rounded first. With `refine` the
 plan is first re-rounded block by block (`reround.py`); whichever of the two loses less on held-back
 windows is assembled.
 """
@@ -21,11 +22,14 @@ from quantlib.checkpoint.tensorfile import LazyTensor
 from quantlib.checkpoint.writer import PLAN_FILE, source_files, write_checkpoint
 from quantlib.errors import CheckpointError, UsageError
 from quantlib.evaluation.language import LanguageResult
+from quantlib.formats.scheme import Scheme
 from quantlib.formats.weight import ORDER
 from quantlib.models.headers import TORCH_DTYPES
 from quantlib.pipeline.dense import Trials, measured_kl, plan_keys
 from quantlib.pipeline.inputs import bank_clips, cache_settings
+from quantlib.pipeline.measure import measure_plan
 from quantlib.pipeline.modalities import cache_formats, cache_scales, integer_operators
+from quantlib.pipeline.predict import KIND
 from quantlib.pipeline.reround import reround
 from quantlib.pipeline.rotate import online_rotation
 from quantlib.pipeline.run import Run
@@ -72,7 +76,10 @@ def apply(
             "re-rounding runs the blocks of a language model one by one, and this model is run as "
             "a whole: leave out --refine"
         )
+    _check_refinable(plan, refine)
     keys = plan_keys(run, plan.schemes)
+    if KIND in plan.provenance:
+        measure_plan(run, plan.schemes)
     _require_entries(run, plan, keys)
     refinement = None
     if refine:
@@ -102,6 +109,16 @@ def apply(
         )
         progress.tick(str(path))
     return path, refinement
+
+
+def _check_refinable(plan: Plan, refine: bool) -> None:
+    """Raise UsageError where weights are to be rounded again that have factors beside them."""
+    factored = [n for n, s in plan.schemes.items() if Scheme.parse(s).low_rank is not None]
+    if refine and factored:
+        raise UsageError(
+            f"re-rounding works on weights of one matrix, and {factored[0]} has factors beside it "
+            f"({plan.schemes[factored[0]]}): leave out --refine"
+        )
 
 
 def _require_entries(run: Run, plan: Plan, keys: Mapping[str, str]) -> None:

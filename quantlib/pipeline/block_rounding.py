@@ -152,14 +152,16 @@ class BlockRounding:
         originals = {name: block.originals[name] for name in group.members}
         targets = least_squares_targets(originals, fit, held, recipe.strength)
         hessian = fit.together(held).hessian
-        options = RoundingOptions(recipe.damping, recipe.passes)
-        moved, rounded = {}, {}
-        for name, target in targets.items():
-            order = self.run.orders.get(name)
-            own = hessian if order is None else hessian[order][:, order]
-            moved[name] = self.packed(name, target.weight)
-            layout = Scheme.parse(self.schemes[name]).segments(moved[name].shape[1])
-            (rounded[name],) = round_group({name: moved[name]}, own, [layout], options).values()
+        options = RoundingOptions(self.run.damping, recipe.passes)
+        order = self.run.orders.get(group.members[0])
+        own = hessian if order is None else hessian[order][:, order]
+        moved = {name: self.packed(name, target.weight) for name, target in targets.items()}
+        rounded: dict[str, QuantizedWeight] = {}
+        for scheme in dict.fromkeys(self.schemes[name] for name in moved):
+            alike = {n: weight for n, weight in moved.items() if self.schemes[n] == scheme}
+            layout = Scheme.parse(scheme).segments(len(own))
+            found = round_group(alike, own, [layout], options)
+            rounded |= {name: found[name, 0] for name in alike}
         loss = float(block.judge(self.dense({**self.weights, **rounded})).mean())
         if loss < self.losses[1]:
             self.weights |= rounded

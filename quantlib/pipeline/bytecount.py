@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from quantlib.checkpoint.surroundings import rotation_tensors
+from quantlib.formats.composite import stored_bytes as weight_payload
+from quantlib.formats.composite import stored_layout
 from quantlib.formats.scheme import Scheme
-from quantlib.formats.size import payload_bytes
-from quantlib.formats.weight import ORDER, packed_layout
+from quantlib.formats.weight import ORDER
 from quantlib.models.headers import TORCH_DTYPES
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.rows import Weight
@@ -33,12 +34,11 @@ _FILE_OVERHEAD = 8 + 8 + len(json.dumps({"__metadata__": {"format": "pt"}}, sepa
 def weight_bytes(weight: Weight, scheme: Scheme) -> int:
     """Bytes that `weight` stored in `scheme` adds to the checkpoint: payload and header entries."""
     shape = weight.parameters // weight.in_features, weight.in_features  # stacks as [E*N, K]
-    segments = scheme.segments(weight.in_features)
     entries = sum(
         _header_entry(weight.name + suffix, stored)
-        for suffix, (_, stored) in packed_layout(shape, segments).items()
+        for suffix, (_, stored) in stored_layout(shape, scheme).items()
     )
-    return payload_bytes(shape, segments) + entries
+    return weight_payload(shape, scheme) + entries
 
 
 def fixed_bytes(model_map: ModelMap, shard_bytes: int) -> int:

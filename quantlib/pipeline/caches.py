@@ -34,7 +34,7 @@ from quantlib.transforms.attention import attach_attention, changed_attention
 from quantlib.transforms.binding import wire
 from quantlib.transforms.wiring import Attention
 
-KIND = "caches"
+KIND, CHOSEN = "caches", "cache formats"
 CACHES_VERSION = 1
 """Raise when losses come out differently: caches are then measured again."""
 SIDES = ("int4", "int4g32", "int4g16", "int4h16", "int8")
@@ -50,12 +50,16 @@ Losses = dict[str, dict[str, dict[str, float]]]
 def allocated_caches(run: Run) -> dict[str, KvFormat]:
     """Attention module -> the format of its cache, within the recipe's mean bits.
 
-    Measured once per work directory. Raises UsageError when so few bits cannot be had.
+    Measured and solved once per work directory. Raises UsageError when so few bits cannot be had.
     """
     bits = run.recipe.kv_bits
     assert bits is not None
-    attentions = {a.module: a for a in wire(skeleton.build(run.source)).attentions}
-    return allocate(measured_losses(run), attentions, bits)
+    key = run.work.key(CHOSEN, losses=_losses_key(run), bits=bits)
+    if not run.work.has(key):
+        attentions = {a.module: a for a in wire(skeleton.build(run.source)).attentions}
+        formats = allocate(measured_losses(run), attentions, bits)
+        run.work.commit(key, CHOSEN, {}, {name: str(kv) for name, kv in formats.items()})
+    return {name: KvFormat.parse(text) for name, text in run.work.unit(key).values.items()}
 
 
 def allocate(
@@ -102,11 +106,16 @@ def _choices(attention: Attention, losses: Mapping[str, float]) -> Iterator[Choi
 
 def measured_losses(run: Run) -> Losses:
     """What every format of every side loses, kept as a unit of the work directory."""
-    key = run.work.key(KIND, inputs=digest([run.statistics_hash, SIDES, WINDOWS, CACHES_VERSION]))
+    key = _losses_key(run)
     if not run.work.has(key):
         run.work.commit(key, KIND, {}, {"losses": _measure(run)})
     losses: Losses = run.work.unit(key).values["losses"]
     return losses
+
+
+def _losses_key(run: Run) -> str:
+    inputs = digest([run.statistics_hash, SIDES, WINDOWS, CACHES_VERSION])
+    return run.work.key(KIND, inputs=inputs)
 
 
 @torch.no_grad()

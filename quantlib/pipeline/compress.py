@@ -22,6 +22,8 @@ from quantlib.pipeline.measure import measure
 from quantlib.pipeline.modalities import cache_scales
 from quantlib.pipeline.opening import load_tokenizer, open_run, reopen_run
 from quantlib.pipeline.plan import Budget, allocation_problem, search
+from quantlib.pipeline.predict import check as check_prediction
+from quantlib.pipeline.predict import predicted_table
 from quantlib.pipeline.probe import probe
 from quantlib.pipeline.rotate import rotated
 from quantlib.pipeline.run import Progress, Run
@@ -89,15 +91,22 @@ def prepare(run: Run, out: Path | None = None, budget: int | None = None) -> est
     return found
 
 
-def measured_table(run: Run) -> Sensitivity:
+def measured_table(run: Run, predict: str | None = None) -> Sensitivity:
     """Calibrate, measure and probe; the table is written to the work directory.
 
-    Probes are plans without rules, so the table serves every later budget.
+    Probes are plans without rules, so the table serves every later budget. predict: a method of
+    `pipeline.predict`, to measure a part only; there are then no probes, which would round what was
+    left out.
     """
+    if predict is not None:
+        check_prediction(run, predict)
     calibrate(run)
     run.extra_bytes += stored_bytes(cache_scales(run))
-    table = measure(run)
-    table = probe(run, table, allocation_problem(run.model_map, table, Budget()))
+    if predict is None:
+        table = measure(run)
+        table = probe(run, table, allocation_problem(run.model_map, table, Budget()))
+    else:
+        table = predicted_table(run, predict)
     workfiles.save_table(run.work.path, table, run.recipe)
     return table
 

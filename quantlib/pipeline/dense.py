@@ -21,8 +21,8 @@ from quantlib.errors import CheckpointError
 from quantlib.evaluation.estimate import Estimate
 from quantlib.evaluation.language import LanguageResult, evaluate_language
 from quantlib.evaluation.reference import reference_logprobs
+from quantlib.formats.composite import dequantize_stored, unpack_stored
 from quantlib.formats.scheme import Scheme
-from quantlib.formats.weight import dequantize, unpack
 from quantlib.models import skeleton
 from quantlib.pipeline.inputs import RoundedInputs, bank_clips, round_cache
 from quantlib.pipeline.measure import entry_key
@@ -126,10 +126,10 @@ def bank_weight(run: Run, name: str, scheme: str, key: str | None = None) -> Ten
     """A weight as the bank holds it, dequantized to float32 in the shape of its parameter, its
     columns in the order of its inputs."""
     weight = run.model_map.weight(name)
-    segments = Scheme.parse(scheme).segments(weight.in_features)
     shape = (weight.parameters // weight.in_features, weight.in_features)
-    packed = unpack(run.bank.get(key or entry_key(run, name, scheme)), shape, segments)
-    value, order = dequantize(packed), run.orders.get(name)
+    tensors = run.bank.get(key or entry_key(run, name, scheme))
+    packed = unpack_stored(tensors, shape, Scheme.parse(scheme))
+    value, order = dequantize_stored(packed), run.orders.get(name)
     if order is not None:
         value = value[:, torch.argsort(order)]
     return weight.tensor(value)

@@ -264,9 +264,12 @@ def _operations(model_map: ModelMap, recipe: Recipe) -> float:
 
 
 def _layouts(recipe: Recipe) -> int:
-    """How many times a weight is rounded: candidates may differ in their activations alone."""
+    """How many times a weight is rounded: candidates may differ in their activations alone, and
+    what factors leave is rounded for itself."""
     columns = 4096  # any number that every share of wide columns divides
-    return len({Scheme.parse(name).segments(columns) for name in recipe.schemes})
+    parsed = [Scheme.parse(name) for name in recipe.schemes]
+    alike = {scheme.segments(columns) for scheme in parsed if not scheme.is_composite}
+    return len(alike) + sum(scheme.is_composite for scheme in parsed)
 
 
 def _rate() -> float:

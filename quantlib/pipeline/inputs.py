@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quantlib.checkpoint.surroundings import CacheSettings
-from quantlib.errors import ModelError
+from quantlib.errors import ModelError, UsageError
 from quantlib.formats.activation import ActivationSegment, fake_quantize, with_clips
 from quantlib.formats.scheme import Scheme
+from quantlib.kernels.cpu.forms import why_not
 from quantlib.kernels.kv_format import KvFormat
 from quantlib.models import skeleton
+from quantlib.models.modelmap import ModelMap
 from quantlib.pipeline.caches import allocated_caches
 from quantlib.pipeline.run import Run
 from quantlib.transforms.attention import ATTRIBUTE, AttentionState, attach_attention
@@ -50,6 +52,19 @@ def bank_clips(run: Run, key: str) -> tuple[float, ...]:
     """The clip factors of a bank entry's activation segments; none where it was rounded without."""
     extra = run.bank.entry(key).extra
     return tuple(extra[f"clip{index}"] for index in range(len(extra)) if f"clip{index}" in extra)
+
+
+def check_inputs(model_map: ModelMap, schemes: Mapping[str, Sequence[str]]) -> None:
+    """Raise UsageError for a candidate (weight -> names) that rounds inputs to integers in a way
+    that the integer kernels cannot."""
+    asked = {(name, w.in_features) for w in model_map.weights for name in schemes[w.name]}
+    for name, columns in sorted(asked):
+        scheme = Scheme.parse(name)
+        activations = scheme.activations(columns) if scheme.activation.rounds else ()
+        if activations and all(part.format.is_integer for part in activations):
+            reason = why_not(scheme.segments(columns), activations)
+            if reason:
+                raise UsageError(f"{name} cannot run on inputs of {columns} columns: {reason}")
 
 
 class RoundedInputs:

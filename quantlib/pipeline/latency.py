@@ -189,7 +189,7 @@ class _Prices:
         phase, tokens = phase_of(cost)
         # only the last token of a prompt is given to the head
         at_once = 1 if phase == "decode" or weight.kind != "linear" else min(tokens, CHUNK)
-        columns = str(Scheme(scheme.weight, high=scheme.high))
+        columns = str(Scheme(scheme.weight, high=scheme.high, higher=scheme.higher))
         return Op(
             rows, weight.in_features, columns, at_once, self._inputs(scheme, weight.in_features)
         )
@@ -237,7 +237,10 @@ def _check_inputs(model_map: ModelMap, schemes: Mapping[str, Sequence[str]]) -> 
         columns = model_map.weight(weight).in_features
         for name in candidates:
             parsed = Scheme.parse(name)
-            reason = why_not(parsed.segments(columns), parsed.activations(columns))
+            if parsed.is_composite:
+                reason: str | None = "it is several matrices"
+            else:
+                reason = why_not(parsed.segments(columns), parsed.activations(columns))
             if reason:
                 raise UsageError(
                     f"latency budgets are for what the native engine runs, and it does not run "

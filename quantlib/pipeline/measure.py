@@ -9,7 +9,7 @@ their scores. The sensitivity table is then read off the bank.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from quantlib.calibration.statistics import EmbeddingStatistics, GroupStatistics
 from quantlib.checkpoint.bank import LayerBank
+from quantlib.formats.composite import CompositeWeight, StoredWeight, pack_stored
 from quantlib.formats.scheme import Scheme
-from quantlib.formats.weight import QuantizedWeight, pack
+from quantlib.formats.weight import QuantizedWeight, unpack
 from quantlib.models.rows import LinearGroup, Weight
 from quantlib.pipeline import bytecount, parts
 from quantlib.pipeline.calibrate import embedding_statistics, group_statistics
@@ -32,27 +33,65 @@ from quantlib.pipeline.scoring import (
     matrix_of,
     scored,
 )
-from quantlib.rounding import RoundingOptions, concatenate, round_group
+from quantlib.rounding import (
+    Layout,
+    RoundingOptions,
+    concatenate,
+    round_group,
+    round_low_rank,
+    round_rows,
+)
 from quantlib.search.sensitivity import Entry, Sensitivity
 
 
 def measure(run: Run) -> Sensitivity:
     """Fill the bank and return the table, without a calibration to measured KL (see `probe`)."""
-    missing = [group for group in run.model_map.groups if not _complete(run, group)]
+    measure_groups(run, run.model_map.groups)
+    return sensitivity(run)
+
+
+def measure_groups(run: Run, groups: Iterable[LinearGroup]) -> None:
+    """Put these groups into the bank, in every candidate scheme."""
+    missing = [group for group in groups if not is_measured(run, group)]
     with run.stage("measure", len(missing)) as progress:
         for group in missing:
             _measure_group(run, group)
             progress.tick(group.name)
-    return sensitivity(run)
 
 
-def sensitivity(run: Run) -> Sensitivity:
-    """The table, read off the bank."""
+def measure_plan(run: Run, schemes: Mapping[str, str]) -> None:
+    """Put what the bank lacks of one plan (weight -> scheme) into it: a plan that was made from
+    predictions is rounded when it is applied."""
+    lacking = {
+        (name, scheme)
+        for name, scheme in schemes.items()
+        if not run.bank.has(entry_key(run, name, scheme))
+    }
+    names = {name for name, _ in lacking}
+    groups = [group for group in run.model_map.groups if names.intersection(group.members)]
+    with run.stage("measure", len(groups)) as progress:
+        for group in groups:
+            _measure_group(run, group, lacking)
+            progress.tick(group.name)
+
+
+Predicted = Mapping[str, Mapping[str, tuple[float, float]]]
+"""Weight -> scheme -> (loss, its standard error), where that was not measured (`predict.py`)."""
+
+
+def sensitivity(run: Run, predicted: Predicted | None = None) -> Sensitivity:
+    """The table, read off the bank, and off predictions of the only task where the bank has
+    nothing."""
     rows = {}
     for weight in run.model_map.weights:
         entries = {}
         for scheme in run.candidates[weight.name]:
-            found = run.bank.entry(entry_key(run, weight.name, str(scheme))).extra
+            key = entry_key(run, weight.name, str(scheme))
+            guess = (predicted or {}).get(weight.name, {}).get(str(scheme))
+            if guess is not None and not run.bank.has(key):
+                found = {_extra("loss", TASK): guess[0], _extra("error", TASK): guess[1]}
+            else:
+                found = run.bank.entry(key).extra
             entries[str(scheme)] = Entry(
                 bytecount.weight_bytes(weight, scheme),
                 {task: found[_extra("loss", task)] for task in run.tasks},
@@ -87,10 +126,11 @@ def entry_key(run: Run, weight: str, scheme: str) -> str:
 
 def measured_groups(run: Run) -> int:
     """How many groups are in the bank in every candidate scheme."""
-    return sum(_complete(run, group) for group in run.model_map.groups)
+    return sum(is_measured(run, group) for group in run.model_map.groups)
 
 
-def _complete(run: Run, group: LinearGroup) -> bool:
+def is_measured(run: Run, group: LinearGroup) -> bool:
+    """Whether the bank has a group in every candidate scheme."""
     return all(
         run.bank.has(entry_key(run, name, str(scheme)))
         for name in group.members
@@ -98,16 +138,22 @@ def _complete(run: Run, group: LinearGroup) -> bool:
     )
 
 
-def _measure_group(run: Run, group: LinearGroup) -> None:
-    """Round, score and keep what the bank lacks of one group; what it has is not touched."""
+def _measure_group(
+    run: Run, group: LinearGroup, only: Collection[tuple[str, str]] | None = None
+) -> None:
+    """Round, score and keep what the bank lacks of one group (of `only`, if that is given); what it
+    has is not touched."""
     started = time.monotonic()
     weights = [run.model_map.weight(name) for name in group.members]
     missing = [
         (weight.name, str(scheme))
         for weight in weights
         for scheme in run.candidates[weight.name]
+        if only is None or (weight.name, str(scheme)) in only
         if not run.bank.has(entry_key(run, weight.name, str(scheme)))
     ]
+    if not missing:
+        return
     wanted = {name for _, name in missing}
     schemes = [s for s in run.candidates[weights[0].name] if str(s) in wanted]
     if group.kind in ("embedding", "head"):
@@ -115,17 +161,20 @@ def _measure_group(run: Run, group: LinearGroup) -> None:
     else:
         candidates = _round_matrices(run, group, schemes)
     seconds = (time.monotonic() - started) / len(missing)
+    lacking = set(missing)
     with run.bank.batch() as batch:
-        for key in missing:
-            quantized, matrices = candidates[key]
-            found = scored(quantized, matrices, key[1])
-            extra = {_extra("loss", task): loss for task, (loss, _) in found.items()}
-            extra |= {_extra("error", task): error for task, (_, error) in found.items()}
-            batch.put(*key, run.rounding_hash, pack(quantized), extra, seconds)
+        for name, alike, quantized, matrices in candidates:
+            own = [scheme for scheme in alike if (name, scheme) in lacking]
+            tensors = pack_stored(quantized) if own else {}
+            for scheme, found in scored(quantized, matrices, own).items():
+                extra = {_extra("loss", task): loss for task, (loss, _) in found.items()}
+                extra |= {_extra("error", task): error for task, (_, error) in found.items()}
+                batch.put(name, scheme, run.rounding_hash, tensors, extra, seconds)
 
 
-Candidates = dict[tuple[str, str], tuple[QuantizedWeight, list[Matrix]]]
-"""(weight name, scheme) -> the whole weight (stacks as [E*N, K]), and what it was rounded from."""
+Candidates = list[tuple[str, list[str], StoredWeight, list[Matrix]]]
+"""(weight name, schemes, the whole weight as all of these round it, stacks as [E*N, K], and what it
+was rounded from): schemes of one entry differ in their activations alone."""
 
 
 @dataclass(frozen=True)
@@ -152,10 +201,12 @@ def _round_matrices(run: Run, group: LinearGroup, schemes: list[Scheme]) -> Cand
     Hessian."""
     known = _known(run, group)
     originals = {name: _matrices(run, name) for name in group.members}
-    options = RoundingOptions(run.recipe.damping, run.recipe.passes)
+    options = RoundingOptions(run.damping, run.recipe.passes)
     columns = run.model_map.weight(group.members[0]).in_features
-    segments = [scheme.segments(columns) for scheme in schemes]
-    layouts = list(dict.fromkeys(segments))  # candidates may differ in their activations alone
+    plain = [scheme for scheme in schemes if not scheme.is_composite]
+    factored = [scheme for scheme in schemes if scheme.low_rank is not None]
+    segments = [scheme.segments(columns) for scheme in plain]
+    layouts = list(dict.fromkeys([*segments, *_rests(run, group, factored)]))
     pieces: dict[tuple[str, int], list[QuantizedWeight]] = {}
     for index, statistics in enumerate(known.together.matrices):
         members = {name: originals[name][index] for name in group.members}
@@ -170,11 +221,65 @@ def _round_matrices(run: Run, group: LinearGroup, schemes: list[Scheme]) -> Cand
         for name in group.members
     }
     whole = {key: concatenate(values) for key, values in pieces.items()}
-    return {
-        (name, str(scheme)): (whole[name, layouts.index(layout)], matrices[name])
+    alike = [
+        [str(s) for s, own in zip(plain, segments, strict=True) if own == layout]
+        for layout in layouts
+    ]
+    candidates: Candidates = [
+        (name, names, whole[name, index], matrices[name])
         for name in group.members
-        for scheme, layout in zip(schemes, segments, strict=True)
-    }
+        for index, names in enumerate(alike)
+    ]
+    for scheme in factored:
+        alone = {}
+        if not _is_alone(scheme):
+            layout = scheme.rest.segments(columns)
+            alone = {
+                name: whole[name, layouts.index(layout)]
+                if layout in layouts
+                else _from_bank(run, name, scheme.rest)
+                for name in group.members
+            }
+        found = _with_factors(known, originals, scheme, alone, options)
+        candidates += [(name, [str(scheme)], found[name], matrices[name]) for name in found]
+    return candidates
+
+
+def _rests(run: Run, group: LinearGroup, schemes: Sequence[Scheme]) -> list[Layout]:
+    """Layouts in which the bank lacks what schemes with factors start from."""
+    columns = run.model_map.weight(group.members[0]).in_features
+    return [
+        scheme.rest.segments(columns)
+        for scheme in schemes
+        if not _is_alone(scheme)
+        if not all(run.bank.has(entry_key(run, m, str(scheme.rest))) for m in group.members)
+    ]
+
+
+def _is_alone(scheme: Scheme) -> bool:
+    """Whether a scheme's factors have no rest beside them."""
+    return scheme.low_rank is not None and scheme.low_rank.alone
+
+
+def _from_bank(run: Run, name: str, scheme: Scheme) -> QuantizedWeight:
+    weight = run.model_map.weight(name)
+    tensors = run.bank.get(entry_key(run, name, str(scheme)))
+    shape = (weight.out_features, weight.in_features)
+    return unpack(tensors, shape, scheme.segments(weight.in_features))
+
+
+def _with_factors(
+    known: _Known,
+    originals: Mapping[str, tuple[Tensor, ...]],
+    scheme: Scheme,
+    alone: Mapping[str, QuantizedWeight],
+    options: RoundingOptions,
+) -> dict[str, CompositeWeight]:
+    """The members of a group of dense matrices, with factors."""
+    (statistics,) = known.together.matrices
+    weights = {name: original for name, (original,) in originals.items()}
+    hessian = statistics.hessian if statistics.tokens else None
+    return round_low_rank(weights, hessian, scheme, alone, statistics.fisher, options)
 
 
 def ordered_weight(run: Run, name: str) -> Tensor:
@@ -206,18 +311,26 @@ def _round_embedding(
         stats = parts.summed_embedding(run, streams)
         known = [EmbeddingPart(task, own) for task, own in streams.items()]
     recipe = run.recipe
-    options = RoundingOptions(recipe.damping, recipe.passes)
-    candidates: Candidates = {}
+    options = RoundingOptions(run.damping, recipe.passes)
+    candidates: Candidates = []
     for weight in weights:
         head = weight.kind == "head" or weight.head is not None
         lookup = weight.kind == "embedding"
         original = run.source.read(weight.name).float()
-        layouts = [scheme.segments(weight.in_features) for scheme in schemes]
+        plain = [scheme for scheme in schemes if not scheme.is_composite]
+        layouts = [scheme.segments(weight.in_features) for scheme in plain]
         hessian = embedding_hessian(stats, head, lookup)
         matrix = embedding_matrix(original, known, head, lookup, recipe.gradients, recipe.seed)
         rounded = round_group({weight.name: original}, hessian, layouts, options)
         for (name, index), value in rounded.items():
-            candidates[name, str(schemes[index])] = value, [matrix]
+            candidates.append((name, [str(plain[index])], value, [matrix]))
+        expected = [EmbeddingPart(part.task, part.statistics.expected()) for part in known]
+        matrix = embedding_matrix(original, expected, head, lookup, recipe.gradients, recipe.seed)
+        for scheme in schemes:
+            if scheme.rows:
+                price = row_prices(stats.expected(), head, lookup)
+                split = round_rows(original, hessian, scheme, price, options)
+                candidates.append((weight.name, [str(scheme)], split, [matrix]))
     return candidates
 
 
@@ -235,6 +348,17 @@ def embedding_hessian(stats: EmbeddingStatistics, head: bool, lookup: bool) -> T
         lookups = float(stats.frequency.sum()) / max(stats.tokens, 1)  # per term of the loss
         hessian += torch.diag(stats.gradient * lookups) / rows
     return hessian
+
+
+def row_prices(stats: EmbeddingStatistics, head: bool, lookup: bool) -> Tensor:
+    """What an error in each row of an embedding costs, float32 [V], relative to each other: how
+    often its token is written, and read."""
+    price = torch.zeros(len(stats.variance))
+    if head:
+        price += stats.variance * stats.head_input.diagonal().mean()
+    if lookup:
+        price += stats.frequency / max(stats.tokens, 1) * stats.gradient.mean()
+    return price
 
 
 def _matrices(run: Run, name: str) -> tuple[Tensor, ...]:

@@ -18,9 +18,10 @@ from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
 from quantlib.pipeline import workfiles
 from quantlib.pipeline.caches import check_bits
+from quantlib.pipeline.inputs import check_inputs
 from quantlib.pipeline.latency import costs_for
 from quantlib.pipeline.plan import Budget, check_request
-from quantlib.pipeline.rotate import rotated
+from quantlib.pipeline.rotate import check_rotatable, rotated
 from quantlib.pipeline.run import Progress, Run, Silent, candidates, read_windows
 from quantlib.pipeline.whole import check_blockwise, check_whole, is_whole, mapped, read_workload
 from quantlib.recipe import Recipe
@@ -58,6 +59,8 @@ def load_inputs(
     model_map = mapped(source, recipe)
     whole = is_whole(model_map, recipe)
     check_whole(recipe) if whole else check_blockwise(recipe)
+    check_rotatable(source, recipe)
+    check_inputs(model_map, candidates(model_map, recipe))
     costs = None
     if recipe.kv_bits is not None:
         check_bits(wire(skeleton.build(source)).attentions, recipe.kv_bits)
@@ -132,12 +135,14 @@ def reopen_run(
     *,
     model: str | Path | None = None,
     with_data: bool = False,
+    reading: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[Run]:
     """The run that measured a work directory, from the files it left there.
 
     model:     where the model lies now; where it was measured, by default.
     with_data: read the calibration text too, and check that it is still the same.
+    reading:   only read, beside the process that has the work directory open.
     """
     known, recipe = workfiles.load_model(work), workfiles.load_recipe(work)
     table = workfiles.load_table(work, known.model_map)
@@ -145,7 +150,7 @@ def reopen_run(
     whole = is_whole(known.model_map, recipe)
     workload = read_workload(source, known.model_map, recipe) if whole and with_data else None
     tokenizer = None if whole else load_tokenizer(source.path)
-    with WorkDir.open(work) as workdir:
+    with WorkDir.view(work) if reading else WorkDir.open(work) as workdir:
         run = Run(source, known.model_map, workdir, recipe, tokenizer, progress or Silent())
         run.workload = workload
         run = rotated(run)
@@ -157,6 +162,7 @@ def reopen_run(
             )
         if not with_data:
             run.rounding_hash = made_from.get("bank", "")
+            run.statistics_hash = made_from.get("statistics", "")
         elif run.rounding_hash != made_from.get("bank"):
             raise CheckpointError(
                 f"the calibration text {recipe.data} is not the one that was measured in {work}: "

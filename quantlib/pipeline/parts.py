@@ -203,7 +203,7 @@ def _calibrate_stream(run: Run, task: str, model: nn.Module, tick: Any) -> None:
         run.model_map,
         run.streams.stream(task, model),
         seed=recipe.seed + 15485863 * run.tasks.index(task),
-        weighting=Weighting(recipe.weighting),
+        weighting=Weighting(recipe.stream_weighting),
         expert_tokens=recipe.expert_tokens,
         tick=tick,
     )

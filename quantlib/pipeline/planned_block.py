@@ -31,6 +31,9 @@ ADDITIVE_TOLERANCE = 1e-4
 relative to its length: float32 sums of a few terms are a hundred times closer."""
 
 
+SAMPLED_WINDOWS = 6
+"""Windows that a sample of tokens is taken from, or a few more: each has to be run."""
+
 Inputs = tuple[tuple[ActivationSegment, ...], Tensor | None]
 """How a weight's inputs are rounded, and in which order of columns (`pipeline.inputs`)."""
 
@@ -160,15 +163,18 @@ class PlannedBlock:
     def sample(
         self, group: LinearGroup, weights: Mapping[str, Tensor], tokens: int
     ) -> tuple[Tensor, Tensor]:
-        """About so many inputs of a group before they are rounded, spread over the windows that are
-        fitted: float32 [T, K], and which tokens they are, int64 [T] into all windows' tokens."""
+        """About so many inputs of a group before they are rounded, spread over SAMPLED_WINDOWS of
+        those that are fitted: float32 [T, K], and which tokens they are, int64 [T] into all
+        windows' tokens."""
         self.put(weights)
         rounding = {name: self.inputs[name] for name in group.members}
         self.inputs |= {name: ((), order) for name, (_, order) in rounding.items()}
         found, places, length = [], [], self.exact.shape[1]
-        step = max(1, len(self.windows.fit) * length // tokens)
+        fit = self.windows.fit
+        chosen = fit[:: max(1, len(fit) // SAMPLED_WINDOWS)]
+        step = max(1, len(chosen) * length // tokens)
         try:
-            for window in self.windows.fit:
+            for window in chosen:
                 with self._taps(until=group.name) as taps:
                     self._run(self.quantized[window], rounded=True)
                 positions = torch.arange(window % step, length, step)
@@ -246,10 +252,12 @@ class PlannedBlock:
             chosen = state if rounded else replace(state, kv=None, query_bits=0)
             setattr(self.stream.model.get_submodule(name), ATTRIBUTE, chosen)
         with ExitStack() as hooks:
+            alike: dict[tuple[object, int], _Rounds] = {}
             for name, inputs in self.inputs.items():
                 if rounded and inputs[0]:
                     module = self.stream.model.get_submodule(name.rpartition(".")[0])
-                    hooks.callback(module.register_forward_pre_hook(_rounds(inputs)).remove)
+                    hook = alike.setdefault((inputs[0], id(inputs[1])), _Rounds(inputs))
+                    hooks.callback(module.register_forward_pre_hook(hook).remove)
             yield
 
     @contextmanager
@@ -287,12 +295,17 @@ class _Taps:
         return hook
 
 
-def _rounds(inputs: Inputs) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """A hook that rounds a linear's input."""
+class _Rounds:
+    """A hook that rounds the input of linears, once for all that read the same."""
 
-    def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.given: Tensor | None = None
+        self.made: Tensor | None = None
+
+    def __call__(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = arguments[0]
-        error = round_inputs(x.detach(), *inputs) - x.detach()
-        return x + error, *arguments[1:]
-
-    return hook
+        if self.made is None or x is not self.given:
+            error = round_inputs(x.detach(), *self.inputs) - x.detach()
+            self.given, self.made = x, x + error
+        return self.made, *arguments[1:]

@@ -39,7 +39,7 @@ from quantlib.pipeline.planned_block import Inputs, PlannedBlock, Windows
 from quantlib.pipeline.run import Run
 from quantlib.transforms.attention import AttentionState
 
-REROUND_VERSION = 2
+REROUND_VERSION = 3
 """Raise when re-rounding changes: plans are then re-rounded again."""
 
 

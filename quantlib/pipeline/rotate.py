@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
+import torch
 from torch import Tensor
 
 from quantlib.calibration.stream import BlockStream
@@ -20,6 +21,8 @@ from quantlib.checkpoint.tensorfile import read_tensors, tensor_content
 from quantlib.errors import TransformError
 from quantlib.formats.scheme import Scheme
 from quantlib.kernels.kv_format import KvFormat, SideFormat
+from quantlib.models import skeleton
+from quantlib.models.source import Source as ModelSource
 from quantlib.pipeline.bytecount import surrounding_bytes
 from quantlib.pipeline.calibrate import calibrate, group_statistics, statistics_key
 from quantlib.pipeline.run import Run
@@ -33,20 +36,34 @@ from quantlib.transforms.bases import (
     resq_bases,
     weighted_bases,
 )
+from quantlib.transforms.binding import wire
 from quantlib.transforms.energies import fisher_of
 from quantlib.transforms.mixing import head_cuts, output_order, rotation_of
 from quantlib.transforms.moments import Moments, merge, stream_moments
 from quantlib.transforms.rotation import Rotation
 
 KIND = "rotation"
-ROTATION_VERSION = 4
+ROTATION_VERSION = 5
 """Raise when bases come out differently: models are then rotated, and measured, again."""
 _WEIGHTED = 0.5
 """Of token-weighted moments, where there are gradients: those alone follow the calibration text's
 few heaviest tokens and cost accuracy on other text."""
-
+_TOKENS = 16
+"""For every direction of the residual stream, that bases are found on, if there are so many: enough
+for second moments, where calibration asks for more because its Hessians are inverted."""
 
 _FINEST = SideFormat.parse("int4g16h16")
+
+
+def check_rotatable(source: ModelSource, recipe: Recipe) -> None:
+    """Raise ModelError for a model whose wiring is not known, and TransformError where the residual
+    stream cannot be rotated, if the recipe asks for it."""
+    if recipe.rotation == "none":
+        return
+    streams = wire(skeleton.build(source)).streams
+    obstacle = next((stream.obstacle for stream in streams if stream.obstacle), None)
+    if obstacle:
+        raise TransformError(obstacle)
 
 
 def rotated(run: Run) -> Run:
@@ -59,6 +76,7 @@ def rotated(run: Run) -> Run:
         return run
     key = _key(run)
     if not run.work.has(key):
+        check_rotatable(run.source, run.recipe)
         tensors, settings = _find(run).to_tensors()
         content = tensor_content(tensors)
         run.work.commit(key, KIND, {f"{KIND}/{key[:12]}.safetensors": content}, settings)
@@ -109,12 +127,9 @@ def _key(run: Run) -> str:
 
 
 def _find(run: Run) -> Rotation:
-    folded = on_source(run, RotatedSource.of(run.source, Rotation(fold_norms=True)))
+    folded = _folded(run)
     assert isinstance(folded.source, RotatedSource)
     wiring, shares = folded.source.wiring, wide_shares(run.recipe)
-    obstacle = next((s.obstacle for s in wiring.streams if s.obstacle), None)
-    if obstacle:
-        raise TransformError(obstacle)
     if run.recipe.rotation == "gradients":
         calibrate(folded)
     moments = _moments(folded)
@@ -145,6 +160,20 @@ def _find(run: Run) -> Rotation:
     if run.recipe.rotation == "gradients":
         _forget_statistics(folded)
     return rotation
+
+
+def _folded(run: Run) -> Run:
+    """The run on the source with its norms folded, and on as many windows as bases need."""
+    source = RotatedSource.of(run.source, Rotation(fold_norms=True))
+    folded = on_source(run, source)
+    width = max((stream.width for stream in source.wiring.streams), default=0)
+    count = min(len(run.windows), -(-_TOKENS * width // run.windows.shape[1]))
+    if count < len(run.windows):
+        chosen = run.windows[torch.linspace(0, len(run.windows) - 1, count).round().long()]
+        fewer = {"windows": count, "probe_windows": 1}
+        folded.recipe = run.recipe.model_copy(update=fewer)
+        folded.all_windows = torch.cat([chosen[:1], chosen])  # the first is the probes'
+    return folded
 
 
 def _sides(recipe: Recipe) -> tuple[SideFormat, SideFormat]:

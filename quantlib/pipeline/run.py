@@ -19,6 +19,7 @@ from quantlib.checkpoint.bank import LayerBank
 from quantlib.checkpoint.provenance import digest, file_sha256
 from quantlib.checkpoint.workdir import WorkDir
 from quantlib.errors import UsageError
+from quantlib.formats.composite import has_room
 from quantlib.formats.scheme import Scheme
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
@@ -151,7 +152,7 @@ class Run:
             used = [work.held_back] if held_back else [work.calibration, work.reserve]
             described = [work.described(name, records[name]) for records in used]
             watched = [[group.name, *group.members] for group in self.model_map.groups]
-            how = [recipe.seed, recipe.weighting, recipe.expert_tokens, STATISTICS_VERSION]
+            how = [recipe.seed, recipe.stream_weighting, recipe.expert_tokens, STATISTICS_VERSION]
             found = digest([self.source_hash, described, [] if held_back else [how, watched]])
             self._stream_hashes[name, held_back] = found
         return self._stream_hashes[name, held_back]
@@ -164,12 +165,15 @@ class Run:
             [self.source_hash, self.data_hash, recipe.seed, recipe.gradients, STATISTICS_VERSION]
         )
 
+    @property
+    def damping(self) -> float:
+        """Of every Hessian, as a fraction of its mean diagonal."""
+        return self.recipe.damping_of(streams=self.workload is not None)
+
     @cached_property
     def rounding_hash(self) -> str:
         """Everything a bank entry depends on, besides the weight and the scheme."""
-        return digest(
-            [self.statistics_hash, self.recipe.damping, self.recipe.passes, ROUNDING_VERSION]
-        )
+        return digest([self.statistics_hash, self.damping, self.recipe.passes, ROUNDING_VERSION])
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Progress]:
@@ -184,8 +188,27 @@ class Run:
 
 
 def candidates(model_map: ModelMap, recipe: Recipe) -> dict[str, tuple[str, ...]]:
-    """Weight -> names of its candidate schemes, as the recipe has them for its kind."""
-    return {weight.name: recipe.candidates(weight.kind) for weight in model_map.weights}
+    """Weight -> names of its candidate schemes, as the recipe has them for its kind.
+
+    Members of a group have the same; left out are those that have more factors, dimensions or
+    blocks than one of them has room for.
+    """
+    found = {}
+    for group in model_map.groups:
+        members = model_map.members(group)
+        shapes = [(w.parameters // w.in_features, w.in_features) for w in members]
+        for weight in members:
+            found[weight.name] = tuple(
+                name
+                for name in recipe.candidates(weight.kind)
+                if all(has_room(Scheme.parse(name), shape) for shape in shapes)
+            )
+            if not found[weight.name]:
+                raise UsageError(
+                    f"{weight.name} is too small for all of its candidates: name one without "
+                    "factors and blocks of rows, such as w4g64"
+                )
+    return {weight.name: found[weight.name] for weight in model_map.weights}
 
 
 def read_windows(recipe: Recipe, tokenizer: Any) -> Tensor:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from quantlib.calibration.statistics import EmbeddingStatistics, GroupStatistics
 from quantlib.formats.activation import fake_quantize
+from quantlib.formats.composite import StoredWeight, dequantize_stored
 from quantlib.formats.scheme import Scheme
-from quantlib.formats.weight import QuantizedWeight, dequantize
 from quantlib.search import scores
 
 Score = tuple[float, float]
@@ -44,25 +44,54 @@ class EmbeddingPart:
 
 
 @dataclass(frozen=True)
+class TaskScore:
+    """What rounding a matrix [N, K] costs one task.
+
+    weight: of the rounded matrix alone. inputs: what rounding the inputs of the rounded matrix adds
+    to that, in the same unit.
+    """
+
+    weight: Callable[[Tensor], Score]
+    inputs: Callable[[Tensor, Scheme], float]
+
+
+@dataclass(frozen=True)
 class Matrix:
-    """One original matrix [N, K] of a weight (of a stack there are several), and the score of its
-    rounding in every task: of (rounded matrix, scheme)."""
+    """One original matrix [N, K] of a weight (of a stack there are several), and the scores of its
+    rounding in every task."""
 
     original: Tensor
-    scores: dict[str, Callable[[Tensor, Scheme], Score]]
+    scores: dict[str, TaskScore]
 
 
-def scored(quantized: QuantizedWeight, matrices: Sequence[Matrix], scheme: str) -> dict[str, Score]:
-    """Task -> score of a whole weight: matrices add, and so do their errors, which are of the same
-    windows."""
-    parsed = Scheme.parse(scheme)
-    values = dequantize(quantized).chunk(len(matrices))
-    found: dict[str, Score] = {}
+def scored(
+    quantized: StoredWeight, matrices: Sequence[Matrix], schemes: Sequence[str]
+) -> dict[str, dict[str, Score]]:
+    """Scheme -> task -> score of a whole weight: matrices add, and so do their errors, which are of
+    the same windows.
+
+    schemes: all that round the weight to `quantized`, and differ in how they round its inputs.
+    """
+    found: dict[str, dict[str, Score]] = {name: {} for name in schemes}
+    if not found:
+        return found
+    values = dequantize_stored(quantized).chunk(len(matrices))
+    parsed = {name: Scheme.parse(name) for name in schemes}
     for task in matrices[0].scores:
-        pairs = [m.scores[task](value, parsed) for m, value in zip(matrices, values, strict=True)]
-        losses, errors = zip(*pairs, strict=True)
-        found[task] = math.fsum(losses), math.fsum(errors)
+        pairs = [(m.scores[task], value) for m, value in zip(matrices, values, strict=True)]
+        alone = [score.weight(value) for score, value in pairs]
+        for name, scheme in parsed.items():
+            added = [score.inputs(value, scheme) for score, value in pairs]
+            both = [_together(*one, more) for one, more in zip(alone, added, strict=True)]
+            losses, errors = zip(*both, strict=True)
+            found[name][task] = math.fsum(losses), math.fsum(errors)
     return found
+
+
+def _together(loss: float, spread: float, inputs: float) -> Score:
+    """Rounding errors of weights and of inputs are independent, so their losses add; so do their
+    relative errors."""
+    return loss + inputs, spread * (1 + inputs / loss if loss > 0 else 1.0)
 
 
 def matrix_of(original: Tensor, parts: Sequence[Part], index: int, name: str, seed: int) -> Matrix:
@@ -70,15 +99,12 @@ def matrix_of(original: Tensor, parts: Sequence[Part], index: int, name: str, se
     return Matrix(original, {p.task: _matrix_score(original, p, index, name, seed) for p in parts})
 
 
-def _matrix_score(
-    original: Tensor, part: Part, index: int, name: str, seed: int
-) -> Callable[[Tensor, Scheme], Score]:
-    """Rounding errors of weights and of inputs are independent, so their losses add; so do their
-    relative errors. What the task never runs costs it nothing."""
+def _matrix_score(original: Tensor, part: Part, index: int, name: str, seed: int) -> TaskScore:
+    """What the task never runs costs it nothing."""
     statistics = part.statistics.matrices[index]
     share = statistics.tokens / part.terms
 
-    def score(value: Tensor, scheme: Scheme) -> Score:
+    def weight_score(value: Tensor) -> Score:
         if not statistics.tokens:
             return 0.0, 0.0
         error = value - original
@@ -86,20 +112,18 @@ def _matrix_score(
             loss = scores.fisher_score(error, statistics, name) * share
         else:
             loss = scores.output_score(original, error, statistics) * share
-        spread = loss * scores.relative_error(error, statistics, name, _bootstrap(seed))
-        inputs = inputs_score(value, scheme) * share
-        return loss + inputs, spread * (1 + inputs / loss if loss > 0 else 1.0)
+        return loss, loss * scores.relative_error(error, statistics, name, _bootstrap(seed))
 
     def inputs_score(value: Tensor, scheme: Scheme) -> float:
         """Of rounding the inputs, on the sampled tokens."""
         segments = scheme.activations(value.shape[1])
-        if not segments or not len(statistics.sample_x):
+        if not segments or not statistics.tokens or not len(statistics.sample_x):
             return 0.0
         x = statistics.sample_x.float()
         error = fake_quantize(x, segments) - x
-        return scores.activation_score(value, error, statistics, name)
+        return scores.activation_score(value, error, statistics, name) * share
 
-    return score
+    return TaskScore(weight_score, inputs_score)
 
 
 def embedding_matrix(
@@ -117,8 +141,8 @@ def embedding_matrix(
     """
     uses = [use for use in ((True, False), (False, True)) if use[0] <= head and use[1] <= lookup]
 
-    def score_of(stats: EmbeddingStatistics) -> Callable[[Tensor, Scheme], Score]:
-        def score(value: Tensor, _: Scheme) -> Score:
+    def score_of(stats: EmbeddingStatistics) -> TaskScore:
+        def score(value: Tensor) -> Score:
             error = value - original
             if gradients:
                 loss = scores.embedding_score(error, stats, head, lookup)
@@ -132,7 +156,7 @@ def embedding_matrix(
                 return loss, 0.0
             return loss, loss * scores.embedding_relative_error(error, stats, _bootstrap(seed))
 
-        return score
+        return TaskScore(score, lambda _, __: 0.0)
 
     return Matrix(original, {part.task: score_of(part.statistics) for part in parts})
 

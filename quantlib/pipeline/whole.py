@@ -86,7 +86,7 @@ def is_whole(model_map: ModelMap, recipe: Recipe) -> bool:
 
 def check_blockwise(recipe: Recipe) -> None:
     """Raise UsageError for what is only done to models that are run as a whole."""
-    if recipe.weighting != "token":
+    if recipe.weighting not in (None, "token"):
         raise UsageError(
             f"weighting={recipe.weighting!r} is for models that are calibrated on records: of a "
             "language model every token counts by its own gradient"

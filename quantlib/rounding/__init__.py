@@ -19,7 +19,9 @@ from quantlib.rounding.integer import (
     round_integers,
 )
 from quantlib.rounding.learned import Learned, LearningOptions, learn
+from quantlib.rounding.lowrank import round_low_rank
 from quantlib.rounding.objective import OutputMetric
+from quantlib.rounding.rows import round_rows
 from quantlib.rounding.scales import refit_scales
 from quantlib.rounding.stack import concatenate
 
@@ -40,6 +42,8 @@ __all__ = [
     "round_fixed",
     "round_group",
     "round_integers",
+    "round_low_rank",
+    "round_rows",
 ]
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quantlib.formats.scheme import WeightFormat
+from quantlib.formats.weight import E8M0_BIAS
 
 CLIPS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5)
 """Fractions of a group's range that the scale search tries."""
@@ -25,6 +26,8 @@ SMALLEST_SCALE = 2.0**-24
 """The smallest float16: an ideal scale below it (an all-zero group) is raised to it."""
 LARGEST_SCALE = 65504.0
 """The largest float16."""
+POWER_ABOVE = 1.5
+"""A number times this is nearest to the least power of two that is not below the number."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,14 @@ class RowGrid:
 
     top:       the largest code.
     zero_top:  the largest stored zero point; 0 for symmetric rows, where zero is (top + 1) / 2.
-    scale_top: the largest stored scale code; 0 for rows with float16 scales.
+    scale_top: the largest stored scale code; 0 for rows with float16 scales or powers of two.
+    powers:    whether a row's scales are powers of two; None: no row's are.
     """
 
     top: Tensor
     zero_top: Tensor
     scale_top: Tensor
+    powers: Tensor | None = None
 
     @staticmethod
     def build(formats: Sequence[WeightFormat], rows: int) -> RowGrid:
@@ -47,10 +52,13 @@ class RowGrid:
         def spread(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32).repeat_interleave(rows)
 
+        shared = [f.shares_exponent for f in formats]
+
         return RowGrid(
             spread([(1 << f.bits) - 1 for f in formats]),
             spread([0 if f.symmetric else (1 << f.zero_bits) - 1 for f in formats]),
             spread([(1 << f.scale_bits) - 1 if f.two_level else 0 for f in formats]),
+            torch.tensor(shared).repeat_interleave(rows) if any(shared) else None,
         )
 
     def extremes(self, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,11 +84,12 @@ class RowGrid:
         return torch.minimum(codes, self.scale_top)
 
     def stored_scale(self, scale: Tensor, row_scale: Tensor) -> Tensor:
-        """The effective scale after storing `scale` [R]: two-level below `row_scale`, or float16
-        (inf beyond its range)."""
+        """The effective scale after storing `scale` [R]: two-level below `row_scale`, float16 (inf
+        beyond its range), or the nearest power of two."""
         levels = row_scale * (self.scale_codes(scale, row_scale) / self.scale_top.clamp(min=1))
         halves = scale.half().float().clamp_(min=SMALLEST_SCALE)
-        return torch.where(self.scale_top > 0, levels, halves)
+        stored = torch.where(self.scale_top > 0, levels, halves)
+        return stored if self.powers is None else torch.where(self.powers, _power(scale), stored)
 
     def zero_codes(self, zero: Tensor) -> Tensor:
         """Nearest stored zero point codes; meaningless for symmetric rows."""
@@ -108,8 +117,12 @@ class RowGrid:
         low, high = self.extremes(weights)
         best_error, best_scale = torch.full_like(low, torch.inf), torch.full_like(low, torch.inf)
         best_zero = torch.zeros_like(low)
+        span = high - low
+        if self.powers is not None:
+            # To the power above, not the nearest: with the clips below, both neighbours are tried.
+            span = torch.where(self.powers, span * POWER_ABOVE, span)
         for clip in CLIPS:
-            scale = self.stored_scale((high - low) * (clip / self.top), row_scale)
+            scale = self.stored_scale(span * (clip / self.top), row_scale)
             zero = self.stored_zero(low * -clip / scale)
             codes = torch.addcmul(zero, weights, 1 / scale).round_().clamp_(min=0)
             residual = torch.minimum(codes, self.top).sub_(zero).mul_(scale).sub_(weights)
@@ -119,3 +132,16 @@ class RowGrid:
             best_scale = torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero, best_zero)
         return best_scale, best_zero
+
+
+def exponents(scale: Tensor) -> Tensor:
+    """The e8m0 codes of scales that are powers of two, uint8 of the same shape."""
+    return (torch.frexp(scale).exponent - 1 + E8M0_BIAS).to(torch.uint8)
+
+
+def _power(scale: Tensor) -> Tensor:
+    """The power of two nearest to each scale, not below SMALLEST_SCALE; what is not finite stays
+    so."""
+    mantissa, exponent = torch.frexp(scale.clamp(min=SMALLEST_SCALE))
+    nearest = torch.ldexp(torch.ones_like(scale), exponent - 1 + (mantissa > 0.75).int())
+    return torch.where(torch.isfinite(scale), nearest, scale)

@@ -17,7 +17,7 @@ from torch import Tensor
 from quantlib.errors import RoundingError
 from quantlib.formats.scheme import CHANNEL, TENSOR, Segment, WeightFormat
 from quantlib.formats.weight import QuantizedSegment, QuantizedWeight, check_segments
-from quantlib.rounding.grid import LARGEST_SCALE, RowGrid
+from quantlib.rounding.grid import LARGEST_SCALE, RowGrid, exponents
 from quantlib.rounding.hessian import check_weight, damped, inverse_factor
 from quantlib.rounding.stack import concatenate, rows_of
 from quantlib.rounding.sweep import Span, SpanState, descend, gptq_sweep
@@ -142,6 +142,8 @@ def _segment(
     if format.two_level:
         scale = _stored(grid.scale_codes(state.scale, state.row_scale)[:, rows], torch.uint8)
         row_scale = state.row_scale[rows].half()
+    elif format.shares_exponent:
+        scale, row_scale = _stored(exponents(state.scale[:, rows]), torch.uint8), None
     else:
         scale, row_scale = _stored(state.scale[:, rows], torch.float16), None
     zero = None

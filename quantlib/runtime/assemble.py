@@ -15,24 +15,31 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from quantlib.errors import ModelError
+from quantlib.errors import FormatError, ModelError
 from quantlib.formats.activation import check_activations
 from quantlib.formats.scheme import Scheme
 from quantlib.formats.weight import QuantizedWeight, pack
 from quantlib.models.window import Convolution, Window
+from quantlib.runtime.composite import (
+    BlockedEmbedding,
+    FactoredConvolution,
+    FactoredLinear,
+    ThinConvolution,
+)
 from quantlib.runtime.convolution import QuantizedConvolution
 from quantlib.runtime.modules import (
     QuantizedEmbedding,
     QuantizedExperts,
     QuantizedLinear,
     TiedHead,
+    TiedSource,
     packed_modules,
     packed_weights,
 )
@@ -80,6 +87,7 @@ def replace_modules(
     parsed = {name: Scheme.parse(scheme) for name, scheme in schemes.items()}
     parsed = {name: scheme for name, scheme in parsed.items() if scheme.weight is not None}
     segments: dict[str, Segments] = {}
+    composites: dict[str, Scheme] = {}
     prepared: dict[str, Inputs] = {}
     for name, scheme in parsed.items():
         weight = _weight(model, name)
@@ -89,13 +97,18 @@ def replace_modules(
                 f"{name} is {list(shapes[name])} as quantized and {list(shape)} in the model: "
                 f"they do not belong together"
             )
-        segments[name] = scheme.segments(shape[-1])
+        if scheme.is_composite:
+            composites[name] = scheme
+        else:
+            segments[name] = scheme.segments(shape[-1])
         given = (inputs or {}).get(name) or Inputs(scheme.activations(shape[-1]))
+        if scheme.rows or (scheme.low_rank and scheme.low_rank.alone):
+            continue  # whose inputs are never rounded or in another order
         order = given.order
         if order is not None:
             order = torch.empty_like(order, device=weight.device)
         prepared[name] = replace(given, order=order)
-    _replace(model, segments, dict.fromkeys(segments, SCHEME))
+    _replace(model, segments, dict.fromkeys(parsed, SCHEME), composites)
     _set_inputs(model, prepared)
 
 
@@ -161,9 +174,16 @@ def _set_inputs(model: nn.Module, inputs: Mapping[str, Inputs]) -> None:
         module.set_inputs(parameter, given.activations, order)
 
 
-def _replace(model: nn.Module, segments: Mapping[str, Segments], modes: Mapping[str, str]) -> None:
-    """Put empty packed modules in. `segments` and `modes` by weight name."""
-    tied = _tied_to(model, segments)
+def _replace(
+    model: nn.Module,
+    segments: Mapping[str, Segments],
+    modes: Mapping[str, str],
+    composites: Mapping[str, Scheme] | None = None,
+) -> None:
+    """Put empty packed modules in. `segments`, `modes`, and the schemes of weights that are several
+    matrices, by weight name."""
+    several = composites or {}
+    tied = _tied_to(model, {*segments, *several})
     by_module: dict[str, list[str]] = {}
     for name in segments:
         by_module.setdefault(name.rpartition(".")[0], []).append(name)
@@ -181,21 +201,28 @@ def _replace(model: nn.Module, segments: Mapping[str, Segments], modes: Mapping[
             new = _experts(old, module_name, by_parameter, mode)
         _keep_hooks(old, new)
         model.set_submodule(module_name, new.train(old.training))
+    for name, scheme in several.items():
+        module_name = name.rpartition(".")[0]
+        old = model.get_submodule(module_name)
+        new = _composite(old, module_name, scheme, modes[name])
+        _keep_hooks(old, new)
+        model.set_submodule(module_name, new.train(old.training))
     for head_name, source_name in tied.items():
         _tie(model, head_name, source_name, modes[source_name])
-    _forget_ties(model, {*segments, *tied})
+    _forget_ties(model, {*segments, *several, *tied})
 
 
 def _tie(model: nn.Module, head_name: str, source_name: str, mode: str) -> None:
     head, source = (
         model.get_submodule(name.rpartition(".")[0]) for name in (head_name, source_name)
     )
-    if not isinstance(head, nn.Linear) or not isinstance(source, QuantizedEmbedding):
+    known = isinstance(source, QuantizedEmbedding | BlockedEmbedding)
+    if not isinstance(head, nn.Linear) or not known:
         raise ModelError(
             f"{head_name} is tied to {source_name}, but only a head can be tied to a quantized "
             f"embedding: keep {source_name} in 16 bits"
         )
-    new = TiedHead(source, head.bias, mode)
+    new = TiedHead(cast("TiedSource", source), head.bias, mode)
     _keep_hooks(head, new)
     model.set_submodule(head_name.rpartition(".")[0], new.train(head.training))
 
@@ -247,18 +274,54 @@ def _linear(old: nn.Linear, name: str, segments: Segments, mode: str) -> Quantiz
     )
 
 
-def _embedding(old: nn.Embedding, name: str, segments: Segments) -> QuantizedEmbedding:
+def _composite(old: nn.Module, name: str, scheme: Scheme, mode: str) -> PackedModule:
+    """An empty module on a weight that is several matrices."""
+    try:
+        if isinstance(old, nn.Embedding) and scheme.rows:
+            weight, (rows, width) = old.weight, (old.num_embeddings, old.embedding_dim)
+            scale = _embed_scale(old, name)
+            return BlockedEmbedding(rows, width, scheme, scale, weight.dtype, weight.device)
+        if isinstance(old, nn.Linear) and scheme.low_rank and not scheme.low_rank.alone:
+            if type(old).forward is not nn.Linear.forward:
+                raise _unknown(old, name)
+            sizes = old.in_features, old.out_features
+            return FactoredLinear(*sizes, scheme, old.bias, mode, old.weight.device)
+        if isinstance(old, Convolution) and scheme.low_rank is not None:
+            window, weight = Window.of(name, _plain_convolution(old, name)), old.weight
+            bias = cast("nn.Parameter | None", old.bias)
+            placed = weight.dtype, weight.device
+            thin = ThinConvolution if scheme.low_rank.alone else FactoredConvolution
+            return thin(old.out_channels, window, scheme, bias, *placed)
+    except FormatError as error:
+        raise ModelError(f"{name}: {error}") from error
+    raise ModelError(
+        f"{name} is a {type(old).__name__}, and {scheme} is for "
+        f"{'embeddings' if scheme.rows else 'linears and convolutions'}: give it another scheme"
+    )
+
+
+def _embed_scale(old: nn.Embedding, name: str) -> float | None:
     # Gemma's scaled embeddings, and they alone, name their constant so.
     scale = getattr(old, "scalar_embed_scale", None)
     if scale is None and type(old).forward is not nn.Embedding.forward:
         raise _unknown(old, name)
+    return cast("float | None", scale)
+
+
+def _embedding(old: nn.Embedding, name: str, segments: Segments) -> QuantizedEmbedding:
+    scale = _embed_scale(old, name)
     weight, (rows, width) = old.weight, (old.num_embeddings, old.embedding_dim)
     return QuantizedEmbedding(rows, width, segments, scale, weight.dtype, weight.device)
 
 
-def _convolution(old: Convolution, name: str, segments: Segments) -> QuantizedConvolution:
+def _plain_convolution(old: Convolution, name: str) -> Convolution:
     if type(old).forward not in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
         raise _unknown(old, name)
+    return old
+
+
+def _convolution(old: Convolution, name: str, segments: Segments) -> QuantizedConvolution:
+    _plain_convolution(old, name)
     window, weight = Window.of(name, old), old.weight
     return QuantizedConvolution(
         old.out_channels,
@@ -297,7 +360,7 @@ def _unknown(module: nn.Module, name: str) -> ModelError:
     )
 
 
-def _tied_to(model: nn.Module, names: Mapping[str, Segments]) -> dict[str, str]:
+def _tied_to(model: nn.Module, names: Collection[str]) -> dict[str, str]:
     """Weight that is a quantized one's alias -> name of that one.
 
     By transformers' table of ties, and by identity in a model that is loaded.

@@ -4,6 +4,9 @@ Two ways to compute it, and each needs memory that the other does not: the produ
 input [places, K] with the packed weight, or torch's convolution with the dense weight [N, K]. What
 is smaller is made. Of an early convolution, with many places and few filters, that is the dense
 weight, which then stays; of a late one the unfolded input, which is gone after the call.
+
+Where a scheme rounds inputs, those of a convolution are rounded before they are unfolded, with one
+scale for each sample: places overlap in what the window reads.
 """
 
 from __future__ import annotations
@@ -14,15 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantlib.errors import ModelError
+from quantlib.formats.activation import ActivationSegment, fake_quantize
 from quantlib.models.window import Window, from_rows
-from quantlib.runtime.packed_module import PackedModule, Segments, multiply
+from quantlib.runtime.packed_module import SCHEME, Activations, PackedModule, Segments, multiply
 
 
 class QuantizedConvolution(PackedModule):
-    """`nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` on a packed weight, in the dtype of its input.
-
-    Its inputs are never rounded: schemes of convolutions are of weights alone.
-    """
+    """`nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` on a packed weight, in the dtype of its input."""
 
     bias: nn.Parameter | None
     groups = 1
@@ -54,9 +56,22 @@ class QuantizedConvolution(PackedModule):
             return self._dense
         return self.dequantize("weight").to(self.dtype).view(shape)
 
+    def set_inputs(
+        self, name: str, activations: Activations = (), order: Tensor | None = None
+    ) -> None:
+        """As `PackedModule.set_inputs`. Raises ModelError for inputs in parts or another order."""
+        plain = [part.format.symmetric and not part.format.group for part in activations]
+        if order is not None or len(plain) > 1 or not all(plain):
+            raise ModelError(
+                "the window of a convolution reads a channel at many places: its inputs keep their "
+                "order and are rounded with one scale, in a symmetric format such as a8"
+            )
+        super().set_inputs(name, activations, order)
+
     def forward(self, x: Tensor) -> Tensor:
         window = self.window
-        entered = window.batched(x)
+        batched = window.batched(x)
+        entered = self._rounded(batched)
         places = window.places(entered)
         count = len(entered)
         for size in places:
@@ -67,10 +82,21 @@ class QuantizedConvolution(PackedModule):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             y = window.dense(entered, self._dense.to(x.dtype), bias)
         else:
-            handle = self.handles("weight")[0]
-            rows = multiply(window.rows(entered), handle, self.bias, "exact", "")
-            y = from_rows(rows, len(entered), places)
-        return y if entered is x else y[0]
+            y = from_rows(self._product(window.rows(entered)), len(entered), places)
+        return y if batched is x else y[0]
+
+    def _product(self, rows: Tensor) -> Tensor:
+        """Pieces of the input [places, K] times the transposed weight, plus the bias."""
+        return multiply(rows, self.handles("weight")[0], self.bias, "exact", "")
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        """x [batch, channels, *size] as the scheme says, a scale for each sample."""
+        activations = self.activations("weight")
+        if not activations or self.mode != SCHEME:
+            return x
+        samples = x.flatten(1)
+        whole = ActivationSegment(0, samples.shape[1], activations[0].format)
+        return fake_quantize(samples, (whole,)).view(x.shape).to(x.dtype)
 
     def exchange_packed(self, name: str, segments: Segments, tensors: Mapping[str, Tensor]) -> None:
         """As `PackedModule.exchange_packed`; the dense filters are those of the weight before."""

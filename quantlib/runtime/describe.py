@@ -10,12 +10,14 @@ from torch import nn
 from quantlib.checkpoint.cache_formats import CacheFormats, tensor_name
 from quantlib.checkpoint.surroundings import CacheSettings
 from quantlib.errors import CheckpointError, FormatError
+from quantlib.formats.composite import parts_of
 from quantlib.formats.scheme import Scheme
 from quantlib.kernels.kv_format import KvFormat
 from quantlib.kernels.nonlinear import Operator
 from quantlib.runtime.modality_hooks import attached_caches
 from quantlib.runtime.modules import packed_modules
 from quantlib.runtime.nonlinear import attached
+from quantlib.runtime.packed_module import PackedModule
 from quantlib.transforms.attention import ATTRIBUTE, AttentionState
 
 _EXACT = KvFormat.parse("f32")
@@ -52,17 +54,26 @@ def describe(model: nn.Module) -> Description:
     clips: dict[str, tuple[float, ...]] = {}
     orders: set[str] = set()
     for module_name, module in packed_modules(model).items():
+        whole = module.composites()
+        for local, (composite, size) in whole.items():
+            schemes[f"{module_name}.{local}"] = str(composite)
+            shapes[f"{module_name}.{local}"] = size
+        parts = {
+            part
+            for local, (composite, size) in whole.items()
+            for part in (local + suffix for suffix in parts_of(composite, size))
+        }
         for local, (shape, segments) in module.packed_weights().items():
+            if local in parts:
+                _note_inputs(module, module_name, local, clips, orders)
+                continue
             name, activations = f"{module_name}.{local}", module.activations(local)
             try:
                 schemes[name] = str(Scheme.of(segments, activations))
             except FormatError as error:
                 raise CheckpointError(f"{name} cannot be saved: {error}") from error
             shapes[name] = shape
-            if any(part.format.clip != 1 for part in activations):
-                clips[name] = tuple(part.format.clip for part in activations)
-            if module.order(local) is not None:
-                orders.add(name)
+            _note_inputs(module, module_name, local, clips, orders)
     states = {
         name: getattr(module, ATTRIBUTE)
         for name, module in model.named_modules()
@@ -76,6 +87,21 @@ def describe(model: nn.Module) -> Description:
     return Description(
         schemes, shapes, clips, frozenset(orders), caches, attached(model), _cache_formats(model)
     )
+
+
+def _note_inputs(
+    module: PackedModule,
+    module_name: str,
+    local: str,
+    clips: dict[str, tuple[float, ...]],
+    orders: set[str],
+) -> None:
+    """Add the clip factors and the order of one packed weight, if it has such."""
+    name, activations = f"{module_name}.{local}", module.activations(local)
+    if any(part.format.clip != 1 for part in activations):
+        clips[name] = tuple(part.format.clip for part in activations)
+    if module.order(local) is not None:
+        orders.add(name)
 
 
 def _cache_formats(model: nn.Module) -> CacheFormats | None:

@@ -176,6 +176,8 @@ def unsupported_changes(checkpoint: PackedCheckpoint, spec: EngineSpec) -> str |
     if around.kv is not None:
         return "its KV cache keeps words and images in formats of their own"
     for name, scheme in checkpoint.schemes.items():
+        if scheme.is_composite:
+            return f"{name} is stored as several matrices ({scheme})"
         activations = checkpoint.activations(name)
         if scheme.weight is None and activations:
             return f"the inputs of {name}, which is not packed, are rounded"

@@ -8,6 +8,7 @@ packed weights, or their tiles, and nothing else (`packed_module.py`). No dense 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -73,9 +74,28 @@ class QuantizedEmbedding(PackedModule):
             return rows
         return rows * torch.tensor(self.embed_scale, dtype=self.dtype, device=rows.device)
 
+    def project(self, x: Tensor, bias: Tensor | None, mode: str) -> Tensor:
+        """x [..., D] times the transposed weight, plus bias [V]: what a tied head computes."""
+        return multiply(x, self.handles("weight")[0], bias, mode, self.rounding("weight"))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return super()._apply(fn, recurse)
+
+
+class TiedSource(Protocol):
+    """An embedding that can be a head's weight: `QuantizedEmbedding`, or one in blocks."""
+
+    num_embeddings: int
+    embedding_dim: int
+
+    def project(self, x: Tensor, bias: Tensor | None, mode: str) -> Tensor: ...
+
+    def packed_weights(self) -> dict[str, tuple[tuple[int, ...], Segments]]: ...
+
+    def packed_device(self, name: str) -> torch.device: ...
+
+    def dequantize(self, name: str = ..., dtype: torch.dtype = ...) -> Tensor: ...
 
 
 class TiedHead(nn.Module):
@@ -89,7 +109,7 @@ class TiedHead(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(
-        self, source: QuantizedEmbedding, bias: nn.Parameter | None = None, mode: str = SCHEME
+        self, source: TiedSource, bias: nn.Parameter | None = None, mode: str = SCHEME
     ) -> None:
         super().__init__()
         self._source = (source,)
@@ -99,15 +119,14 @@ class TiedHead(nn.Module):
         self.register_parameter("bias", bias)
 
     @property
-    def source(self) -> QuantizedEmbedding:
+    def source(self) -> TiedSource:
         """The embedding that owns the weight."""
         return self._source[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.source.handles("weight")[0]
         # On the embedding's device, wherever the head's input is.
-        rounding = self.source.rounding("weight")
-        return multiply(x.to(weight.device), weight, self.bias, self.mode, rounding)
+        device = self.source.packed_device(next(iter(self.source.packed_weights())))
+        return self.source.project(x.to(device), self.bias, self.mode)
 
     def extra_repr(self) -> str:
         size = f"in_features={self.in_features}, out_features={self.out_features}"

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from quantlib.errors import UsageError
 from quantlib.formats.activation import ActivationSegment
+from quantlib.formats.scheme import Scheme
 from quantlib.formats.weight import ORDER, TensorLayout, dequantize, packed_layout, unpack
 from quantlib.kernels import ops
 from quantlib.kernels.layouts import TiledWeight, can_tile, tile
@@ -150,6 +151,11 @@ class PackedModule(nn.Module):
     def packed_weights(self) -> dict[str, tuple[tuple[int, ...], Segments]]:
         """Name -> shape and segments of every packed weight."""
         return {name: (shape, self._segments[name]) for name, shape in self._shapes.items()}
+
+    def composites(self) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
+        """Name -> scheme and shape of every weight that is several of the packed ones: those whose
+        names begin with it (`runtime.composite`)."""
+        return {}
 
     def layout(self, name: str) -> TensorLayout:
         """Suffix -> dtype and shape of the buffers of the packed weight `name`."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from quantlib.calibration.combine import combined, shares
 from quantlib.calibration.losses import LossSum
 from quantlib.calibration.streams import Sample, Stream, StreamStatistics
+from quantlib.calibration.watch import Weighting
 from quantlib.calibration.whole import collect
 from quantlib.errors import DataError
 
@@ -89,6 +90,29 @@ def test_a_weight_is_a_loss_multiplied_by_its_root(
         expected.embeddings["model.embed_tokens"].gradient,
         "gradient",
     )
+
+
+@pytest.mark.parametrize("weighting", [Weighting.ROOT, Weighting.NONE])
+def test_streams_count_by_their_gradients_however_tokens_do(
+    tiny: MakeTiny, windows: Tensor, weighting: Weighting
+) -> None:
+    """Gradients times three are a weight of nine between streams, though within one stream the
+    Hessian of roots, or of all tokens alike, does not change with them."""
+    it = tiny("llama")
+    one, two, tripled = (
+        collect(it.model, it.model_map, Stream(name, data), weighting=weighting)
+        for name, data in (
+            ("one", samples(windows[:1])),
+            ("two", samples(windows[1:])),
+            ("two", samples(windows[1:], factor=3.0)),
+        )
+    )
+    weighted = combined([one, two], {"one": 1.0, "two": 9.0})
+    expected = combined([one, tripled], {"one": 1.0, "two": 1.0})
+    for name, group in expected.groups.items():
+        for found, other in zip(weighted.groups[name].matrices, group.matrices, strict=True):
+            close(found.hessian, other.hessian, f"hessian of {name}")
+            assert found.energy == pytest.approx(other.energy, rel=1e-4)
 
 
 def test_a_stream_of_weight_zero_counts_for_nothing(

@@ -101,3 +101,24 @@ def test_a_missing_part_of_the_embedding_is_a_sentence(part: str) -> None:
         embedding_from_tensors(tensors)
     with pytest.raises(DataError, match="damaged"):
         embedding_from_tensors(embedding_to_tensors(embedding()) | {"other": torch.ones(1)})
+
+
+def test_expected_frequencies_leave_something_for_tokens_that_were_not_seen() -> None:
+    """Good and Turing: as much as was seen once, where the model expects it."""
+    stats = EmbeddingStatistics(
+        frequency=torch.tensor([7.0, 2.0, 1.0, 0.0, 0.0]),
+        gradient=torch.ones(3),
+        head_input=torch.eye(3),
+        variance=torch.tensor([0.2, 0.1, 0.1, 0.09, 0.01]),
+        sample_h=torch.empty(0, 3),
+        sample_window=torch.empty(0, dtype=torch.int64),
+        tokens=10,
+    )
+    found = stats.expected().frequency
+    torch.testing.assert_close(found.sum(), stats.frequency.sum())
+    missing = torch.tensor([0.2, 0.1, 0.1, 0.09, 0.01]) / 0.5
+    torch.testing.assert_close(found, 0.9 * stats.frequency + 0.1 * 10 * missing)
+    silent = dataclasses.replace(stats, variance=torch.zeros(5)).expected().frequency
+    torch.testing.assert_close(silent, 0.9 * stats.frequency + 0.2)
+    sure = dataclasses.replace(stats, frequency=torch.tensor([8.0, 2.0, 0, 0, 0])).expected()
+    assert torch.equal(sure.frequency, torch.tensor([8.0, 2.0, 0, 0, 0]))

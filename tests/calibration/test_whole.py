@@ -170,7 +170,8 @@ def test_the_weighting_decides_the_hessian_and_not_the_output_gradients(mapped: 
     by = {kind: collect(model, model_map, mixed(model), weighting=kind) for kind in Weighting}
     name = "model.language_model.layers.0.mlp.gate_up"
     found = {kind: statistics.groups[name].matrices[0] for kind, statistics in by.items()}
-    token, modality, none = (found[kind].token_weight for kind in Weighting)
+    token, root, modality, none = (found[kind].token_weight for kind in Weighting)
+    torch.testing.assert_close(root, token.sqrt())
     is_image = by[Weighting.TOKEN].modality == 1
     first = is_image[: len(is_image) // 2]
     for chosen in (first, ~first):
@@ -178,7 +179,8 @@ def test_the_weighting_decides_the_hessian_and_not_the_output_gradients(mapped: 
         torch.testing.assert_close(own, token[: len(first)][chosen].mean().expand(len(own)))
     assert torch.equal(none, torch.ones(len(none)))
     assert found[Weighting.NONE].weight_sum == len(none)
-    for kind in (Weighting.MODALITY, Weighting.NONE):
+    for kind in (Weighting.ROOT, Weighting.MODALITY, Weighting.NONE):
+        assert found[kind].energy == pytest.approx(found[Weighting.TOKEN].weight_sum, rel=1e-4)
         for member, value in found[Weighting.TOKEN].fisher.items():
             close(found[kind].fisher[member], value, member)
         difference = found[kind].hessian - found[Weighting.TOKEN].hessian

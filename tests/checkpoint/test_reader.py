@@ -65,7 +65,7 @@ Q = "quantization_config"
 CONFIG_EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "unquantized": (lambda c: c.pop(Q), "is not quantized: give a folder that quantlib wrote"),
     "other method": (lambda c: c[Q].update(quant_method="gptq"), "was quantized by 'gptq'"),
-    "newer": (lambda c: c[Q].update(version=3), "has version 3 .* update quantlib"),
+    "newer": (lambda c: c[Q].update(version=4), "has version 4 .* update quantlib"),
     "unknown scheme": (
         lambda c: c[Q]["schemes"].update({"embed.weight": "w9"}),
         r"weight embed\.weight: 'w9' is not a scheme",

@@ -29,7 +29,8 @@ COARSE_ZEROS = ["w8g32z4", "w6z3"]
 TWO_LEVEL = [f"w{bits}g32{rest}" for bits in range(2, 9) for rest in ("s4", "zs6", "zs8")]
 FLOATS = ["fp8", "fp8e5m2g32", "fp6t", "fp6e2m3g64", "fp4g32s6"]
 SHARED = ["mxfp8", "mxfp8e5m2", "mxfp6", "mxfp6e2m3", "mxfp4", "nvfp4"]
-EVERY = [*INTEGERS, *FINE_ZEROS, *COARSE_ZEROS, *TWO_LEVEL, *FLOATS, *SHARED]
+EXPONENTS = ["w8e", "w4te", "w4g32e", "w3g64ze", "w2g16z4e"]
+EVERY = [*INTEGERS, *EXPONENTS, *FINE_ZEROS, *COARSE_ZEROS, *TWO_LEVEL, *FLOATS, *SHARED]
 
 shapes = st.tuples(
     st.integers(1, 4), st.one_of(st.sampled_from([1, 31, 33, 576]), st.integers(1, 150))

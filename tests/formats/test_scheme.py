@@ -23,12 +23,15 @@ INTEGERS = [f"w{bits}{group}" for bits in range(2, 9) for group in ("", "t", "g3
 TWO_LEVEL = [f"w{bits}g64zs{scale}" for bits in (2, 4, 7) for scale in range(4, 9)]
 ELEMENTS = ("fp8", "fp8e5m2", "fp6", "fp6e2m3", "fp4")
 FLOATS = [f"{name}{group}" for name in ELEMENTS for group in ("", "t", "g16")]
+EXPONENTS = ["w8e", "w8te", "w4g32e", "w3g64ze", "w2g16z4e"]
 SHARED = ["fp4g32s6", "mxfp8", "mxfp8e5m2", "mxfp6", "mxfp6e2m3", "mxfp4", "nvfp4"]
 ZEROS = [name + "z" for name in INTEGERS] + ["w4g64z6", "w3z8", "w6g32z2s6"]
-NAMES = [*INTEGERS, *ZEROS, *TWO_LEVEL, *FLOATS, *SHARED, "bf16", "f16", "f32"]
+NAMES = [*INTEGERS, *ZEROS, *TWO_LEVEL, *EXPONENTS, *FLOATS, *SHARED, "bf16", "f16", "f32"]
 ACTIVATIONS = ["", "a8", "a2", "a4z", "a7z", "a8g128", "a4zg64", "amxfp4", "anvfp4", "afp8"]
 HIGHS = ["h8/8", "h8x3/16", "h8/2", "h7x5/7", "hfp8/8", "hmxfp6e2m3x3/16", "hnvfp4/2"]
+HIGHS += ["h3x5/16h4/16", "h3x2/9h4/9h6/18", "h6/4hfp8/8"]
 SEGMENTED = ["w4a4zh8/8", "w4g64zs4a4zh8x3/16", "w4h8/8", "mxfp4amxfp4hmxfp6/8", "nvfp4anvfp4h8/4"]
+SEGMENTED += ["w2g64z4s4h3x5/16h4/16", "w4a4h6/8h8/16"]
 
 
 def readable(name: str) -> bool:
@@ -73,7 +76,7 @@ def test_segments_cover_every_column_once_and_agree_with_the_activations(
     assume(scheme.weight is not None)
     segments, activations = scheme.segments(length), scheme.activations(length)
     check_segments((1, length), segments)
-    assert len(segments) <= (2 if scheme.high else 1)
+    assert len(segments) <= 1 + len(scheme.wide)
     if activations:
         check_activations(length, activations)
         spans = [(part.start, part.length) for part in segments]
@@ -92,6 +95,21 @@ def test_high_columns_are_the_share_to_the_nearest_four(
         assert abs(high - Fraction(length * count, parts)) <= 2
 
 
+def test_every_further_share_lies_behind_the_one_before_it() -> None:
+    segments = Scheme.parse("w2g64z4s4h3x2/9h4/9h6/18").segments(576)
+    assert [(part.length, str(part.format)) for part in segments] == [
+        (352, "w2g64z4s4"),
+        (128, "w3g64zs4"),
+        (64, "w4g64zs4"),
+        (32, "w6g64zs4"),
+    ]
+
+
+def test_in_a_narrow_layer_the_widest_columns_come_first() -> None:
+    segments = Scheme.parse("w2h3/4h4/4").segments(6)
+    assert [(part.length, part.format.bits) for part in segments] == [(2, 3), (4, 4)]
+
+
 def test_high_columns_of_a_sixteenth_grid_fall_on_its_lines() -> None:
     # A basis is mixed in segments of d/16: ranks must end where these do.
     for width in (576, 1536, 2048, 4096, 11008):
@@ -106,7 +124,8 @@ NOT_NAMES = [
     "fp8z", "fp4g32z", "mxint8", "mxfp4g64", "nvfp4z", "w4a", "w4a8a8", "int4", "bf16z",
     "w4a9", "w4a1", "w4a8z", "w4a16z", "w4a16g64", "w4a4g8", "w4a4g0", "w4a8g24", "w4aint4",
     "amxfp4", "w4h8", "w4h8/0", "w4h8/1", "w4h8x9/8", "w4h8x0/8", "w4h/8", "w4hw8/8", "w4h8/8a8",
-    "w4h8/8h8/8", "w8h4/8", "bf16h8/8", "bf16a4h8/8", "mxfp4h7/8", "mxfp6h4/8", "nvfp4a4h5/8",
+    "w4h8/8h8/8", "w4h8/8h6/8", "w4h6/8h8", "w2h3/2h4/2",
+    "w8h4/8", "bf16h8/8", "bf16a4h8/8", "mxfp4h7/8", "mxfp6h4/8", "nvfp4a4h5/8",
     "w4amxfp4h7/8",
 ]  # fmt: skip
 
@@ -188,7 +207,7 @@ def test_a_scheme_takes_no_clip_factor() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        ("int4", 32, True, "e8m0"),
+        ("e2m1", 16, True, "e8m0"),
         ("e2m1", 64, True, "e8m0"),
         ("int4", 16, True, "e4m3"),
         ("e2m1", 32, True, "e4m3"),

@@ -27,6 +27,9 @@ SCHEMES = [
     *[f"w{bits}{rest}" for bits in range(2, 9) for rest in ("", "g64", "g128z", "g32zs6")],
     *[
         "w3g32z6",
+        "w4g32e",
+        "w3g64ze",
+        "w8te",
         "w6g64z3s6",
         "w2tz8",
         "w4t",

@@ -120,3 +120,13 @@ def test_the_floating_point_method_has_candidates_below_its_budgets() -> None:
 def test_resq_with_bits_that_there_are_not_says_which_there_are() -> None:
     with pytest.raises(UsageError, match="2 to 8 bits, not 9"):
         method_fields("resq", 9)
+
+
+def test_models_calibrated_on_records_are_damped_more_and_weighted_less() -> None:
+    """Unless the user says otherwise: their Hessians are of fewer tokens."""
+    recipe = Recipe.create(data="records.jsonl")
+    assert recipe.damping_of(streams=True) > recipe.damping_of(streams=False) == 0.01
+    assert recipe.stream_weighting == "root"
+    said = Recipe.create(data="records.jsonl", damping=0.02, weighting="token")
+    assert said.damping_of(streams=True) == said.damping_of(streams=False) == 0.02
+    assert said.stream_weighting == "token"

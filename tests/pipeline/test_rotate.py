@@ -9,7 +9,7 @@ import torch
 
 import quantlib
 from quantlib.checkpoint.reader import read_layout
-from quantlib.errors import SearchError, TransformError
+from quantlib.errors import SearchError, TransformError, UsageError
 from quantlib.formats.scheme import Scheme
 from quantlib.pipeline.compress import Result
 from quantlib.search.activations import ACTIVATION_BITS, mean_bits
@@ -119,3 +119,12 @@ def test_a_model_whose_residual_stream_cannot_be_rotated_is_refused_in_a_sentenc
     tiny_tokenizer.save_pretrained(tmp_path / "gemma")
     with pytest.raises(TransformError):
         squeeze(**RESQ, model=tmp_path / "gemma")
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_a_scheme_that_no_integer_kernel_runs_is_refused_before_anything_is_written(
+    squeeze: Callable[..., Result], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="no activation groups of 48 columns"):
+        squeeze(bits=13.0, schemes=("w4g32a4zg48", "w4g32"))
+    assert not (tmp_path / "out.work").exists()

@@ -7,10 +7,10 @@ import torch
 
 from quantlib.formats import Scheme, WeightFormat, decode_scales, decode_zeros, dequantize
 from quantlib.formats.weight import QuantizedSegment, QuantizedWeight
-from quantlib.rounding.grid import CLIPS, SMALLEST_SCALE, RowGrid
+from quantlib.rounding.grid import CLIPS, SMALLEST_SCALE, RowGrid, exponents
 
 SUFFIXES = ["", "z", *(f"z{bits}" for bits in range(2, 9))]
-TWO_LEVEL = ["", *(f"s{bits}" for bits in range(4, 9))]
+TWO_LEVEL = ["", *(f"s{bits}" for bits in range(4, 9)), "e"]
 FORMATS = [
     f"w{bits}g32{zero}{scale}" for bits in range(2, 9) for zero in SUFFIXES for scale in TWO_LEVEL
 ]
@@ -26,6 +26,8 @@ def stored_scales(
     grid: RowGrid, format: WeightFormat, effective: torch.Tensor, row: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(scale, row_scale) as `formats.weight` keeps them, for one group [R]."""
+    if format.shares_exponent:
+        return exponents(effective)[:, None], None
     if not format.two_level:
         return effective[:, None].half(), None
     return grid.scale_codes(effective, row)[:, None].to(torch.uint8), row.half()
@@ -51,7 +53,7 @@ def test_effective_scales_and_zeros_are_those_of_the_checkpoint_to_the_bit() -> 
             assert torch.equal(decode_zeros(codes, format), zero), name
 
 
-@pytest.mark.parametrize("name", ["w2g32", "w3g32z", "w4g32z2", "w5g32zs6", "w8g32z4s4"])
+@pytest.mark.parametrize("name", ["w2g32", "w3g32z", "w4g32z2", "w5g32zs6", "w8g32z4s4", "w3g32e"])
 def test_storing_a_stored_value_changes_nothing(name: str) -> None:
     """The line search relies on it: the old scale and zero point are always among the choices."""
     generator = torch.Generator().manual_seed(1)
@@ -64,9 +66,9 @@ def test_storing_a_stored_value_changes_nothing(name: str) -> None:
 
 
 def test_rows_of_different_formats_do_not_disturb_each_other() -> None:
-    names = ["w2g32", "w4g32zs4", "w3g32z5", "w8g32s8"]
+    names = ["w2g32", "w4g32zs4", "w3g32z5", "w8g32s8", "w4g32ze"]
     generator = torch.Generator().manual_seed(2)
-    weights = torch.randn(32, 4 * 16, generator=generator)
+    weights = torch.randn(32, len(names) * 16, generator=generator)
     importance = torch.rand(32, generator=generator)
     together = RowGrid.build([weight_format(name) for name in names], 16)
     row_scale = together.row_scale(weights, 32)

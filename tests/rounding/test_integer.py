@@ -22,7 +22,10 @@ MakeProblem = Callable[..., tuple[Tensor, Tensor]]
 MakeLayout = Callable[..., tuple[Segment, ...]]
 ErrorOf = Callable[..., float]
 
-SCHEMES = ("w2g32z4s4", "w3g32", "w4g32zs6", "w8g32", "w4g64z", "w3g16s4", "w5", "w3z4", "w2")
+# fmt: off
+SCHEMES = ("w2g32z4s4", "w3g32", "w4g32zs6", "w8g32", "w4g64z", "w3g16s4", "w5", "w3z4", "w2",
+           "w4g32e", "w3ze")
+# fmt: on
 
 
 def parts_of(weight: QuantizedWeight) -> list[Tensor]:

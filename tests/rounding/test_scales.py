@@ -31,7 +31,7 @@ MakeLayout = Callable[..., tuple[Segment, ...]]
 ErrorOf = Callable[..., float]
 # fmt: off
 SCHEMES = ["w4", "w3g32", "w2g32z4s4", "w3g64z", "w4g32s5", "w5g32zs6", "w4t", "w4tz", "fp8",
-           "fp4g32", "fp4t", "fp6g64s6", "mxfp4", "mxfp8", "nvfp4"]
+           "w3g32e", "fp4g32", "fp4t", "fp6g64s6", "mxfp4", "mxfp8", "nvfp4"]
 # fmt: on
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from quantlib.errors import ModelError
+from quantlib.formats.activation import fake_quantize
 from quantlib.formats.rtn import quantize_rtn
 from quantlib.formats.scheme import Scheme
 from quantlib.formats.weight import dequantize
@@ -122,3 +123,27 @@ def test_rows_times_filters_are_the_convolution(
     found = from_rows(rows, 2, window.places(x))
     torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
     assert torch.equal(to_rows(found), rows)
+
+
+@pytest.mark.parametrize("form", ["4", "8", "fp6"])
+def test_inputs_are_rounded_sample_by_sample_where_the_scheme_says_so(form: str) -> None:
+    module, twin = packed(nn.Conv2d(3, 8, 3, padding=1))
+    x = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    x[1] *= 30
+    columns = module.window.columns
+    activations = Scheme.parse(f"w4a{form}").activations(columns)
+    module.set_inputs("weight", activations)
+    whole = Scheme.parse(f"w4a{form}").activations(x[0].numel())
+    rounded = fake_quantize(x.flatten(1), whole).view(x.shape)
+    with torch.no_grad():
+        assert torch.allclose(module(x), twin(rounded), atol=30 * TOLERANCE)
+        assert torch.allclose(module(x[2]), twin(rounded[2]), atol=TOLERANCE)
+        module.mode = "exact"
+        assert torch.allclose(module(x), twin(x), atol=30 * TOLERANCE)
+
+
+@pytest.mark.parametrize("scheme", ["w4a4z", "w4a8g16", "w4a4h8/4"])
+def test_inputs_in_parts_are_refused(scheme: str) -> None:
+    module, _ = packed(nn.Conv2d(16, 8, 3))
+    with pytest.raises(ModelError, match="window of a convolution"):
+        module.set_inputs("weight", Scheme.parse(scheme).activations(module.window.columns))

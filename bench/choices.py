@@ -1,0 +1,266 @@
+"""More choices for the solver, at equal bytes: shared exponents, factors, embeddings in blocks.
+
+    python -P -m quantlib.bench.choices --work DIR
+    python -P -m quantlib.bench.choices --work DIR --family factors --bits 2.5
+    python -P -m quantlib.bench.choices --work DIR --family factors --layer 3 --layer 15
+
+SmolLM2-135M-Instruct (the permuted copy of `bench.assets`), calibrated and rounded as `quantlib
+compress` does by default. Every family of candidates joins the default ones in one sensitivity
+table; the exact solver then chooses with and without it, under the same bytes, and both plans are
+measured on held-out windows. `gain` is the mean difference of KL over windows (positive: the family
+helps), with its standard error. What is done stays in DIR, rounded weights and measured plans: the
+command goes on where it was stopped. The result file has all rows measured so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from quantlib.bench import assets, record
+from quantlib.calibration.data import load_windows
+from quantlib.checkpoint.disk import atomic_write_text
+from quantlib.checkpoint.provenance import digest
+from quantlib.evaluation.estimate import Estimate
+from quantlib.evaluation.language import evaluate_language
+from quantlib.evaluation.reference import Reference, reference_logprobs
+from quantlib.formats.scheme import Scheme
+from quantlib.pipeline import bytecount
+from quantlib.pipeline.calibrate import calibrate
+from quantlib.pipeline.dense import DensePlan
+from quantlib.pipeline.measure import entry_key, measure, measure_groups
+from quantlib.pipeline.opening import load_tokenizer, open_run
+from quantlib.pipeline.plan import Budget, allocation_problem
+from quantlib.pipeline.run import Run
+from quantlib.recipe import NATIVE_SCHEMES, Recipe
+from quantlib.search.plan import Plan
+from quantlib.search.sensitivity import Sensitivity
+from quantlib.search.solve import solve
+
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "exponents": ("w3g64z4e",),
+    "factors": ("w2g64z4s4+r32w4",),
+    "rows": ("w4g32zs4@1/8+w3g32z4s4", "w5g32zs5@1/16+w4g32zs4@3/16+w3g32z4s4"),
+    "rows2": (
+        "w3g32z4s4@1/8+w2g32z4s4",
+        "w4g32zs4@1/8+w2g32z4s4",
+        "w4g32zs4@1/16+w3g32z4s4@3/16+w2g32z4s4",
+    ),
+    "dimensions": ("w4g32zs4@1/4+w3g32z4s4d448", "w4g32zs4@1/8+w3g32z4s4@3/8+w3g32z4s4d384"),
+}
+"""What joins the default candidates: shared exponents where two-level scales are beside them,
+factors where rounding alone is worst, rare tokens in 3 bits, in 2, or in fewer dimensions."""
+NONE, JOINT = "none", "all"
+BITS = (2.5, 2.75, 3.0, 3.25, 3.5)
+"""True bits per parameter of the whole file."""
+WINDOWS, SEQLEN = 16, 512
+
+
+class Bench:
+    """A work directory with rounded weights, and the plans that were measured before."""
+
+    def __init__(
+        self,
+        work: Path,
+        families: Sequence[str],
+        windows: int = WINDOWS,
+        seqlen: int = SEQLEN,
+    ) -> None:
+        self.work, self.windows, self.seqlen = work, windows, seqlen
+        self.families = tuple(families)
+        extra = [name for family in families for name in FAMILIES[family]]
+        self.model = assets.fetch_smollm2()
+        self.recipe = Recipe.create(
+            data=str(assets.wikipedia_text("calibration")), schemes=(*NATIVE_SCHEMES, *extra)
+        )
+        self._file = work / "choices.json"
+        self.known: dict[str, dict[str, Any]] = {}
+        if self._file.exists():
+            self.known = json.loads(self._file.read_text(encoding="utf-8"))
+
+    def rows(self, bits: Sequence[float], measured: bool) -> list[dict[str, Any]]:
+        """Every family at every budget; measured: also on held-out windows."""
+        with open_run(self.model, self.work, self.recipe) as run:
+            calibrate(run)
+            table = measure(run)
+            trial = _Trial(run, self.windows, self.seqlen)
+            rows = []
+            for size in bits:
+                joint = (JOINT,) if len(self.families) > 1 else ()
+                for family in (NONE, *self.families, *joint):
+                    row = self._row(trial, table, size, family, measured)
+                    if family == NONE:
+                        base = row
+                    elif measured:
+                        row["gain"] = _gain(base, row)
+                    rows.append(row)
+                    print(_sentence(row), flush=True)
+            return rows
+
+    def matrices(self, layers: Sequence[int]) -> list[dict[str, Any]]:
+        """The linears of some layers in the families' candidates: predicted losses beside what the
+        default candidates lose at as many bytes (`ratio`: below 1, the solver may want it)."""
+        rows: list[dict[str, Any]] = []
+        with open_run(self.model, self.work, self.recipe) as run:
+            calibrate(run)
+            blocks = {run.model_map.blocks[layer] for layer in layers}
+            groups = [group for group in run.model_map.groups if group.block in blocks]
+            measure_groups(run, groups)
+            for name in (name for group in groups for name in group.members):
+                points = {
+                    str(scheme): (
+                        bytecount.weight_bytes(run.model_map.weight(name), scheme),
+                        run.bank.entry(entry_key(run, name, str(scheme))).extra["loss"],
+                    )
+                    for scheme in run.candidates[name]
+                }
+                plain = [points.pop(known) for known in NATIVE_SCHEMES]
+                for scheme, (size, loss) in points.items():
+                    row = {"weight": name, "scheme": scheme, "bytes": size, "predicted": loss}
+                    rows.append(row | {"ratio": loss / _interpolated(plain, size)})
+        for scheme in sorted({row["scheme"] for row in rows}):
+            ratios = [row["ratio"] for row in rows if row["scheme"] == scheme]
+            print(f"{scheme}: {min(ratios):.3f} to {max(ratios):.3f} of {len(ratios)} weights")
+        return rows
+
+    def _row(
+        self, trial: _Trial, table: Sensitivity, bits: float, family: str, measured: bool
+    ) -> dict[str, Any]:
+        plan = _plan(trial.run, _restricted(table, self._allowed(family)), bits)
+        row: dict[str, Any] = {"bits": bits, "family": family, "bytes": plan.bytes}
+        row |= {"predicted_sum": plan.loss, "chosen": _chosen(plan, self._allowed(family))}
+        if measured:
+            key = digest([self.windows, self.seqlen, sorted(plan.schemes.items())])
+            if key not in self.known:
+                started = time.monotonic()
+                found = trial.measure(plan)
+                self.known[key] = {"kl": found, "seconds": round(time.monotonic() - started, 1)}
+                atomic_write_text(self._file, json.dumps(self.known) + "\n")
+            windows = self.known[key]["kl"]
+            estimate = Estimate.mean(windows)
+            row |= {"kl": estimate.value, "kl_error": estimate.standard_error, "windows": windows}
+        return row
+
+    def _allowed(self, family: str) -> tuple[str, ...]:
+        """Candidates that join the default ones."""
+        names = self.families if family == JOINT else () if family == NONE else (family,)
+        return tuple(str(Scheme.parse(n)) for name in names for n in FAMILIES[name])
+
+
+class _Trial:
+    """The model in memory, once a plan has to be measured."""
+
+    def __init__(self, run: Run, windows: int, seqlen: int) -> None:
+        self.run, self.count, self.seqlen = run, windows, seqlen
+
+    @cached_property
+    def _windows(self) -> Tensor:
+        tokenizer = load_tokenizer(self.run.source.path)
+        held_out = str(assets.wikipedia_text("held_out"))
+        return load_windows(held_out, tokenizer, self.seqlen, self.count, seed=0)
+
+    @cached_property
+    def _dense(self) -> tuple[DensePlan, Reference]:
+        dense = DensePlan(self.run)
+        return dense, reference_logprobs(dense.model, self._windows)
+
+    def measure(self, plan: Plan) -> list[float]:
+        """KL of every window."""
+        dense, reference = self._dense
+        dense.load(plan.schemes)
+        return evaluate_language(dense.model, self._windows, reference).per_window["kl"]
+
+
+def _restricted(table: Sensitivity, allowed: Sequence[str]) -> Sensitivity:
+    """The table with the default candidates and `allowed` alone."""
+    kept = {*map(str, map(Scheme.parse, NATIVE_SCHEMES)), *allowed}
+    rows = {
+        weight: {scheme: entry for scheme, entry in row.items() if scheme in kept}
+        for weight, row in table.rows.items()
+    }
+    return replace(table, rows=rows)
+
+
+def _plan(run: Run, table: Sensitivity, bits: float) -> Plan:
+    """The exact solver's plan under so many true bits per parameter."""
+    budget = Budget(bits=bits)
+    problem = allocation_problem(run.model_map, table, budget)
+    return Plan.from_solution(problem, solve(problem, budget.in_bytes(run.model_map) or 0))
+
+
+def _chosen(plan: Plan, allowed: Sequence[str]) -> dict[str, int]:
+    """How many weights got each of `allowed`."""
+    return dict(Counter(scheme for scheme in plan.schemes.values() if scheme in allowed))
+
+
+def _interpolated(points: Sequence[tuple[int, float]], size: int) -> float:
+    """The loss at `size` bytes on the front of (bytes, loss) `points`, geometrically between."""
+    sizes: list[int] = []
+    losses: list[float] = []
+    for nbytes, loss in sorted(points):
+        if not losses or loss < losses[-1]:
+            sizes.append(nbytes)
+            losses.append(loss)
+    return float(np.exp(np.interp(size, sizes, np.log(losses))))
+
+
+def _sentence(row: dict[str, Any]) -> str:
+    text = f"{row['bits']} bits, {row['family']}: predicted {row['predicted_sum']:.4f}"
+    if "kl" in row:
+        text += f", KL {row['kl']:.4f} +- {row['kl_error']:.4f}"
+    if "gain" in row:
+        text += f", gain {row['gain']['value']:.5f} +- {row['gain']['error']:.5f}"
+    return f"{text}; {row['chosen']}"
+
+
+def _gain(base: dict[str, Any], row: dict[str, Any]) -> dict[str, float | None]:
+    """How much KL the family saves, over windows, and relative to what there was."""
+    differences = [a - b for a, b in zip(base["windows"], row["windows"], strict=True)]
+    estimate = Estimate.mean(differences)
+    return {
+        "value": estimate.value,
+        "error": estimate.standard_error,
+        "relative": estimate.value / base["kl"],
+    }
+
+
+def main() -> None:
+    """Measure what was asked for, and what the work directory lacks for it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, help="work directory to use and keep")
+    parser.add_argument("--family", choices=FAMILIES, action="append")
+    parser.add_argument("--bits", type=float, action="append")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="held-out windows")
+    parser.add_argument("--seqlen", type=int, default=SEQLEN, help="their length in tokens")
+    parser.add_argument(
+        "--layer", type=int, action="append", help="compare the matrices of these layers instead"
+    )
+    parser.add_argument("--predict", action="store_true", help="round and solve, measure no KL")
+    options = parser.parse_args()
+    families = options.family or tuple(FAMILIES)
+    bench = Bench(options.work, families, options.windows, options.seqlen)
+    if options.layer:
+        rows = bench.matrices(options.layer)
+        print(record.write("choices_matrices", {"layers": options.layer, "rows": rows}))
+        return
+    rows = bench.rows(options.bits or BITS, not options.predict)
+    if not options.predict:
+        about = {"windows": options.windows, "seqlen": options.seqlen}
+        candidates = {family: FAMILIES[family] for family in families}
+        print(record.write("choices", {**about, "families": candidates, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

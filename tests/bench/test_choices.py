@@ -1,0 +1,41 @@
+"""The comparison of choices: what joins, what stays, and what a gain is."""
+
+from __future__ import annotations
+
+from quantlib.bench.choices import FAMILIES, _chosen, _gain, _restricted
+from quantlib.formats import Scheme
+from quantlib.recipe import NATIVE_SCHEMES, Recipe
+from quantlib.search.plan import Assignment, Plan
+from quantlib.search.sensitivity import Entry, Sensitivity
+
+
+def test_every_family_adds_candidates_of_its_own() -> None:
+    names = [name for family in FAMILIES.values() for name in family]
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert str(Scheme.parse(name)) == name
+        assert name not in NATIVE_SCHEMES
+    kinds = ("linear", "embedding")
+    for family in FAMILIES.values():
+        recipe = Recipe.create(data="x", schemes=(*NATIVE_SCHEMES, *family))
+        assert any(set(family) & set(recipe.candidates(kind)) for kind in kinds)
+
+
+def test_a_table_is_restricted_to_default_candidates_and_what_is_allowed() -> None:
+    allowed = FAMILIES["factors"][0]
+    entry = Entry(10, {"kl": 1.0}, {"kl": 0.1})
+    schemes = (NATIVE_SCHEMES[0], allowed, FAMILIES["exponents"][0])
+    table = Sensitivity("model", ("kl",), {"w": dict.fromkeys(schemes, entry)})
+    assert list(_restricted(table, (allowed,)).rows["w"]) == [NATIVE_SCHEMES[0], allowed]
+    assert list(_restricted(table, ()).rows["w"]) == [NATIVE_SCHEMES[0]]
+
+
+def test_a_gain_is_paired_by_window() -> None:
+    base = {"windows": [1.0, 3.0, 2.0], "kl": 2.0}
+    found = _gain(base, {"windows": [0.5, 2.5, 1.5]})
+    assert found == {"value": 0.5, "error": 0.0, "relative": 0.25}
+
+
+def test_only_what_joined_is_counted() -> None:
+    rows = {"a": Assignment("w4g64", 1, 0.0), "b": Assignment("w4g64+r4", 1, 0.0)}
+    assert _chosen(Plan("model", rows), ("w4g64+r4",)) == {"w4g64+r4": 1}
