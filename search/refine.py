@@ -30,8 +30,11 @@ from quantlib.search.plan import Plan
 from quantlib.search.problem import Picks, Problem
 from quantlib.search.swaps import NONE, best_swap
 
-Evaluate = Callable[[Plan], "Sequence[float] | np.ndarray | torch.Tensor"]
+PerWindow = Sequence[float] | np.ndarray | torch.Tensor
+Evaluate = Callable[[Plan], PerWindow]
 """Mean KL per token in nats of each window [W], W >= 2: the same windows every time, in order."""
+EvaluateAll = Callable[[Sequence[Plan]], Sequence[PerWindow]]
+"""The same of several plans, in their order; they may be measured at the same time."""
 
 SIGNIFICANCE = 2.0
 """An exchange is kept when the KL falls by more than this many paired standard errors."""
@@ -101,6 +104,35 @@ def refine(
     Raises SearchError when `plan` itself does not, or when `evaluate` returns fewer than two
     windows, another number of them, or NaN.
     """
+    return refine_in_rounds(
+        plan,
+        problem,
+        lambda plans: [evaluate(one) for one in plans],
+        trials,
+        generator,
+        width=1,
+        significance=significance,
+        relative_error=relative_error,
+    )
+
+
+def refine_in_rounds(
+    plan: Plan,
+    problem: Problem,
+    evaluate: EvaluateAll,
+    trials: int,
+    generator: torch.Generator,
+    *,
+    width: int,
+    significance: float = SIGNIFICANCE,
+    relative_error: float = RELATIVE_ERROR,
+) -> Refined:
+    """As `refine`, `width` exchanges at a time, which `evaluate` may measure all at once.
+
+    All exchanges of a round are drawn before any of it is measured, and what was found is learned
+    in the order of drawing: the result depends on the width, and not on who measured what when. Of
+    the exchanges of a round that help, the one that helps most is kept.
+    """
     budget = plan.bytes if plan.budget is None else plan.budget
     picks = problem.picks(plan.schemes)
     if not problem.fits(picks, budget, plan.limits):
@@ -108,39 +140,48 @@ def refine(
             f"the plan has {problem.bytes(picks):,} bytes, more than its budget of {budget:,} or "
             "its limits allow: search again before refining"
         )
-    kl = _evaluated(evaluate, plan)
+    kl = _checked(evaluate([plan])[0])
     start = float(kl.mean())
     beliefs = _Beliefs(problem, picks, start, relative_error)
     journal: list[Trial] = []
     tried: set[Picks] = set()
     while len(journal) < trials:
-        proposal = _propose(problem, beliefs, picks, budget, plan, tried, generator)
-        if proposal is None:
+        proposals: list[Picks] = []
+        while len(proposals) < min(width, trials - len(journal)):
+            proposal = _propose(problem, beliefs, picks, budget, plan, tried, generator)
+            if proposal is None:
+                break
+            tried.add(proposal)
+            proposals.append(proposal)
+        if not proposals:
             break
-        tried.add(proposal)
-        candidate = Plan.of(
-            problem, proposal, budget=plan.budget, limits=plan.limits, provenance=plan.provenance
-        )
-        windows = _evaluated(evaluate, candidate, len(kl))
-        change = windows - kl
-        measured, error = float(change.mean()), float(change.std(ddof=1)) / math.sqrt(len(change))
-        predicted = beliefs.learn(picks, proposal, measured, error)
-        accepted = measured + significance * error < 0
-        journal.append(
-            Trial(
-                len(journal),
-                _moves(problem, picks, proposal),
-                predicted,
-                measured,
-                error,
-                accepted,
-                candidate.bytes,
-                float(windows.mean()),
+        candidates = [_candidate(problem, plan, proposal) for proposal in proposals]
+        found = [_checked(windows, len(kl)) for windows in evaluate(candidates)]
+        changes = [_paired(windows - kl) for windows in found]
+        helps = [change + significance * error < 0 for change, error in changes]
+        best = min(range(len(changes)), key=lambda i: (not helps[i], changes[i][0]))
+        for index, (proposal, candidate) in enumerate(zip(proposals, candidates, strict=True)):
+            measured, error = changes[index]
+            predicted = beliefs.learn(picks, proposal, measured, error)
+            moves, size = _moves(problem, picks, proposal), candidate.bytes
+            kept, value = helps[best] and index == best, float(found[index].mean())
+            journal.append(
+                Trial(len(journal), moves, predicted, measured, error, kept, size, value)
             )
-        )
-        if accepted:
-            plan, picks, kl = candidate, proposal, windows
+        if helps[best]:
+            plan, picks, kl = candidates[best], proposals[best], found[best]
     return Refined(plan, start, float(kl.mean()), tuple(journal))
+
+
+def _candidate(problem: Problem, plan: Plan, picks: Picks) -> Plan:
+    return Plan.of(
+        problem, picks, budget=plan.budget, limits=plan.limits, provenance=plan.provenance
+    )
+
+
+def _paired(change: np.ndarray) -> tuple[float, float]:
+    """(mean, standard error) of differences between the same windows."""
+    return float(change.mean()), float(change.std(ddof=1)) / math.sqrt(len(change))
 
 
 class _Beliefs:
@@ -239,9 +280,8 @@ def _moves(problem: Problem, before: Picks, after: Picks) -> tuple[tuple[str, st
     )
 
 
-def _evaluated(evaluate: Evaluate, plan: Plan, windows: int | None = None) -> np.ndarray:
+def _checked(result: PerWindow, windows: int | None = None) -> np.ndarray:
     """The KL of every window [W] as float64, checked."""
-    result = evaluate(plan)
     tensor = result.detach().cpu() if isinstance(result, torch.Tensor) else result
     kl = np.asarray(tensor, dtype=np.float64)
     if kl.ndim != 1 or len(kl) < 2 or (windows is not None and len(kl) != windows):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,10 +29,14 @@ from quantlib.cli.options import (
     Output,
     Overwrite,
     Pin,
+    Ray,
+    Score,
     Size,
     TaskWeights,
     Threads,
+    Validate,
     Work,
+    Workers,
 )
 from quantlib.cli.progress import Bars
 from quantlib.cli.request import budget_of, latency_of, quiet_transformers
@@ -46,6 +50,8 @@ if TYPE_CHECKING:
     from quantlib.search.latency import LatencyBudget, LatencyCosts
     from quantlib.search.pareto import Point
     from quantlib.search.plan import Plan
+    from quantlib.search.problem import Problem
+    from quantlib.search.refine import Refined
     from quantlib.search.sensitivity import Sensitivity
     from quantlib.search.solve import Solution
 
@@ -65,6 +71,10 @@ def search(
     floor: Floor = None,
     ceiling: Ceiling = None,
     pin: Pin = None,
+    score: Score = "measured",
+    validate: Validate = 0,
+    workers: Workers = 1,
+    ray: Ray = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -97,6 +107,8 @@ def search(
         quantlib search --work WORK --latency 12ms --size 90MB
         quantlib search --work WORK --size 9MB --component-size vision=2MB --balance minmax
         quantlib search --work WORK --bits 4.5 --task-weights text=1,image=2
+        quantlib search --work WORK --bits 4.25 --score evolved:proxy.json
+        quantlib search --work WORK --bits 4.25 --validate 40 --workers 4
         quantlib search --work WORK --pareto
     """
     asked = latency_of(latency, threads, mode)
@@ -115,12 +127,35 @@ def search(
     )
     if pareto and not budget.given and output is not None:
         raise UsageError("a plan needs a budget: add --size or --bits, or leave out --output")
-    _search(work, budget, output, pareto, json)
+    if (ray is not None or workers > 1) and not validate:
+        raise UsageError("--workers and --ray are for trials: add --validate N")
+    if validate and pareto and not budget.given:
+        raise UsageError("a plan is validated under a budget: add --size or --bits")
+    judging = Judging(score, validate, workers, ray)
+    _search(work, budget, judging, output, pareto, json)
 
 
-def _search(work: Path, budget: Budget, output: Path | None, pareto: bool, json: bool) -> None:
+@dataclass(frozen=True)
+class Judging:
+    """How plans are judged: by which score, and by how many trials on true KL, who measures."""
+
+    score: str
+    trials: int
+    workers: int
+    ray: str | None
+
+
+def _search(
+    work: Path,
+    budget: Budget,
+    judging: Judging,
+    output: Path | None,
+    pareto: bool,
+    json: bool,
+) -> None:
     """Find the plan, if there is a budget, and the front, if it is wanted; print them."""
     from quantlib.pipeline import workfiles
+    from quantlib.pipeline.layers import scored_by
     from quantlib.pipeline.plan import allocation_problem
     from quantlib.pipeline.plan import search as solve
     from quantlib.search.pareto import pareto_front
@@ -130,15 +165,21 @@ def _search(work: Path, budget: Budget, output: Path | None, pareto: bool, json:
     planned = budget.given or not pareto
     if planned:
         budget.in_bytes(known.model_map)  # before anything is timed
+    sensitivity = scored_by(judging.score, work, sensitivity, Bars(notes()))
     costs = _costs(work, known, sensitivity, budget.latency)
     answer: dict[str, Any] = {}
     if planned:
         plan, problem, solution = solve(known.model_map, sensitivity, budget, costs)
+        refined = None
+        if judging.trials:
+            refined = _validated(work, plan, problem, judging)
+            plan = refined.plan
         file = output or work / workfiles.PLAN_FILE
         plan.save(file)
         if costs is not None:
             workfiles.save_costs(work, costs)
         answer = _described(plan, solution, known, file)
+        answer |= {"validation": _trials_of(refined)} if refined is not None else {}
     else:
         problem = allocation_problem(known.model_map, sensitivity, budget)
     front: list[Point] = []
@@ -150,7 +191,7 @@ def _search(work: Path, budget: Budget, output: Path | None, pareto: bool, json:
         print_json(answer)
         return
     if planned:
-        _print_plan(plan, solution, known, file)
+        _print_plan(plan, solution, known, file, refined)
     if pareto:
         calibrated = front[0].kl is not None
         _print_front(front, known, loss_name(problem.task, budget.objective.balance, calibrated))
@@ -219,6 +260,30 @@ def apply(
         show(result, str(result.source))
 
 
+def _validated(work: Path, plan: Plan, problem: Problem, judging: Judging) -> Refined:
+    """Exchanges tried on true KL."""
+    from quantlib.pipeline.validate import validate
+
+    quiet_transformers()
+    return validate(
+        work,
+        plan,
+        problem,
+        judging.trials,
+        workers=judging.workers,
+        ray=judging.ray,
+        progress=Bars(notes()),
+    )
+
+
+def _trials_of(refined: Refined) -> dict[str, Any]:
+    return {
+        "kl_before": refined.kl_before,
+        "kl_after": refined.kl_after,
+        "trials": [trial.to_dict() for trial in refined.trials],
+    }
+
+
 def _costs(
     work: Path, known: KnownModel, sensitivity: Sensitivity, latency: LatencyBudget
 ) -> LatencyCosts | None:
@@ -264,7 +329,9 @@ def _point(point: Point, known: KnownModel) -> dict[str, Any]:
     return {**values, "bits": true_bits(point.bytes, known.model_map.parameters)}
 
 
-def _print_plan(plan: Plan, solution: Solution, known: KnownModel, file: Path) -> None:
+def _print_plan(
+    plan: Plan, solution: Solution, known: KnownModel, file: Path, refined: Refined | None
+) -> None:
     from quantlib.search.budget import format_size, true_bits
 
     model_map = known.model_map
@@ -279,6 +346,11 @@ def _print_plan(plan: Plan, solution: Solution, known: KnownModel, file: Path) -
         ("gap to LP bound", f"{solution.gap:.3%} of the loss{ended}"),
         ("solved in", f"{solution.seconds:.2f} s"),
     ]
+    if refined is not None:
+        kept = sum(trial.accepted for trial in refined.trials)
+        exchanges = f"{kept} of {len(refined.trials)} exchanges kept"
+        change = f"{refined.kl_before:.4f} before, {refined.kl_after:.4f} after"
+        rows.append(("KL on held-back text", f"{change}; {exchanges}"))
     console = answers()
     console.print(facts(rows))
     console.print()

@@ -16,6 +16,7 @@ from quantlib.cli.generate import generate
 from quantlib.cli.inspect import inspect
 from quantlib.cli.outcome import guarded
 from quantlib.cli.report import report
+from quantlib.cli.train import train_search
 
 app = typer.Typer(
     name="quantlib",
@@ -45,6 +46,7 @@ for name, command, panel, resumes in (
     ("measure", measure, STAGES, True),
     ("search", search, STAGES, False),
     ("apply", apply, STAGES, True),
+    ("train-search", train_search, ALL, True),
     ("eval", evaluate, USE, False),
     ("generate", generate, USE, False),
     ("report", report, USE, False),

@@ -46,12 +46,22 @@ def quality(context: typer.Context, debug: Debug = False) -> None:
     _run("quality", context.args)
 
 
+def multimodal(context: typer.Context, debug: Debug = False) -> None:
+    """Whole multimodal models against a language model's bits, at equal bytes (--part, --seeds)."""
+    _run("multimodal", context.args)
+
+
 def rounding(context: typer.Context, debug: Debug = False) -> None:
     """What each part of rounding is worth, on real matrices (--work)."""
     _run("rounding", context.args)
 
 
-for command in (kernels, decode, latency, quality, rounding):
+def search(context: typer.Context, debug: Debug = False) -> None:
+    """Searches at equal bytes: what each plan loses, and what finding it takes (--table)."""
+    _run("search", context.args)
+
+
+for command in (kernels, decode, latency, quality, multimodal, rounding, search):
     bench.command(context_settings=PASSED_ON)(guarded(command))
 
 

@@ -76,6 +76,15 @@ Refine = Annotated[
         show_default=False,
     ),
 ]
+Predict = Annotated[
+    str | None,
+    typer.Option(
+        metavar="METHOD",
+        help="Measure only a part, and predict the rest: rows (a sample of every weight's rows), "
+        "ridge (a regression on a tenth of the layers) or graph (a graph network on them).",
+        rich_help_panel=RECIPE,
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option(
@@ -210,6 +219,7 @@ def measure(
     windows: Windows = None,
     seed: Seed = None,
     engine: Engine = "quantlib",
+    predict: Predict = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -218,10 +228,13 @@ def measure(
     This is what takes the time; searching and applying afterwards cost seconds. Killed or
     interrupted anywhere, the same command continues where it stopped.
 
+    With --predict only a part is measured, and what a plan chooses is rounded when it is applied.
+
     Examples:
         quantlib measure path/to/model --data text.txt --work WORK
         quantlib measure path/to/model --data text.txt --work WORK --fast
         quantlib measure path/to/model --data text.txt --work WORK --scheme resq --activations 4.5
+        quantlib measure path/to/model --data text.txt --work WORK --predict rows
         quantlib search --work WORK --bits 4.25
     """
     from quantlib.pipeline.compress import measured_table, open_run, prepare, recipe_for, rotated
@@ -250,7 +263,7 @@ def measure(
     with open_run(model, work, settings, download=download, progress=Bars(notes())) as run:
         prepare(run)
         run = rotated(run)
-        found = measured_table(run)
+        found = measured_table(run, predict)
         seconds = dict(run.seconds)
     file = work / SENSITIVITY_FILE
     if json:
@@ -263,11 +276,13 @@ def measure(
                 "tasks": found.tasks,
                 "baseline": dict(found.baseline),
                 "probes": max((len(c.probes) for c in found.calibrations.values()), default=0),
+                "predicted": predict,
                 "seconds": seconds,
             }
         )
         return
-    answers().print(f"{file}: {len(found.rows)} weights in {len(settings.schemes)} schemes")
+    how = f", predicted by {predict}" if predict else ""
+    answers().print(f"{file}: {len(found.rows)} weights in {len(settings.schemes)} schemes{how}")
     next_commands(f"quantlib search --work {shlex.quote(str(work))} --bits 4.25")
 
 

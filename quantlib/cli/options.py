@@ -11,6 +11,7 @@ BUDGET = "Budget (a size, latencies, or both)"
 RULES = "Rules"
 TASKS = "Tasks (text, answers, images ...)"
 RECIPE = "Recipe"
+SEARCH = "How plans are judged"
 FILES = "Files"
 OTHER = "Output and help"
 
@@ -286,9 +287,10 @@ TokenWeighting = Annotated[
     str | None,
     typer.Option(
         "--weighting",
-        metavar="token|modality|none",
-        help="Which tokens decide how a model of several parts is rounded: each by its own "
-        "gradient (the default), by the mean gradient of text or of pictures, or all alike.",
+        metavar="root|token|modality|none",
+        help="Which tokens decide how a model of several parts is rounded: each by the root of its "
+        "gradient (the default), by that itself, by the mean gradient of text or of pictures, or "
+        "all alike.",
         rich_help_panel=RECIPE,
     ),
 ]
@@ -304,6 +306,46 @@ Keep = Annotated[
 Seed = Annotated[
     int | None,
     typer.Option(metavar="N", help="Seed of every random draw.", rich_help_panel=RECIPE),
+]
+
+Score = Annotated[
+    str,
+    typer.Option(
+        metavar="measured|weights|inputs|hawq|fisher|evolved:FILE",
+        help="What predicts the loss of a rounding: measured, the layer bank's own errors; a "
+        "formula over statistics of the layers, by its name; or one that was evolved (EMQ), in a "
+        "file.",
+        rich_help_panel=SEARCH,
+    ),
+]
+Validate = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=0,
+        help="Then try N exchanges between weights on true KL, with weights from the layer bank. "
+        "Goes on where it was when it is killed.",
+        rich_help_panel=SEARCH,
+    ),
+]
+Workers = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Processes that measure for --validate, or actors of --ray; each holds the model in "
+        "memory. The plan found is the same with any number.",
+        rich_help_panel=SEARCH,
+    ),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Measure for --validate on a Ray cluster: auto for the one that runs, local to start "
+        "one, or its address. Its machines share the work directory's file system.",
+        rich_help_panel=SEARCH,
+    ),
 ]
 
 Json = Annotated[

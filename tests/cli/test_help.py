@@ -12,7 +12,17 @@ from quantlib.cli.app import app
 
 from .conftest import Run
 
-COMMANDS = ("compress", "inspect", "measure", "search", "apply", "eval", "generate", "report")
+COMMANDS = (
+    "compress",
+    "inspect",
+    "measure",
+    "search",
+    "apply",
+    "train-search",
+    "eval",
+    "generate",
+    "report",
+)
 
 
 def test_every_stage_is_a_command() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from quantlib.models.families import Family
 from quantlib.models.tables import (
+    classifiers,
     encoders,
     gemma,
     llama,
@@ -26,6 +27,7 @@ FAMILIES: tuple[Family, ...] = (
     *phi.FAMILIES,
     *moe.FAMILIES,
     *vision.FAMILIES,
+    *classifiers.FAMILIES,
     *encoders.FAMILIES,
     *vlm.FAMILIES,
     *whisper.FAMILIES,

@@ -1,0 +1,236 @@
+"""Larger models trained on in low precision: SmolLM2 by distillation, and the `unified` bed.
+
+    python -P -m quantlib.bench.trained_models smollm2      an hour on one core
+    python -P -m quantlib.bench.trained_models unified
+
+Three rows each, of the same bit operations: all layers in one format and rounded to nearest, the
+same format trained on, and FLIQS trained for as long. A model learns from its own full-precision
+self (SmolLM2) or from its task (unified). Rows are kept in the user's cache and made once; a run
+that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+from quantlib.bench import artifacts, assets, record
+from quantlib.bench.beds import unified, unified_gates, unified_model
+from quantlib.bench.beds.scenes import draw, fetch_digits, handwriting, normalised
+from quantlib.bench.packages import console
+from quantlib.calibration.data import load_windows
+from quantlib.checkpoint.disk import atomic_write_text, read_json
+from quantlib.errors import CheckpointError, QuantlibError, UsageError
+from quantlib.evaluation.judge import load_judge
+from quantlib.evaluation.language import evaluate_language
+from quantlib.models import skeleton
+from quantlib.models.families import IMAGE_DECODER, IMAGE_ENCODER
+from quantlib.models.rows import Weight
+from quantlib.pipeline.opening import load_tokenizer
+from quantlib.pipeline.train_search import distillation
+from quantlib.pipeline.trained import Trainable
+from quantlib.search.fliqs import Fixed, Fliqs, Settings
+from quantlib.search.trained.costs import bops
+from quantlib.search.trained.layers import Layers, Space, decisions
+from quantlib.search.trained.loop import Loop, Method, Outcome, Task, Training
+from quantlib.search.trained.numbers import space_of
+
+METHODS = ("rounded", "uniform", "fliqs")
+BATCH, SEQLEN = 2, 64
+TEST_WINDOWS, TEST_SEQLEN = 12, 256
+SCENES = 16
+"""Of each kind in a step of the unified bed."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, what it learns from, and how it is judged.
+
+    model:    its folder. uniform: the format of all layers; its cost is what FLIQS may spend.
+    prepare:  (full-precision model) -> (task, example that runs one sample, judge of a model).
+    frozen:   components that stay as they are: the task does not run them.
+    """
+
+    name: str
+    model: Callable[[], Path]
+    space: str
+    uniform: str
+    training: Training
+    prepare: Callable[[Any], tuple[Task, Callable[[Any], object], Callable[[Any], dict[str, Any]]]]
+    frozen: tuple[str, ...] = field(default=())
+
+    def decided(self, weights: tuple[Weight, ...]) -> list[Weight]:
+        """The weights that are searched over."""
+        return [weight for weight in weights if weight.component not in self.frozen]
+
+
+def _smollm2(
+    teacher: Any,
+) -> tuple[Task, Callable[[Any], object], Callable[[Any], dict[str, Any]]]:
+    tokenizer = load_tokenizer(assets.fetch_smollm2())
+    train = load_windows(str(assets.wikipedia_text("calibration")), tokenizer, SEQLEN, 2048, 0)
+    held_out = str(assets.wikipedia_text("held_out"))
+    test = load_windows(held_out, tokenizer, TEST_SEQLEN, TEST_WINDOWS, 0)
+
+    def judge(model: Any) -> dict[str, Any]:
+        return dict(evaluate_language(model, test, teacher).to_json())
+
+    return distillation(teacher, train, BATCH), lambda m: m(input_ids=train[:1]), judge
+
+
+def _unified(_: Any) -> tuple[Task, Callable[[Any], object], Callable[[Any], dict[str, Any]]]:
+    digits, bed = fetch_digits(), unified.BED
+    source, test = handwriting(digits, "train"), handwriting(digits, "test")
+    reader = load_judge(bed.weights / "judge.safetensors")
+
+    def losses(model: Any, generator: torch.Generator, count: int) -> torch.Tensor:
+        seen = draw(source, count, generator, vary=True)
+        batch = unified_model.questions_batch(seen, generator)
+        answer = unified_model.answer_loss(model, normalised(seen.pixels), batch)
+        asked = draw(source, count, generator, vary=True)
+        kept = torch.zeros(count, dtype=torch.bool)
+        codes = unified_model.image_codes(model, normalised(asked.pixels))
+        prompts = unified_model.prompts(asked, kept)
+        image, _ = unified_model.image_losses(model, prompts, codes, kept)
+        return answer + image
+
+    def task(model: nn.Module, _: int, generator: torch.Generator) -> Outcome:
+        loss = losses(model, generator, SCENES)
+        return Outcome(loss, -float(loss.detach()))
+
+    def example(model: Any) -> object:
+        return losses(model, torch.Generator().manual_seed(0), 1)
+
+    def judge(model: Any) -> dict[str, Any]:
+        return unified_gates.as_json(unified_gates.measure(model.eval(), reader, test))
+
+    return task, example, judge
+
+
+SUBJECTS = {
+    subject.name: subject
+    for subject in (
+        Subject(
+            "smollm2",
+            assets.fetch_smollm2,
+            "w3g64a8,w4g64a8,w5g64a8,w6g64a8",
+            "w4g64a8",
+            Training(steps=300, rate=2e-5, warmup=15),
+            _smollm2,
+        ),
+        Subject(
+            "unified",
+            lambda: unified.BED.fetch() / "model",
+            "int-xl",
+            "w4a4",
+            Training(steps=400, rate=2e-4, warmup=20),
+            _unified,
+            (IMAGE_ENCODER, IMAGE_DECODER),
+        ),
+    )
+}
+
+
+def main(
+    subject: Annotated[str, typer.Argument(help=f"One of {', '.join(SUBJECTS)}.")],
+    method: Annotated[
+        list[str] | None, typer.Option(help=f"Only this one, of {', '.join(METHODS)}. Repeatable.")
+    ] = None,
+) -> None:
+    """Make the rows that are missing, and write bench/results/search_trained_SUBJECT.json.
+
+    Example: python -P -m quantlib.bench.trained_models smollm2 --method fliqs
+    """
+    try:
+        if subject not in SUBJECTS or set(method or ()) - set(METHODS):
+            raise UsageError(f"use one of {', '.join(SUBJECTS)}, and of {', '.join(METHODS)}")
+        chosen = SUBJECTS[subject]
+        for name in method or METHODS:
+            measured(chosen, name)
+        kept = [row for name in METHODS if (row := _kept(chosen, name)) is not None]
+        path = record.write(f"search_trained_{subject}", {"rows": kept})
+        console.print(f"wrote {path.name}")
+    except QuantlibError as error:
+        console.print(str(error), style="red", markup=False)
+        raise typer.Exit(error.exit_code) from error
+
+
+def folder() -> Path:
+    """Where rows and states lie."""
+    return artifacts.folder() / "trained-models"
+
+
+def _row_file(subject: Subject, method: str) -> Path:
+    return folder() / f"{subject.name}-{method}.json"
+
+
+def _kept(subject: Subject, method: str) -> dict[str, Any] | None:
+    try:
+        return dict(read_json(_row_file(subject, method)))
+    except CheckpointError:
+        return None
+
+
+def measured(subject: Subject, method: str) -> dict[str, Any]:
+    """The row's figures; made if they are not there."""
+    kept = _kept(subject, method)
+    if kept is not None:
+        return kept
+    console.print(f"Training {subject.name}, {method}")
+    started = time.monotonic()
+    found = {"subject": subject.name, "method": method, **_measure(subject, method)}
+    found["seconds"] = round(time.monotonic() - started, 1)
+    folder().mkdir(parents=True, exist_ok=True)
+    atomic_write_text(_row_file(subject, method), json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def _measure(subject: Subject, method: str) -> dict[str, Any]:
+    trainable = Trainable.open(subject.model())
+    teacher = skeleton.build(trainable.source)
+    skeleton.materialize(teacher, "", trainable.source)
+    task, example, judge = subject.prepare(teacher)
+    rests = {w.name for w in trainable.model_map.weights if w.component in subject.frozen}
+    for name, parameter in trainable.model.named_parameters():
+        if name in rests:
+            parameter.requires_grad_(False)
+    decided = decisions(subject.decided(trainable.model_map.weights), space_of(subject.space))
+    layers = Layers(trainable.model, Space(decided))
+    products = layers.count_products(lambda: example(trainable.model))
+    costs = bops(layers.space, products)
+    uniform = layers.space.uniform(subject.uniform)
+    training, choice = subject.training, uniform
+    if method != "rounded":
+        search = Settings(costs.of(uniform), training.steps // 6, training.steps // 4, entropy=0.03)
+        found = Fliqs(layers, costs, search, training.steps, training.seed)
+        learner: Method = found if method == "fliqs" else Fixed(layers, uniform)
+        about = {"model": trainable.source.fingerprint, "subject": subject.name}
+        file = folder() / f"{subject.name}-{method}.safetensors"
+        Loop(trainable.model, task, learner, training, file, about, _show).run()
+        choice = found.final() if method == "fliqs" else uniform
+    layers.choose(choice)
+    picked = zip(layers.space.numbers, choice)
+    return {
+        "bits_product": costs.of(choice) / sum(products.values()),
+        "schemes": {d.name: d.options[i].name for d, i in picked},
+        **judge(trainable.model.eval()),
+    }
+
+
+def _show(step: int, figures: Mapping[str, float]) -> None:
+    """Says now and then how far it is."""
+    if step % 20 == 0:
+        told = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        console.print(f"  {step}  {told}", style="dim", markup=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

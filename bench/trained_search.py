@@ -1,0 +1,373 @@
+"""Searches that train, judged on two networks: FLIQS and CSQ beside uniform formats.
+
+    python -P -m quantlib.bench.trained_search                      all rows that are missing
+    python -P -m quantlib.bench.trained_search --network vit --method fliqs-int --seeds 1
+    python -P -m quantlib.bench.trained_search --list               which rows are there
+
+Fashion-MNIST, 55,000 pictures to train on, 10,000 to test. A seed draws one network, which is
+trained in full precision once; every method then trains that network on, for the same steps over
+the same batches with the same learning rates, so a difference is the method's. The unit of cost is
+bit operations (multiplications x weight bits x input bits); every layer is quantized, the first and
+the last too, weights by output channel, inputs by token (of convolutions: by picture). Every
+quantized network that quantlib stores is written as a checkpoint, loaded again, and judged as it
+runs there. Rows are kept in the user's cache and made once; a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from quantlib.bench import artifacts, record
+from quantlib.bench.beds.fashion_networks import (
+    NETWORKS,
+    Network,
+    Pictures,
+    answers,
+    classification,
+    pictures,
+)
+from quantlib.bench.packages import console
+from quantlib.bench.trained_table import compared, table
+from quantlib.checkpoint.disk import atomic_write_text, read_json
+from quantlib.errors import CheckpointError, QuantlibError, SearchError, UsageError
+from quantlib.pipeline.trained import Found, Trainable, write_trained
+from quantlib.runtime.load import load
+from quantlib.search.csq import Csq
+from quantlib.search.csq import Settings as CsqSettings
+from quantlib.search.fliqs import Fixed, Fliqs, Settings
+from quantlib.search.trained.costs import FULL_BITS, Costs, bops
+from quantlib.search.trained.layers import Choice, Layers, Space, WidthDecision, decisions
+from quantlib.search.trained.loop import Loop, Method, Report, Training
+from quantlib.search.trained.numbers import SPACES, space_of
+from quantlib.search.trained.outcome import rounded, schemes_of
+
+BEFORE = {"resnet": 1200, "vit": 1600}
+"""Steps in full precision, once for each seed."""
+STEPS = 800
+"""Steps of every method."""
+DELAY, SETTLE = 100, 240
+"""Of these: uniform drawing at first, fixed formats at the end."""
+ENTROPY = 0.03
+"""The highest weight of the policy's entropy. The authors' 0.1 is for runs of many times as many
+steps: in these few it decides before the rewards can."""
+FOUR = 16.0
+"""Bit operations of a multiplication in 4-bit numbers."""
+EIGHTH = FULL_BITS / 8
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the comparison, but for network and seed.
+
+    says:    what it is. space: candidates. uniform: all layers in this one, no search.
+    target:  bit operations of a multiplication that a search may spend, on average.
+    widths:  shares of hidden channels to choose from. csq: mean bits of weights, beside inputs in
+             the uniform candidate.
+    """
+
+    name: str
+    says: str
+    space: str = "int-xl"
+    uniform: str = ""
+    target: float = 0.0
+    widths: tuple[float, ...] = ()
+    csq: float = 0.0
+
+
+ENTRIES = {
+    entry.name: entry
+    for entry in (
+        Entry("full", "full precision, trained on for as long"),
+        Entry("int4", "uniform 4-bit integers", uniform="w4a4"),
+        Entry("e2m1", "uniform 4-bit floats", "mixed-xl", uniform="e2m1"),
+        Entry("fliqs-int", "FLIQS, integers of 3 to 8 bits", "int-xl", target=FOUR),
+        Entry("fliqs-mixed", "FLIQS, these and floats", "mixed-xl", target=FOUR),
+        Entry("csq", "CSQ, 4 bits a weight, 4-bit inputs", uniform="w4a4", csq=4.0),
+        Entry("fliqs-int-8th", "FLIQS-L, integers of 4 to 8 bits", "int-l", target=EIGHTH),
+        Entry("fliqs-float-8th", "FLIQS-L, floats of 4 to 8 bits", "float-l", target=EIGHTH),
+        Entry(
+            "fliqs-int-width",
+            "FLIQS, integers of 4 to 8 bits and widths",
+            "int-l",
+            target=FOUR,
+            widths=(0.5, 0.625, 0.75, 0.875, 1.0),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row's place: what, on which network, from which seed."""
+
+    network: Network
+    entry: Entry
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.network.name}-{self.entry.name}-{self.seed}"
+
+    @property
+    def key(self) -> str:
+        """sha256 over what the row depends on."""
+        parts = [asdict(self.entry), self.seed, self.network.name, self.network.rate]
+        parts += [BEFORE[self.network.name], STEPS, DELAY, SETTLE]
+        if self.entry.target:
+            parts += [ENTROPY, SPACES[self.entry.space]]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def folder() -> Path:
+    """Where rows and states lie."""
+    return artifacts.folder() / "trained-search"
+
+
+def main(
+    network: Annotated[
+        list[str] | None, typer.Option(help=f"Only this one, of {', '.join(NETWORKS)}. Repeatable.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help=f"Only this one, of {', '.join(ENTRIES)}. Repeatable.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="From 0.")] = 3,
+    only_list: Annotated[
+        bool, typer.Option("--list", help="Print the rows and whether they are there.")
+    ] = False,
+) -> None:
+    """Make the rows that are missing, and write bench/results/search_trained.json of all there are.
+
+    Example: python -P -m quantlib.bench.trained_search --network resnet --seeds 1
+    """
+    try:
+        networks = _named(NETWORKS, network, "network")
+        entries = _named(ENTRIES, method, "method")
+        rows = [Row(n, e, seed) for seed in range(seeds) for e in entries for n in networks]
+        if only_list:
+            for row in rows:
+                print(f"{'there  ' if _kept(row) else 'missing'}  {row.name}")
+            return
+        for row in rows:
+            measured(row)
+        report()
+    except QuantlibError as error:
+        console.print(str(error), style="red", markup=False)
+        raise typer.Exit(error.exit_code) from error
+
+
+def _named(known: Mapping[str, Any], asked: Sequence[str] | None, what: str) -> list[Any]:
+    unknown = [name for name in asked or () if name not in known]
+    if unknown:
+        raise UsageError(f"unknown {what} {unknown[0]!r}: use {', '.join(known)}")
+    return [known[name] for name in asked or known]
+
+
+def report() -> None:
+    """Print the table of all rows that are there, and keep it."""
+    every = [Row(n, e, s) for n in NETWORKS.values() for e in ENTRIES.values() for s in range(10)]
+    rows = [found for row in every if (found := _kept(row)) is not None]
+    figures = compared(rows)
+    print(table(figures))
+    settings = {
+        "before": BEFORE,
+        "steps": STEPS,
+        "delay": DELAY,
+        "settle": SETTLE,
+        "entropy": ENTROPY,
+    }
+    says = {name: entry.says for name, entry in ENTRIES.items()}
+    told = [{k: v for k, v in row.items() if k != "key"} for row in rows]
+    document = {"settings": settings, "methods": says, "comparison": figures, "rows": told}
+    console.print(f"wrote {record.write('search_trained', document).name}")
+
+
+def _kept(row: Row) -> dict[str, Any] | None:
+    """The row that was made before, None when there is none, or of other settings."""
+    try:
+        found: dict[str, Any] = read_json(folder() / "rows" / f"{row.name}.json")
+    except CheckpointError:
+        return None
+    return found if found.get("key") == row.key else None
+
+
+def measured(row: Row) -> dict[str, Any]:
+    """The row's figures; made if they are not there."""
+    kept = _kept(row)
+    if kept is not None:
+        return kept
+    console.print(f"Training {row.name}")
+    source = trained_before(row.network, row.seed)
+    started = time.monotonic()
+    found: dict[str, Any] = {"key": row.key, "network": row.network.name}
+    found |= {"method": row.entry.name}
+    found |= {"seed": row.seed, **_measure(row, source)}
+    found["seconds"] = round(time.monotonic() - started, 1)
+    path = folder() / "rows" / f"{row.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, json.dumps(found, indent=1) + "\n")
+    console.print(f"  {found['accuracy']:.4f}", markup=False)
+    return found
+
+
+def trained_before(network: Network, seed: int) -> Path:
+    """The folder of the network that all methods of a seed begin with."""
+    steps = BEFORE[network.name]
+    name = f"{network.name}-{seed}-{steps}"
+
+    def build(made: Path, scratch: Path) -> None:
+        model = network.drawn(seed)
+        model.save_pretrained(scratch / "drawn")
+        trainable = Trainable.open(scratch / "drawn")
+        layers = Layers(trainable.model, _space(trainable, ENTRIES["full"], network))
+        training = Training(steps, network.rate, steps // 10, seed=seed)
+        _train(trainable, Fixed(layers, None), training, f"before-{name}")
+        model.load_state_dict(trainable.model.state_dict())
+        model.save_pretrained(made)
+
+    return artifacts.kept(f"trained-search-{name}", build)
+
+
+def _train(trainable: Trainable, method: Method, training: Training, name: str) -> None:
+    file = folder() / "states" / f"{name}.safetensors"
+    about = {"model": trainable.source.fingerprint, "data": "fashion-mnist"}
+    task = classification(pictures("train"))
+    Loop(trainable.model, task, method, training, file, about, _shown(name)).run()
+
+
+def _shown(name: str) -> Report:
+    """Says every hundred steps how far it is."""
+
+    def show(step: int, figures: Mapping[str, float]) -> None:
+        if step % 100 == 0:
+            told = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
+            console.print(f"  {name} {step}  {told}", style="dim", markup=False)
+
+    return show
+
+
+def _space(trainable: Trainable, entry: Entry, network: Network) -> Space:
+    widths = tuple(
+        WidthDecision(writer.removesuffix(".weight"), (writer,), (reader,), entry.widths)
+        for writer, reader in (network.hidden if entry.widths else ())
+    )
+    return Space(decisions(trainable.model_map.weights, space_of(entry.space)), widths)
+
+
+def _measure(row: Row, source: Path) -> dict[str, Any]:
+    """Train, and judge."""
+    trainable, test = Trainable.open(source), pictures("test")
+    layers = Layers(trainable.model, _space(trainable, row.entry, row.network))
+    example = test.first(1).pixels
+    trainable.model.eval()
+    products = layers.count_products(lambda: trainable.model(pixel_values=example))
+    costs = bops(layers.space, products)
+    method = _method(row, layers, costs, products)
+    training = Training(STEPS, row.network.rate / 4, STEPS // 20, seed=row.seed)
+    _train(trainable, method, training, row.name)
+    found, spent = _ended(method, layers, costs, row.entry)
+    trainable.model.eval()
+    right = answers(trainable.model, test)
+    per_product = spent / sum(products.values())
+    return {
+        "accuracy": float(right.float().mean()),
+        "bops": spent,
+        "bits_product": per_product,
+        "share_of_bf16": per_product / FULL_BITS,
+        **found.told,
+        **_as_shipped(trainable, layers, found.ships, test, right),
+    }
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a method ended with: what the row tells of it, and what ships (a sentence: why nothing
+    does)."""
+
+    told: dict[str, Any]
+    ships: Found | str
+
+
+def _method(
+    row: Row, layers: Layers, costs: Costs, products: Mapping[str, float]
+) -> Fixed | Fliqs | Csq:
+    entry = row.entry
+    if entry.csq:
+        first = (STEPS - SETTLE) * 2 // 3
+        search = CsqSettings(entry.csq, first, STEPS - SETTLE - first)
+        search.check(STEPS)
+        return Csq(layers, products, layers.space.uniform(entry.uniform), search)
+    if entry.target:
+        target = entry.target * sum(products.values())
+        search_settings = Settings(target, DELAY, SETTLE, entropy=ENTROPY)
+        return Fliqs(layers, costs, search_settings, STEPS, row.seed)
+    return Fixed(layers, layers.space.uniform(entry.uniform) if entry.uniform else None)
+
+
+def _ended(
+    method: Fixed | Fliqs | Csq, layers: Layers, costs: Costs, entry: Entry
+) -> tuple[Ended, float]:
+    """What there is when training has ended, and the bit operations of a picture."""
+    if isinstance(method, Csq):
+        packed = method.quantized()
+        bits = {name: weight.segments[0].segment.format.bits for name, weight in packed.items()}
+        schemes = {name: f"w{bit}a4" for name, bit in bits.items()}
+        spent = method.mean_bits * entry.csq * costs.whole / FULL_BITS if costs.whole else 0.0
+        csq = {"schemes": schemes, "mean_bits": method.mean_bits}
+        return Ended(csq, Found("csq", schemes, packed)), spent
+    choice = method.final() if isinstance(method, Fliqs) else method.choice
+    layers.choose(choice)
+    if choice is None:
+        return Ended({}, "nothing is quantized"), costs.whole or 0.0
+    told: dict[str, Any] = {"schemes": _names(layers, choice)}
+    told["entropy"] = method.figures().get("entropy")
+    if layers.space.widths:
+        widths = zip(layers.space.widths, choice[len(layers.space.numbers) :], strict=True)
+        told["widths"] = {width.name: width.options[index] for width, index in widths}
+    try:
+        schemes = schemes_of(layers, choice)
+        packed = rounded(layers, schemes)
+        ships: Found | str = Found(method.settings["method"], schemes, packed, costs, choice)
+    except SearchError as error:
+        ships = str(error)
+    return Ended(told, ships), costs.of(choice)
+
+
+def _names(layers: Layers, choice: Choice) -> dict[str, str]:
+    picked = zip(layers.space.numbers, choice)
+    return {decision.name: decision.options[index].name for decision, index in picked}
+
+
+def _as_shipped(
+    trainable: Trainable, layers: Layers, ships: Found | str, test: Pictures, right: Tensor
+) -> dict[str, Any]:
+    """The network as a checkpoint: its bytes, its accuracy there, and how many answers differ in
+    being right from those of the network that was trained."""
+    if isinstance(ships, str):
+        return {"checkpoint": None, "why_none": ships}
+    with tempfile.TemporaryDirectory(prefix=".out-", dir=folder()) as scratch:
+        out, plan = write_trained(Path(scratch, "model"), trainable, layers, ships)
+        with torch.no_grad():
+            shipped = answers(load(out).model, test)
+        size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    figures = {
+        "accuracy": float(shipped.float().mean()),
+        "changed": int((shipped != right).sum()),
+        "bytes": size,
+        "planned_bytes": plan.bytes,
+    }
+    return {"checkpoint": figures}
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,149 @@
+"""The two classifiers: small, mapped completely, and trained on what they should be."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantlib.bench import trained_search
+from quantlib.bench.beds import fashion_networks
+from quantlib.bench.beds.fashion import FASHION
+from quantlib.bench.beds.fashion_networks import (
+    BATCH,
+    NETWORKS,
+    SHIFT,
+    SIDE,
+    Pictures,
+    answers,
+    classification,
+    normalised,
+    pictures,
+    varied,
+)
+from quantlib.bench.trained_search import ENTRIES, Row
+from quantlib.bench.trained_table import compared, interval, table
+from quantlib.errors import DataError
+from quantlib.pipeline.trained import Trainable
+from quantlib.search.trained.layers import Layers, Space, decisions
+from quantlib.search.trained.numbers import space_of
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with a small data set in the real one's form: 5,040 pictures, 20 of them to train."""
+    cache = tmp_path_factory.mktemp("cache")
+    folder = cache / FASHION.name
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 5020), ("t10k", 30)):
+        labels = torch.randint(0, 10, (count,), generator=generator, dtype=torch.uint8)
+        pixels = torch.randint(0, 99, (count, SIDE, SIDE), generator=generator, dtype=torch.uint8)
+        pixels += (labels * 15)[:, None, None]  # a kind is a brightness
+        for name, values in (("images-idx3", pixels), ("labels-idx1", labels)):
+            head = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
+            data = gzip.compress(head + values.numpy().tobytes(), 1)
+            (folder / f"{split}-{name}-ubyte.gz").write_bytes(data)
+    return cache
+
+
+def test_the_splits_do_not_overlap(cache: Path) -> None:
+    sizes = {name: len(pictures(name, cache)) for name in ("train", "held_out", "test")}
+    assert sizes == {"train": 20, "held_out": 5000, "test": 30}
+    with pytest.raises(DataError, match="no 'dev'"):
+        pictures("dev", cache)
+
+
+@pytest.mark.parametrize(("name", "weights", "decided"), [("resnet", 10, 10), ("vit", 20, 14)])
+def test_every_parameter_of_a_network_has_its_row(
+    tmp_path: Path, name: str, weights: int, decided: int
+) -> None:
+    network = NETWORKS[name]
+    network.drawn(0).save_pretrained(tmp_path / "model")
+    trainable = Trainable.open(tmp_path / "model")
+    found = trainable.model_map
+    assert found.parameters >= sum(p.numel() for p in network.build().parameters())
+    assert len(found.weights) == weights
+    space = Space(decisions(found.weights, space_of("int-s")))
+    assert len(space.numbers) == decided
+    hidden = {side for pair in network.hidden for side in pair}
+    assert hidden <= {weight.name for weight in found.weights}
+    layers = Layers(trainable.model, space)
+    example = torch.zeros(1, 1, SIDE, SIDE)
+    products = layers.count_products(lambda: trainable.model(pixel_values=example))
+    assert 5e5 < sum(products.values()) < 2e6
+    assert all(p.requires_grad for p in trainable.model.parameters())
+
+
+def test_a_seed_draws_a_network() -> None:
+    for network in NETWORKS.values():
+        first, again, other = (network.drawn(seed).state_dict() for seed in (0, 0, 1))
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_pictures_are_varied_by_shifts_and_mirrors() -> None:
+    dot = torch.zeros(200, SIDE, SIDE, dtype=torch.uint8)
+    dot[:, 10, 8] = 255
+    moved = varied(normalised(dot), torch.Generator().manual_seed(0))
+    places = {tuple((image[0] > 0).nonzero()[0].tolist()) for image in moved}
+    rows = range(10 - SHIFT, 10 + SHIFT + 1)
+    mirrored = SIDE - 1 - 8
+    columns = {c + by for c in (8, mirrored) for by in range(-SHIFT, SHIFT + 1)}
+    assert places <= {(r, c) for r in rows for c in columns}
+    assert len(places) > 30  # of 50
+    assert bool((moved.amax((1, 2, 3)) == normalised(dot).amax()).all())
+
+
+def test_the_task_counts_right_answers(cache: Path) -> None:
+    data, model = pictures("held_out", cache), NETWORKS["vit"].drawn(0)
+    outcome = classification(data)(model, 0, torch.Generator().manual_seed(0))
+    assert outcome.quality * BATCH == pytest.approx(round(outcome.quality * BATCH))
+    assert outcome.loss.requires_grad
+    few = Pictures(data.pixels[:7], data.labels[:7])
+    with torch.no_grad():
+        expected = model.eval()(pixel_values=few.pixels).logits.argmax(1) == few.labels
+    assert torch.equal(answers(model, few, batch=3), expected)
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_what_ships_answers_as_what_was_trained(
+    name: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search on each network, to the packed checkpoint: not one answer changes."""
+    monkeypatch.setattr(trained_search.artifacts, "folder", lambda: tmp_path)
+    monkeypatch.setattr(trained_search, "BEFORE", {"resnet": 10, "vit": 10})
+    for setting, steps in (("STEPS", 12), ("DELAY", 2), ("SETTLE", 3)):
+        monkeypatch.setattr(trained_search, setting, steps)
+    monkeypatch.setattr(
+        trained_search, "pictures", lambda split: fashion_networks.pictures(split, cache)
+    )
+    for method in ("fliqs-mixed", "csq"):
+        row = Row(NETWORKS[name], ENTRIES[method], 0)
+        found = trained_search.measured(row)
+        assert found["checkpoint"]["changed"] == 0
+        assert found["checkpoint"]["bytes"] <= found["checkpoint"]["planned_bytes"]
+        assert found["bits_product"] <= 16 * (1 + 1e-9)
+        assert trained_search.measured(row) == found, "rows are made once"
+
+
+def test_intervals_are_students() -> None:
+    assert interval([1.0]) == {"mean": 1.0, "half_width": None}
+    found = interval([1.0, 2.0, 3.0])
+    assert found["mean"] == 2
+    assert found["half_width"] == pytest.approx(4.3027 / 3**0.5, rel=1e-4)  # a table's t, 2 degrees
+
+
+def test_differences_are_taken_within_a_seed() -> None:
+    rows = [
+        {"network": "n", "method": m, "seed": s, "accuracy": a, "bits_product": 16.0, "seconds": 1}
+        for m, s, a in (("int4", 0, 0.5), ("int4", 1, 0.7), ("fliqs", 0, 0.6), ("fliqs", 2, 0.9))
+    ]
+    figures = compared(rows)
+    (fliqs,) = [entry for entry in figures if entry["method"] == "fliqs"]
+    assert fliqs["over_int4"]["mean"] == pytest.approx(10)
+    assert "over_full" not in fliqs
+    assert "| n | fliqs | 16.00 | 75.00" in table(figures)
