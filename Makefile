@@ -4,6 +4,7 @@
 #   make test    install the development tools and run the tests
 #   make sanitize  run the CPU kernels under the address, undefined behaviour and thread sanitizers
 #   make test-kernels  all tests of the CUDA kernels: emulated, and compiled for every architecture
+#   make test-gpu  the same kernels on a real GPU (and Triton's as compiled, not interpreted)
 #   make cubins  compile the CUDA kernels ahead of time, into build/cubins
 #   make peers   install what `quantlib bench` compares with: onnxruntime, OpenVINO, llama.cpp
 #
@@ -19,7 +20,7 @@ TEST_ARGS ?=
 BIN := .venv/bin
 PIP_INSTALL = $(BIN)/python -m pip install --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test sanitize test-kernels cubins peers install install-dev lint format constraints
+.PHONY: help demo test sanitize test-kernels test-gpu cubins peers install install-dev lint format constraints
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -44,7 +45,12 @@ CUDA_TOOLS := nvidia-cuda-nvcc nvidia-cuda-nvrtc nvidia-cuda-nvdisasm
 	$(PIP_INSTALL) $(CUDA_TOOLS) && touch $@ || echo "some tests of machine code will be skipped" >&2
 
 test-kernels: .venv/cuda-tools
-	$(BIN)/python -P -m pytest -m "kernels or not kernels" tests/kernels/cuda $(TEST_ARGS)
+	$(BIN)/python -P -m pytest -m "kernels or not kernels" tests/kernels/cuda tests/kernels/triton \
+		$(TEST_ARGS)
+
+# Triton and CuPy: pip install '.[triton,cuda]'. What is missing is skipped, and said.
+test-gpu: install-dev
+	TRITON_INTERPRET=0 $(BIN)/python -P -m pytest -m gpu tests/kernels/test_gpu.py $(TEST_ARGS)
 
 cubins: .venv/cuda-tools
 	$(BIN)/python -P -m quantlib.kernels.cuda.cubins build/cubins

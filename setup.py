@@ -39,10 +39,12 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-    "triton": ["triton>=3"],
+    "triton": ["triton>=3.6"],  # what torch 2.10 comes with on Linux
     "cuda": ["cupy-cuda12x>=13"],
     "gptq": ["optimum>=2", "gptqmodel>=5"],
-    "ray": ["ray[tune]>=2.40"],
+    "evolve": ["deap>=1.4"],  # formulas that predict losses (EMQ)
+    "trials": ["optuna>=4.2"],  # plans measured by several processes
+    "ray": ["ray>=2.40", "optuna>=4.2"],  # and by several machines
     "eval": ["lm-eval>=0.4.9"],
     "datasets": ["datasets>=3"],
     "graph": ["torch-geometric>=2.6"],
@@ -51,11 +53,15 @@ EXTRAS = {
     "bench": ["gguf>=0.17", "onnx>=1.16", "tokenizers>=0.20"],
     # What quantlib is measured beside; `make peers` installs them, and llama.cpp from its source.
     "peers": ["onnx>=1.16", "onnxruntime>=1.20", "openvino>=2025.0"],
+    # What bench/gpu.py measures beside, on a machine that has a GPU.
+    "gpu-peers": ["vllm>=0.10", "gemlite>=0.5"],
     "dev": [
         "compressed-tensors>=0.18",  # the reference of the packed layout, in tests only
         "datasets>=3",
+        "deap>=1.4",
         "hypothesis>=6",
         "mypy>=1.15",
+        "optuna>=4.2",
         "pre-commit>=4",
         "psutil>=6",
         "pytest>=8",
@@ -122,7 +128,13 @@ setup(
     package_dir=package_dir,
     package_data={
         "quantlib": ["py.typed"],
-        "quantlib.kernels": ["cpu/src/*", "cuda/src/*", "emulator/src/*"],
+        "quantlib.kernels": [
+            "cpu/src/*",
+            "cuda/src/*",
+            "cuda/prebuilt/*",
+            "emulator/src/*",
+            "triton/tables/*",
+        ],
         "quantlib.report": ["page/*"],
         "quantlib.bench": ["plans/*.json"],
         "quantlib.bench.beds": ["weights/*", "weights/*/*", "weights/*/*/*"],

@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from quantlib.errors import UsageError
 from quantlib.formats.packing import packed_bytes
 from quantlib.formats.scheme import Segment
+from quantlib.kernels import dispatch
 from quantlib.kernels.cpu import library as cpu
 from quantlib.kernels.packed import PackedWeight, parse_layout, suffixes_of
 
@@ -84,8 +85,8 @@ def tile(weight: PackedWeight, threads: int | None = None) -> TiledWeight:
 
 def can_tile(tensors: Sequence[Tensor]) -> bool:
     """Whether `tile` can be called with these tensors here and now: they lie in main memory, there
-    are kernels for it, and nobody is tracing the call."""
-    if is_traced():
+    are kernels for it that may be used, and nobody is tracing the call."""
+    if is_traced() or not dispatch.tiles_allowed():
         return False
     in_memory = all(type(tensor) in (Tensor, Parameter) and tensor.is_cpu for tensor in tensors)
     return in_memory and cpu.load() is not None

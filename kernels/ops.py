@@ -6,10 +6,11 @@ packed or tiled.
 opaque node. They take a weight's tensors as a list (one of them, for a tiled weight) and everything
 else about it as a layout string.
 
-On the CPU the C++ kernels compute, on tiles: a packed weight is tiled at its first use, and its
-tiles live as long as its first tensor does. Whoever holds a weight for long tiles it and drops the
-packed form (`runtime.packed_module`). Elsewhere, or without a compiler, the torch reference
-computes.
+Which kernel computes, `dispatch` decides. On the CPU these are the C++ kernels, on tiles: a packed
+weight is tiled at its first use, and its tiles live as long as its first tensor does. Whoever holds
+a weight for long tiles it and drops the packed form (`runtime.packed_module`). On NVIDIA GPUs they
+are CUDA's and Triton's (`accelerated`), which have forms of their own. Elsewhere, or without a
+compiler, the torch reference computes.
 
 Modes of `linear`:
     "exact"  activations stay as they are; sums are float32.
@@ -26,18 +27,16 @@ The C++ kernels give the same bits for any instruction set and number of threads
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from quantlib import formats
 from quantlib.errors import FormatError, UsageError
 from quantlib.formats.activation import ActivationSegment, check_activations, fake_quantize
-from quantlib.kernels import reference
+from quantlib.kernels import accelerated, dispatch, reference
 from quantlib.kernels.cpu import forms
 from quantlib.kernels.cpu import library as cpu
 from quantlib.kernels.layouts import MAX_PIECE, TILES, TiledWeight, is_traced
@@ -48,6 +47,7 @@ from quantlib.kernels.packed import (
     parse_layout,
     suffixes_of,
 )
+from quantlib.kernels.rearranged import Rearranged
 
 __all__ = ["MODES", "PackedWeight", "TiledWeight", "backend", "dequantize", "embedding", "linear"]
 
@@ -85,7 +85,8 @@ def linear(
 def embedding(ids: Tensor, weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """Rows `ids` (integers, any shape) of the weight [N, K]: [*ids.shape, K] in `dtype`.
 
-    Raises DataError when an id is not one of the N rows.
+    Raises DataError when an id is not one of the N rows. (On a GPU, where that would mean to wait
+    for it, its row is nan.)
     """
     return torch.ops.quantlib.embedding(ids, _tensors(weight), weight.layout, dtype)
 
@@ -94,6 +95,8 @@ def dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The whole weight [N, K] in `dtype`, on its device: what `formats.dequantize` gives, up to one
     float32 rounding of two-level scales."""
     tensors = _tensors(weight)
+    if _rows_by_triton(tensors[0], weight.layout):
+        return accelerated.rows(tensors, weight.layout, dtype, None)
     library = _library(tensors)
     if library is None:
         assert isinstance(weight, PackedWeight)  # a tiled one has a library
@@ -102,8 +105,11 @@ def dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def backend() -> str:
-    """What computes on the CPU: an instruction set ("avx512", ..., "portable"), or "reference"
-    without a library."""
+    """What computes on the CPU: an instruction set ("avx512", ..., "portable"), "reference" without
+    a library, or what QUANTLIB_KERNELS names."""
+    asked = dispatch.forced()
+    if asked not in (None, "cpu"):
+        return asked
     library = cpu.load()
     return "reference" if library is None else library.isa
 
@@ -118,6 +124,8 @@ def _compute_linear(
     activations: str = "",
 ) -> Tensor:
     _check_linear(x, layout, bias, mode, act_group, activations)
+    if _on_accelerator(x, layout):
+        return _accelerated_linear(x, weight, layout, bias, mode, act_group, activations)
     library = _library([x, *weight])
     if library is None:
         bits = 8 if mode == "int8" else 16
@@ -132,6 +140,41 @@ def _compute_linear(
     wide_bias = bias if bias is None else bias.to(torch.float32).contiguous()
     out = library.linear(described, flat, wide_bias, mode, act_group=act_group, form=form)
     return out.to(x.dtype).view(*x.shape[:-1], described.rows)
+
+
+def _accelerated_linear(
+    x: Tensor,
+    weight: list[Tensor],
+    layout: str,
+    bias: Tensor | None,
+    mode: str,
+    act_group: int,
+    activations: str,
+) -> Tensor:
+    """By the kernel that `dispatch` chooses, or by the reference."""
+    rounding = _rounding(layout, mode, act_group, activations)
+    flat = x.reshape(-1, x.shape[-1])
+    product = dispatch.Product(len(flat), x.dtype, layout, bool(rounding))
+    kernel = dispatch.choose(product, dispatch.machine(x.device))
+    if kernel == dispatch.REFERENCE:
+        quantized = _packed(weight, layout).to_quantized()
+        out = reference.linear(flat, quantized, bias, activations=rounding)
+    elif rounding:
+        out = accelerated.multiply_rounded(flat, weight, layout, bias, rounding)
+    else:
+        out = accelerated.multiply(kernel, flat, weight, layout, bias)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+@lru_cache(maxsize=4096)
+def _rounding(
+    layout: str, mode: str, act_group: int, activations: str
+) -> tuple[ActivationSegment, ...]:
+    """How inputs are rounded, by mode or activations; () when they are not."""
+    if mode != "int8":
+        return parse_activations(activations)
+    _, segments = parse_layout(layout)
+    return reference.int8_activations(segments, act_group)
 
 
 @lru_cache(maxsize=4096)
@@ -175,10 +218,14 @@ def _embedding(ids: Tensor, weight: list[Tensor], layout: str, dtype: torch.dtyp
     flat = ids.reshape(-1).to(torch.int64).contiguous()
     if not len(flat):
         return torch.empty(*ids.shape, columns, dtype=dtype, device=ids.device)
+    if _rows_by_triton(ids, layout):
+        if ids.is_cpu:
+            _check_rows(flat, rows)  # a GPU would have to be waited for
+        out = accelerated.rows(weight, layout, dtype, flat)
+        return out.view(*ids.shape, columns)
     library = _library([ids, *weight])
     if library is None:
-        if int(flat.min()) < 0 or int(flat.max()) >= rows:
-            raise cpu.row_out_of_range(rows)
+        _check_rows(flat, rows)
         out = formats.dequantize(_packed(weight, layout).select_rows(flat).to_quantized())
     else:
         out = library.dequantize(_describe(library, weight, layout), flat)
@@ -203,48 +250,45 @@ def _is_plain(x: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-class _Tiles:
-    """Tiles of packed weights, by their first tensor, which they do not outlive.
-
-    A tensor that was written to since, or belongs to another weight now, has its tiles made again.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._known = WeakTensorKeyDictionary()
-
-    def of(self, library: cpu.Library, tensors: list[Tensor], layout: str) -> Tensor:
-        stamp = (layout, tuple((t.data_ptr(), _version(t)) for t in tensors))
-        with self._lock:
-            known = self._known.get(tensors[0])
-            if known is None or known[0] != stamp:
-                known = self._known[tensors[0]] = (stamp, library.pack(tensors, layout))
-            memory: Tensor = known[1]
-            return memory
+_TILES: Rearranged[Tensor] = Rearranged()
+"""Tiles of packed weights."""
 
 
-_TILES = _Tiles()
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; tensors of inference mode do not count it."""
-    return -1 if tensor.is_inference() else tensor._version
+def _check_rows(ids: Tensor, rows: int) -> None:
+    if int(ids.min()) < 0 or int(ids.max()) >= rows:
+        raise cpu.row_out_of_range(rows)
 
 
 def _describe(library: cpu.Library, tensors: list[Tensor], layout: str) -> cpu.Description:
     """The tiles that a weight has, or gets now."""
     if layout.startswith(TILES):
         return library.describe(tensors[0], layout.removeprefix(TILES))
-    return library.describe(_TILES.of(library, tensors, layout), layout)
+    tiles = _TILES.of(tensors, layout, lambda: library.pack(tensors, layout))
+    return library.describe(tiles, layout)
 
 
 def _tensors(weight: Weight) -> list[Tensor]:
     return [weight.memory] if isinstance(weight, TiledWeight) else list(weight.tensors.values())
 
 
+def _on_accelerator(tensor: Tensor, layout: str) -> bool:
+    """Whether `accelerated` computes with a weight and this: on a GPU, or where that is forced."""
+    if not dispatch.tiles_allowed():
+        return True
+    return tensor.is_cuda and not layout.startswith(TILES)
+
+
+def _rows_by_triton(tensor: Tensor, layout: str) -> bool:
+    if not _on_accelerator(tensor, layout):
+        return False
+    return dispatch.choose_rows(dispatch.machine(tensor.device)) == dispatch.TRITON
+
+
 def _library(tensors: list[Tensor]) -> cpu.Library | None:
-    """The C++ kernels, if they are to be had and all tensors lie in main memory."""
-    return cpu.load() if all(tensor.is_cpu for tensor in tensors) else None
+    """The C++ kernels, if they are to be had, may be used, and all tensors lie in main memory."""
+    if not dispatch.tiles_allowed() or not all(tensor.is_cpu for tensor in tensors):
+        return None
+    return cpu.load()
 
 
 def _packed(tensors: list[Tensor], layout: str) -> PackedWeight:

@@ -12,6 +12,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny models: a second thread costs more in barriers than it computes, and a test's subprocesses
 # inherit this. Floating-point sums must not depend on how many cores the machine has.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton's kernels run in its interpreter, of which it must know before it is imported (transformers
+# does that). Where there is a GPU and the kernels are to be compiled for it: TRITON_INTERPRET=0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 # `python -m pytest` puts the root on sys.path, where kernels/ hides a package of that name.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]

@@ -2,8 +2,9 @@
 
     python -m quantlib.kernels.cuda.cubins FOLDER [--bits 4 8] [--architectures 80 90]
 
-One file for each case and architecture, named by what it is for, and `summary.json`: registers,
-shared memory, matrix and arithmetic instructions of each. Needs nvcc and, for the counts, nvdisasm;
+One file for each case and architecture, named so that `cache.py` finds it (in `prebuilt/` beside
+this file, a wheel's), and `summary.json`: registers, shared memory, matrix and arithmetic
+instructions of each. Needs nvcc and, for the counts, nvdisasm;
 no GPU.
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from quantlib.kernels.cpu.build import BuildError
-from quantlib.kernels.cuda import decode, machine_code
+from quantlib.kernels.cuda import cache, decode, machine_code
 from quantlib.kernels.cuda.compile import ARCHITECTURES, with_nvcc
 from quantlib.kernels.cuda.layout import WIDTHS
 
@@ -70,8 +71,8 @@ def build(case: decode.DecodeCase, architecture: int) -> tuple[bytes, Compiled]:
     planned = decode.plan(case, architecture)
     cubin, resources = with_nvcc(decode.SOURCE, planned.macros(), architecture)
     code = machine_code.read(cubin)
-    # Fetching is written out once in the loop and once for each stage before it.
-    fetching = code.around("LDGSTS") // planned.stages
+    # Fetching is written out twice: in the loop, and before it.
+    fetching = code.around("LDGSTS") // 2
     return cubin, Compiled(
         name_of(case),
         architecture,
@@ -99,10 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for case in cases(given.bits):
             for architecture in given.architectures:
                 cubin, row = build(case, architecture)
-                path = given.folder / f"{decode.NAME}-{row.name}-sm_{architecture}.cubin"
+                macros = decode.plan(case, architecture).macros()
+                path = given.folder / cache.file_name(decode.SOURCE, macros, architecture)
                 path.write_bytes(cubin)
-                made.append(asdict(row))
-                print(f"{path.name}: {row.registers} registers, {row.shared_bytes} bytes shared")
+                made.append(asdict(row) | {"file": path.name})
+                used = f"{row.registers} registers, {row.shared_bytes} bytes shared"
+                print(f"{row.name}, {path.name}: {used}")
     except BuildError as error:
         print(error, file=sys.stderr)
         return 1

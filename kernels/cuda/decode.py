@@ -29,7 +29,7 @@ LEAST_STAGES, MOST_STAGES = 3, 5
 SHARED_KB = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
 """Shared memory of a multiprocessor (CUDA C++ Programming Guide, "Technical Specifications per
 Compute Capability"), of which each block takes 1 KB more than it asks for."""
-_RESERVED = 1024
+RESERVED_SHARED = 1024
 _ONE_GROUP = 31
 """A `group_shift` that no slab's number survives."""
 _ALIGNMENT = 8
@@ -154,7 +154,7 @@ def plan(case: DecodeCase, architecture: int) -> DecodeCase:
     for blocks in (2, 1) if few_sums else (1,):
         for stages in range(MOST_STAGES, LEAST_STAGES - 1, -1):
             tried = replace(case, stages=stages, blocks_per_sm=blocks)
-            if blocks * (tried.shared_bytes + _RESERVED) <= SHARED_KB[architecture] * 1024:
+            if blocks * (tried.shared_bytes + RESERVED_SHARED) <= SHARED_KB[architecture] * 1024:
                 return tried
     raise FormatError(f"{case} does not fit the shared memory of sm_{architecture}")
 
@@ -173,7 +173,7 @@ def pack(weight: QuantizedWeight) -> DecodeWeight:
         )
     part = weight.segments[0]
     form, (rows, columns) = part.segment.format, weight.shape
-    scale, factors = _scales(part, rows)
+    scale, factors = split_scales(part, rows)
     period, group_shift = _period(form)
     meta = torch.empty(0, dtype=torch.float16)
     if period:
@@ -248,7 +248,7 @@ def _period(form: WeightFormat) -> tuple[int, int]:
     return 4, (form.group_size // SLAB_COLUMNS).bit_length() - 1
 
 
-def _scales(part: QuantizedSegment, rows: int) -> tuple[Tensor, Tensor]:
+def split_scales(part: QuantizedSegment, rows: int) -> tuple[Tensor, Tensor]:
     """Scales that fit float16 exactly [N, G], and float32 [N] that they are multiplied by.
 
     Where there is one scale to a row it is the factor, and a group's scale is 1; two-level scales

@@ -1,5 +1,6 @@
 """Who holds what in a tensor core instruction: PTX ISA manual, "Matrix Fragments for
-mma.m16n8k16 with floating point type", 16-bit elements.
+mma.m16n8k16 with floating point type", 16-bit elements, and those for mma.m16n8k32 (bytes) and
+mma.m16n8k64 (nibbles).
 
 A matrix is spread over the 32 lanes of a warp: each holds some registers of 32 bits, each register
 two elements that are neighbours along k (the left operand's columns, the right operand's rows).
@@ -44,3 +45,25 @@ def sum_element(lane: int, register: int) -> tuple[int, int]:
     """
     group, member = lane // 4, lane % 4
     return (group if register < 2 else group + 8), member * 2 + register % 2
+
+
+def left_integer(lane: int, register: int, index: int, bits: int) -> tuple[int, int]:
+    """(row, column) of 16 x 256 / bits that a lane's register has as its element number `index`.
+
+    The manual: element a_i, i counting through registers, is in row `group` in registers 0 and 2,
+    else `group + 8`, and in column `each member + index` for `each` elements to a register, plus
+    half the depth in registers 2 and 3.
+    """
+    group, member, each = lane // 4, lane % 4, 32 // bits
+    row = group if register % 2 == 0 else group + 8
+    return row, member * each + index + (4 * each if register >= 2 else 0)
+
+
+def right_integer(lane: int, register: int, index: int, bits: int) -> tuple[int, int]:
+    """(row, column) of 256 / bits x 8.
+
+    The manual: element b_i is in row `each member + index`, plus half the depth in register 1, and
+    in column `group`.
+    """
+    group, member, each = lane // 4, lane % 4, 32 // bits
+    return member * each + index + (4 * each if register else 0), group

@@ -15,6 +15,17 @@ from quantlib.kernels.packed import PackedWeight
 Draw = Callable[..., tuple[QuantizedWeight, PackedWeight]]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The long part of the GPU kernels' tests runs when it is asked for: `make test-kernels`, or
+    `-m kernels`."""
+    if "kernels" in config.getoption("markexpr"):
+        return
+    long = [item for item in items if item.get_closest_marker("kernels")]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+
+
 @pytest.fixture(scope="session")
 def library() -> cpu.Library:
     """The compiled kernels."""

@@ -7,6 +7,7 @@ GROUPS = ("g16", "g32", "g64", "g128", "g256", "", "t")
 TWO_LEVEL = ["w4g64zs6", "w3g32s4", "w8g16zs8", "w2g16s5", "w6g256zs7", "w4g64z6s6"]
 SHARED_BYTE = ["w2g64z4s4", "w2g16z2s6", "w3g32zs5", "w4g128zs4"]
 """Scale and zero point fit one byte."""
+EXPONENTS = ["w4g32e", "w3g64ze", "w5g16z7e", "w2g128e", "w8e", "w8te", "w6g256z4e"]
 FLOATS = ["fp8", "fp8e5m2g64", "fp8t", "fp6g32", "fp6e2m3", "fp4g64s6", "mxfp8", "mxfp8e5m2"]
 FLOATS += ["mxfp6", "mxfp6e2m3", "mxfp4", "nvfp4"]
 
@@ -14,6 +15,7 @@ EVERY = [
     *(family.format(group) for family in (*INTEGER_WIDTHS, *FRACTIONAL_ZEROS) for group in GROUPS),
     *TWO_LEVEL,
     *SHARED_BYTE,
+    *EXPONENTS,
     *FLOATS,
 ]
 MIXED = [

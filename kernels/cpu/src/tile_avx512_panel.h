@@ -28,7 +28,9 @@ __attribute__((noinline)) void panel_tile(const Stretch& s, int64_t token, const
 #pragma GCC unroll 8
   for (int t = 0; t < tokens; ++t) {
 #pragma GCC unroll 2
-    for (int b = 0; b < blocks; ++b) totals[t][b] = _mm512_load_ps(sink + 32 * t + 16 * b);
+    for (int b = 0; b < blocks; ++b) {
+      totals[t][b] = _mm512_maskz_load_ps(tile.begun, sink + 32 * t + 16 * b);
+    }
   }
   const uint8_t *codes = s.codes, *ahead = tile.ahead;
   const float* scales = s.panel->scales[0];
@@ -50,7 +52,7 @@ __attribute__((noinline)) void panel_tile(const Stretch& s, int64_t token, const
         ++start;
       }
       ahead = panel_dots(codes + block_code_bytes(k - begin, 8), block_bytes, values + k,
-                         in.value_stride, run, ahead, tile.ahead_step, dots);
+                         in.value_stride, smaller(run, s.used - k), ahead, tile.ahead_step, dots);
       const float* group = grouped ? in.scale_at(s.first + k) : nullptr;
 #pragma GCC unroll 2
       for (int b = 0; b < blocks; ++b) {
@@ -92,16 +94,54 @@ inline Kind kind_of(const ql::TileSegment& s, int64_t act_group) {
   return act_group > 0 ? Kind::kZerosGroups : Kind::kZeros;
 }
 
+// What becomes of a segment's totals in a strip: they end up in `results`, which the next segment
+// goes on from, or after the last one in the output.
+struct Ending {
+  const ql::TiledWeight* weight;
+  const ql::TileInput* in;
+  const ql::TileOutput* out;
+  int64_t segment;
+  int64_t row;  // the strip's first
+  bool streamed;
+  float (*totals)[ql::kStripRows];   // of every token, of this segment
+  float (*results)[ql::kStripRows];  // of every token, of those before it
+};
+
+// Ends a segment for tokens [first, last), while their totals are in the L1 cache.
+template <int blocks>
+inline void end_segment(const Ending& e, int64_t first, int64_t last) {
+  const bool ends = e.segment + 1 == e.weight->segment_count;
+#pragma GCC unroll 2
+  for (int b = 0; b < blocks; ++b) {
+    const int64_t row = e.row + b * ql::kBlockRows, at = b * ql::kBlockRows;
+    const __m512 bias = bias_of(*e.weight, *e.out, row);
+    for (int64_t t = first; t < last; ++t) {
+      const __m512 before = e.segment ? _mm512_load_ps(e.results[t] + at) : bias;
+      const __m512 total = _mm512_load_ps(e.totals[t] + at);
+      const __m512 result = with_total(*e.in, t, e.segment, total, before);
+      if (!ends) {
+        _mm512_store_ps(e.results[t] + at, result);
+      } else if (e.streamed) {
+        _mm512_stream_ps(e.out->y + t * e.out->y_stride + row, result);
+      } else {
+        write_rows(*e.weight, *e.out, row, t, result);
+      }
+    }
+  }
+}
+
 // Multiplies a stretch with all tokens, in tiles of nearly the same size.
 template <int blocks, Kind kind>
-void panel_tiles(const Stretch& s, int64_t tokens, const uint8_t* next, int64_t next_bytes,
-                 float (*totals)[ql::kStripRows]) {
+void panel_tiles(const Stretch& s, const Ending& ending, bool first_stretch, bool last_stretch,
+                 const uint8_t* next, int64_t next_bytes) {
+  const int64_t tokens = ending.in->tokens;
   const int64_t tiles = (tokens + kPanelTokens - 1) / kPanelTokens;
   const int64_t units = s.columns / kUnitColumns;
   const int64_t step = (next_bytes + tiles * units - 1) / (tiles * units);
+  const __mmask16 begun = first_stretch ? 0 : 0xFFFF;
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t token = i * tokens / tiles, last = (i + 1) * tokens / tiles;
-    const TileView tile{totals + token, next + i * units * step, step};
+    const TileView tile{ending.totals + token, begun, next + i * units * step, step};
     with_constant<1, kPanelTokens>(last - token, [&](auto count) {
       if constexpr (kind == Kind::kWhole || kind == Kind::kFolded) {
         whole_tile<count.value, blocks, kind == Kind::kFolded>(s, token, tile);
@@ -111,6 +151,7 @@ void panel_tiles(const Stretch& s, int64_t tokens, const uint8_t* next, int64_t 
         panel_tile<count.value, blocks, same_zero, grouped>(s, token, tile);
       }
     });
+    if (last_stretch) end_segment<blocks>(ending, token, last);
   }
 }
 
@@ -143,20 +184,22 @@ inline void fill_meta(const ql::TileSegment& s, const uint8_t* meta, int64_t row
 }
 
 template <int blocks>
-void panel_segment(const ql::TileSegment& s, const SegmentInput& in, int64_t tokens, int64_t strip,
-                   Panel& panel, float (*totals)[ql::kStripRows]) {
+void panel_segment(const ql::TileSegment& s, const SegmentInput& in, const Ending& ending,
+                   int64_t strip, Panel& panel) {
   const uint8_t* packed = s.codes + strip * s.codes_stride;
   const uint8_t* meta = s.meta + strip * s.meta_stride;
-  const int64_t span = stretch_columns(tokens), step = span / s.piece;
+  const int64_t span = stretch_columns(ending.in->tokens), step = span / s.piece;
   const Kind kind = kind_of(s, in.act_group);
   const bool folded = kind == Kind::kFolded, whole = folded || kind == Kind::kWhole;
   for (int64_t k = 0, piece = 0; k < s.padded; k += span, piece += step) {
     const int64_t columns = smaller(span, s.padded - k);
     const int64_t pieces = smaller(step, s.pieces - piece);
     const int64_t bytes = blocks * block_code_bytes(columns, s.bits);
-    Stretch stretch{panel.codes, &panel,  s.factors + strip * ql::kStripRows,
-                    in,          k,       columns,
-                    s.piece,     s.code_units};
+    Stretch stretch{panel.codes, &panel, s.factors + strip * ql::kStripRows,
+                    in,          k,      columns,
+                    s.piece,     0,      s.code_units};
+    const int64_t units = (s.length + kUnitColumns - 1) / kUnitColumns;
+    stretch.used = smaller(units * kUnitColumns - k, columns);
     stretch.in.values += k;
     const int64_t runs = piece * (s.piece / in.run);
     stretch.in.sums += runs;
@@ -184,7 +227,8 @@ void panel_segment(const ql::TileSegment& s, const SegmentInput& in, int64_t tok
     meta += meta_bytes;
     for (int64_t line = 0; line < meta_bytes; line += 64) prefetch_to_l2(meta + line);
     with_constant<0, static_cast<int>(Kind::kFolded)>(static_cast<int>(kind), [&](auto number) {
-      panel_tiles<blocks, static_cast<Kind>(number.value)>(stretch, tokens, packed, bytes, totals);
+      panel_tiles<blocks, static_cast<Kind>(number.value)>(stretch, ending, k == 0,
+                                                           k + span >= s.padded, packed, bytes);
     });
   }
 }
@@ -199,34 +243,17 @@ void panel_strip(const ql::TiledWeight& w, const ql::TileInput& in, const ql::Ti
                  const int32_t* terms, int64_t strip, uint8_t* scratch) {
   Panel& panel = *reinterpret_cast<Panel*>(scratch);
   using Rows = float[ql::kStripRows];
-  Rows* const totals = reinterpret_cast<Rows*>(scratch + sizeof(Panel));  // of one segment
-  Rows* const results = totals + in.tokens;                               // of those before it
-  const int64_t blocks = tile_blocks(w, strip), row = strip * ql::kStripRows;
+  Rows* const totals = reinterpret_cast<Rows*>(scratch + sizeof(Panel));
   const bool streamed = is_streamed(w, in, out);
+  Ending ending{&w,       &in,    &out, 0, strip * ql::kStripRows,
+                streamed, totals, totals + in.tokens};
   InputCursor cursor(w, in, terms, 0);
-  for (int64_t i = 0; i < w.segment_count; ++i) {
-    const ql::TileSegment& s = w.segments[i];
+  for (; ending.segment < w.segment_count; ++ending.segment) {
+    const ql::TileSegment& s = w.segments[ending.segment];
     const SegmentInput input = cursor.next(s);
-    __builtin_memset(totals, 0, static_cast<size_t>(in.tokens) * sizeof(Rows));
-    with_constant<1, 2>(blocks, [&](auto count) {
-      panel_segment<count.value>(s, input, in.tokens, strip, panel, totals);
+    with_constant<1, 2>(tile_blocks(w, strip), [&](auto count) {
+      panel_segment<count.value>(s, input, ending, strip, panel);
     });
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t first = row + b * ql::kBlockRows;
-      const __m512 bias = bias_of(w, out, first);
-      for (int64_t t = 0; t < in.tokens; ++t) {
-        float* const before = results[t] + b * ql::kBlockRows;
-        const __m512 total = _mm512_load_ps(totals[t] + b * ql::kBlockRows);
-        const __m512 result = with_total(in, t, i, total, i ? _mm512_load_ps(before) : bias);
-        if (i + 1 < w.segment_count) {
-          _mm512_store_ps(before, result);
-        } else if (streamed) {
-          _mm512_stream_ps(out.y + t * out.y_stride + first, result);
-        } else {
-          write_rows(w, out, first, t, result);
-        }
-      }
-    }
   }
   if (streamed) _mm_sfence();  // else other threads might see that we are done before our outputs
 }

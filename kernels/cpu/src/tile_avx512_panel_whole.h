@@ -14,13 +14,14 @@ __attribute__((noinline)) void whole_tile(const Stretch& s, int64_t token, const
   const int32_t* terms = in.terms + token * in.term_stride;
   const uint8_t *codes = s.codes, *ahead = tile.ahead;
   const float *scales = s.panel->scales[0], *zeros = s.panel->zeros[0];
+  __mmask16 begun = tile.begun;
   for (int64_t begin = 0; begin < s.columns; begin += ql::kWholeRun) {
     const int64_t end = smaller(begin + ql::kWholeRun, s.columns);
     DotLanes sums[tokens][blocks] = {};
     if constexpr (folded) {
       const int64_t block_bytes = block_code_bytes(end - begin, 8);
-      ahead = panel_dots(codes, block_bytes, values + begin, in.value_stride, end - begin, ahead,
-                         tile.ahead_step, sums);
+      ahead = panel_dots(codes, block_bytes, values + begin, in.value_stride,
+                         smaller(end, s.used) - begin, ahead, tile.ahead_step, sums);
       codes += blocks * block_bytes;
       const __m512i units = _mm512_set1_epi32(s.code_units);
 #pragma GCC unroll 8
@@ -33,8 +34,8 @@ __attribute__((noinline)) void whole_tile(const Stretch& s, int64_t token, const
         const int64_t columns = smaller(s.piece, end - k);
         const int64_t block_bytes = block_code_bytes(columns, 8);
         DotLanes dots[tokens][blocks] = {};
-        ahead = panel_dots(codes, block_bytes, values + k, in.value_stride, columns, ahead,
-                           tile.ahead_step, dots);
+        ahead = panel_dots(codes, block_bytes, values + k, in.value_stride,
+                           smaller(columns, s.used - k), ahead, tile.ahead_step, dots);
         codes += blocks * block_bytes;
 #pragma GCC unroll 2
         for (int b = 0; b < blocks; ++b) {
@@ -61,10 +62,11 @@ __attribute__((noinline)) void whole_tile(const Stretch& s, int64_t token, const
 #pragma GCC unroll 8
       for (int t = 0; t < tokens; ++t) {
         float* total = tile.totals[t] + 16 * b;
-        _mm512_store_ps(total,
-                        _mm512_fmadd_ps(floats_of(sums[t][b]), factor, _mm512_load_ps(total)));
+        const __m512 before = _mm512_maskz_load_ps(begun, total);
+        _mm512_store_ps(total, _mm512_fmadd_ps(floats_of(sums[t][b]), factor, before));
       }
     }
+    begun = 0xFFFF;
   }
 }
 

@@ -32,18 +32,20 @@ struct Stretch {
   SegmentInput in;       // from the stretch's first column, run and piece on
   int64_t first;         // the stretch's first column in the segment
   int64_t columns, piece;
+  int64_t used;          // columns before nothing but padding follows, whole units
   int32_t code_units;
 };
 
 // What the tile's tokens have, and what to ask memory for meanwhile.
 struct TileView {
   float (*totals)[ql::kStripRows];
+  __mmask16 begun;       // lanes of totals that hold something: none in a segment's first stretch
   const uint8_t* ahead;  // codes that come next
   int64_t ahead_step;    // bytes of them to ask for, for every unit of columns
 };
 
-// Dot products of a run, whose blocks are block_bytes apart; on entry, `dots` holds what they start
-// from.
+// Dot products of a run of `columns`, of one unit at least, whose blocks are block_bytes apart; on
+// entry, `dots` holds what they start from.
 template <int tokens, int blocks>
 inline const uint8_t* panel_dots(const uint8_t* codes, int64_t block_bytes, const int8_t* values,
                                  int64_t stride, int64_t columns, const uint8_t* ahead,

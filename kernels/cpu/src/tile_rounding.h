@@ -27,22 +27,48 @@ inline int32_t largest_bits(const float* x, int64_t count, int32_t former) {
     const Lanes last = load_first(x + k, smaller_of(count - k, kLanes));
     largest[0] = max_int(largest[0], float_bits(last) & magnitude);
   }
+  IntLanes all = max_int(max_int(largest[0], largest[1]), max_int(largest[2], largest[3]));
+  const auto fold = [&](Lanes swapped) { all = max_int(all, float_bits(swapped)); };
+  fold(swap_lanes<8>(bits_as_floats(all)));
+  fold(swap_lanes<4>(bits_as_floats(all)));
+  fold(swap_lanes<2>(bits_as_floats(all)));
+  fold(swap_lanes<1>(bits_as_floats(all)));
   int32_t lanes[16];
-  store_int(lanes, max_int(max_int(largest[0], largest[1]), max_int(largest[2], largest[3])));
-  int32_t result = lanes[0];
-  for (int i = 1; i < 16; ++i) result = lanes[i] > result ? lanes[i] : result;
-  return result;
+  store_int(lanes, all);
+  return lanes[0];
 }
 
+// The largest of all lanes, in registers; not for NaNs, and of zeros it is either one.
+inline float largest_lane(Lanes a) {
+  a = max_of(a, swap_lanes<8>(a));
+  a = max_of(a, swap_lanes<4>(a));
+  a = max_of(a, swap_lanes<2>(a));
+  a = max_of(a, swap_lanes<1>(a));
+  float lanes[16];
+  store(lanes, a);
+  return lanes[0];
+}
+
+// Two chains of each, so that one waits while the other works. What is not finite is seen by its
+// magnitude.
 inline void widen_range(const float* x, int64_t count, Extremes& extremes) {
   Lanes low = broadcast(extremes.low), high = broadcast(extremes.high);
-  for (int64_t k = 0; k < count; k += kLanes) {
+  Lanes second_low = low, second_high = high;
+  int64_t k = 0;
+  for (; k + 2 * kLanes <= count; k += 2 * kLanes) {
+    const Lanes some = load(x + k), others = load(x + k + kLanes);
+    low = min_of(some, low);
+    high = max_of(some, high);
+    second_low = min_of(others, second_low);
+    second_high = max_of(others, second_high);
+  }
+  for (; k < count; k += kLanes) {
     const Lanes some = load_first(x + k, smaller_of(count - k, kLanes));
     low = min_of(some, low);
     high = max_of(some, high);
   }
-  extremes.low = -highest(-low);
-  extremes.high = highest(high);
+  extremes.low = -largest_lane(-min_of(low, second_low));
+  extremes.high = largest_lane(max_of(high, second_high));
 }
 
 inline void widen(const float* x, int64_t count, bool symmetric, Extremes& extremes) {

@@ -26,6 +26,7 @@
 // Layouts are in kernels/cuda/layout.py, sizes and arguments in kernels/cuda/decode.py.
 #include "device.h"
 #include "dequantize.h"
+#include "finish.h"
 #include "work.h"
 
 namespace {
@@ -72,8 +73,6 @@ struct Problem {
   const float* row_factors;
   const unsigned char* bias;
   unsigned char* output;
-  float4* partials;
-  int* flags;
   int M, N, K, input_stride, output_stride, group_shift;
   float zero_step;
   int slabs, strips;  // of the packed weight
@@ -83,12 +82,19 @@ struct Problem {
   __device__ bool has_meta(int slab) const {
     return kPeriod == 4 ? group_of(slab) <= group_of(slabs - 1) : slab < slabs;
   }
+  // Whether sums are scaled after `slab`: the warp's next slab is of another group, or not its own.
+  __device__ bool scales_after(int slab, bool ends_part) const {
+    return ends_part || group_of(slab) != group_of(slab + kWarpsK);
+  }
 };
 
-// Where the running thread stands.
+// Where the running thread stands, and its places in every stage.
 struct Place {
   int thread, lane, warp_n, warp_k;
-  int row, pair;  // of a fragment: lane / 4 and lane % 4
+  int row, pair;        // of a fragment: lane / 4 and lane % 4
+  Shared strip;         // the warp's words
+  Shared inputs, meta;  // the lane's row of ldmatrix for the first 16 columns; the lane's scales
+
   __device__ Place() {
     thread = ptx::thread_index();
     lane = thread % 32;
@@ -97,66 +103,19 @@ struct Place {
     warp_k = warp / kWarpsN;
     row = lane / 4;
     pair = lane % 4;
+    strip = warp * kStripBytes;
+    const int token = (kTokenTiles == 1 ? 0 : lane / 16 * 8) + lane % 8;
+    inputs = kInputsAt + warp_k * kInputSlabBytes + token * 128 +
+             swizzled(token, lane / 8 % 2) * 16;
+    meta = kMetaAt + warp_k * kMetaSlabBytes + (warp_n * kStripRows + row * 2) * kMetaRowBytes;
+  }
+
+  // Where chunk `column` (of 8 columns) of a token's slab lies: the chunks that ldmatrix reads
+  // together, one of each of 8 tokens, are in different banks.
+  static __device__ __forceinline__ int swizzled(int token, int column) {
+    return column ^ (token & 7);
   }
 };
-
-// Whether sums are scaled after `slab`: the warp's next slab is of another group, or not its own.
-__device__ __forceinline__ bool scales_after(const Problem& p, int slab, bool ends_part) {
-  return ends_part || p.group_of(slab) != p.group_of(slab + kWarpsK);
-}
-
-__device__ void fetch_weights(const Problem& p, Shared stage, const work::Walk& at, int thread,
-                              uint64_t policy) {
-  constexpr int kChunks = kWeightBytes / 16, kSlabChunks = kChunks / kWarpsK;
-  constexpr int kStripChunks = kStripBytes / 16;
-  const int first = at.tile * kWarpsN * kStripChunks;
-#pragma unroll
-  for (int base = 0; base < kChunks; base += kThreads) {
-    const int chunk = base + thread;
-    if (kChunks % kThreads != 0 && chunk >= kChunks) break;
-    const int slab = at.step * kWarpsK + chunk / kSlabChunks, along = first + chunk % kSlabChunks;
-    const bool exists = slab < p.slabs && along < p.strips * kStripChunks;
-    const int64_t offset = static_cast<int64_t>(slab) * p.strips * kStripChunks + along;
-    ptx::copy_async(stage + chunk * 16, p.weights + (exists ? offset * 16 : 0), exists ? 16 : 0,
-                    policy);
-  }
-}
-
-// Chunks of 8 columns, those of a token's slab in an order of its own: the chunks that ldmatrix
-// reads together, one of each of 8 tokens, are in different banks.
-__device__ void fetch_inputs(const Problem& p, Shared stage, const work::Walk& at, int thread) {
-  constexpr int kChunks = kInputBytes / 16, kSlabChunks = kInputSlabBytes / 16;
-#pragma unroll
-  for (int base = 0; base < kChunks; base += kThreads) {
-    const int chunk = base + thread;
-    if (kChunks % kThreads != 0 && chunk >= kChunks) break;
-    const int slab = chunk / kSlabChunks, token = chunk % kSlabChunks / 8, column = chunk % 8;
-    const int k = (at.step * kWarpsK + slab) * kSlab + column * 8;
-    const int left = token < p.M && k < p.K ? work::least(p.K - k, 8) : 0;
-    const int64_t offset = static_cast<int64_t>(token) * p.input_stride + k;
-    ptx::copy_async(stage + kInputsAt + slab * kInputSlabBytes + token * 128 +
-                        (column ^ (token & 7)) * 16,
-                    p.inputs + (left > 0 ? offset * 2 : 0), left * 2);
-  }
-}
-
-__device__ void fetch_meta(const Problem& p, Shared stage, const work::Walk& at, bool ends_part,
-                           int thread) {
-  constexpr int kChunks = kMetaBytes / 16, kGroupChunks = kMetaGroupBytes / 16;
-  const int row_bytes = p.strips * kStripRows * kMetaRowBytes;
-#pragma unroll
-  for (int base = 0; base < kChunks; base += kThreads) {
-    const int chunk = base + thread;
-    if (kChunks % kThreads != 0 && chunk >= kChunks) break;
-    const int group = chunk / kGroupChunks, column = chunk % kGroupChunks;
-    const int slab = at.step * kWarpsK + group / kGroups;
-    const int along = at.tile * kMetaGroupBytes + column * 16;
-    const bool exists = p.has_meta(slab) && along < row_bytes && scales_after(p, slab, ends_part);
-    const int64_t row = kPeriod == 4 ? p.group_of(slab) : slab * kGroups + group % kGroups;
-    ptx::copy_async(stage + kMetaAt + chunk * 16, p.meta + (exists ? row * row_bytes + along : 0),
-                    exists ? 16 : 0);
-  }
-}
 
 // A lane's words of one unit. They lie in planes of 4, 2 and 1 words, as many as the width has, so
 // that every load is as wide as it can be and no two lanes meet in a bank.
@@ -231,13 +190,13 @@ struct Sums {
     }
   }
 
-  // total += scale * (group - zero * inputs), and a new group begins. `meta` is of the warp's rows:
-  // for each 16 and each of 8, scales of the row and the one 8 below, then their zero points, as
-  // they are stored: units of `zero_step` codes. Codes have lost 2^(bits-1) (dequantize.h).
-  __device__ __forceinline__ void scale(Shared meta, int row, float zero_step) {
+  // total += scale * (group - zero * inputs), and a new group begins. `meta` is of the lane's rows:
+  // for each 16, scales of the row and the one 8 below, then their zero points, as they are stored:
+  // units of `zero_step` codes. Codes have lost 2^(bits-1) (dequantize.h).
+  __device__ __forceinline__ void scale(Shared meta, float zero_step) {
 #pragma unroll
     for (int rows = 0; rows < kRows16; ++rows) {
-      const Shared at = meta + (rows * 16 + row * 2) * kMetaRowBytes;
+      const Shared at = meta + rows * 16 * kMetaRowBytes;
       uint32_t scales;
       float zero[2] = {0.f, 0.f};
       if constexpr (kZeros) {
@@ -267,18 +226,18 @@ struct Sums {
 };
 
 // The right operands of 16 columns and the tokens of tile `tokens` and, if there is one, the next.
-// `inputs` is a slab of a stage.
-__device__ __forceinline__ void load_inputs(uint32_t (&b)[2][2], Shared inputs, int lane,
-                                            int sixteen, int tokens) {
-  const int token = tokens * 8 + (kTokenTiles == 1 ? 0 : lane / 16 * 8) + lane % 8;
-  const int column = sixteen * 2 + lane / 8 % 2;
+// `inputs` is the lane's row for the first 16 columns, in a stage: chunks of 16 bytes are swizzled
+// within 128, to which stages are aligned, so other columns are an exclusive or away.
+__device__ __forceinline__ void load_inputs(uint32_t (&b)[2][2], Shared inputs, int sixteen,
+                                            int tokens) {
   uint32_t r[4];
-  ptx::load_matrices(r, inputs + token * 128 + (column ^ (token & 7)) * 16);
+  ptx::load_matrices(r, (inputs ^ (sixteen * 32)) + tokens * 8 * 128);
   b[0][0] = r[0];
   b[0][1] = r[1];
   b[1][0] = r[2];
   b[1][1] = r[3];
 }
+static_assert(kStageBytes % 128 == 0 && kInputsAt % 128 == 0, "see above");
 
 // The left operand of 16 rows and 16 columns: pairs `first` .. `first` + 3 of a unit.
 template <int first>
@@ -292,8 +251,7 @@ __device__ __forceinline__ void load_weights(uint32_t (&a)[4], const Words& word
 
 // 32 rows by 16 columns, number `sixteen` of the slab.
 template <int sixteen>
-__device__ __forceinline__ void multiply_sixteen(Sums& sums, const Words& words, Shared inputs,
-                                                 int lane) {
+__device__ __forceinline__ void multiply_sixteen(Sums& sums, const Words& words, Shared inputs) {
   constexpr int kFirst = sixteen % 2 * 8;
   uint32_t a[kRows16][4];
   load_weights<kFirst>(a[0], words);
@@ -301,219 +259,272 @@ __device__ __forceinline__ void multiply_sixteen(Sums& sums, const Words& words,
 #pragma unroll
   for (int tokens = 0; tokens < kTokenTiles; tokens += 2) {
     uint32_t b[2][2];
-    load_inputs(b, inputs, lane, sixteen, tokens);
+    load_inputs(b, inputs, sixteen, tokens);
 #pragma unroll
     for (int i = 0; i < (kTokenTiles == 1 ? 1 : 2); ++i) sums.add(tokens + i, a, b[i]);
   }
 }
 
-// A unit: 32 rows by 32 columns, `half` 0 or 1 of the slab. `meta` is the warp's rows of the slab's
-// first group.
+// A unit: 32 rows by 32 columns, `half` 0 or 1 of the slab.
 template <int half>
-__device__ __forceinline__ void multiply_unit(Sums& sums, const Words& words, Shared inputs,
-                                              Shared meta, const Place& place, float zero_step) {
-  const Shared group = meta + half * (kGroups / 2) * kMetaGroupBytes;
-  multiply_sixteen<2 * half>(sums, words, inputs, place.lane);
-  if constexpr (kPeriod == 1) sums.scale(group, place.row, zero_step);
-  multiply_sixteen<2 * half + 1>(sums, words, inputs, place.lane);
-  if constexpr (kPeriod == 1) sums.scale(group + kMetaGroupBytes, place.row, zero_step);
-  if constexpr (kPeriod == 2) sums.scale(group, place.row, zero_step);
+__device__ __forceinline__ void multiply_unit(Sums& sums, const Words& words, Shared stage,
+                                              const Place& place, float zero_step) {
+  const Shared inputs = stage + place.inputs;
+  const Shared group = stage + place.meta + half * (kGroups / 2) * kMetaGroupBytes;
+  multiply_sixteen<2 * half>(sums, words, inputs);
+  if constexpr (kPeriod == 1) sums.scale(group, zero_step);
+  multiply_sixteen<2 * half + 1>(sums, words, inputs);
+  if constexpr (kPeriod == 1) sums.scale(group + kMetaGroupBytes, zero_step);
+  if constexpr (kPeriod == 2) sums.scale(group, zero_step);
 }
 
-// Puts the sums of 8 tokens through shared memory, where warps that share rows add up: afterwards a
-// thread has four rows of one token in each of its vectors.
-__device__ void exchange(float4 (&own)[kPassVectors], const Sums& sums, int tokens, Shared memory,
-                         const Place& place) {
-#pragma unroll
-  for (int turn = 0; turn < kWarpsK; ++turn) {
-    if (place.warp_k == turn) {
-#pragma unroll
-      for (int i = 0; i < kRows16; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int token = place.pair * 2 + j % 2;
-          const int row = place.warp_n * kStripRows + i * 16 + place.row + j / 2 * 8;
-          const Shared at = memory + (token * kSumStride + row) * 4;
-          float sum = sums.total[i][tokens][j];
-          if (turn > 0) sum += ptx::load_shared<float>(at);
-          ptx::store_shared(at, sum);
-        }
-      }
-    }
-    __syncthreads();
-  }
-#pragma unroll
-  for (int v = 0; v < kPassVectors; ++v) {
-    const int at = (v * kThreads + place.thread) * 4;
-    const int token = at / kTileRows, row = at % kTileRows;
-    own[v] = ptx::load_shared<float4>(memory + (token * kSumStride + row) * 4);
-  }
-  __syncthreads();
-}
+// A finished tile, for finish.h.
+struct Tile {
+  static constexpr int kThreads = ::kThreads, kPasses = kTokenTiles;
+  static constexpr int kVectors = kPassVectors;
 
-__device__ __forceinline__ float4 sum_of(float4 a, float4 b) {
-  return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
-}
-
-// The finished sums of rows n .. n+3 of one token, to the output.
-__device__ void store(const Problem& p, int token, int n, float4 sums) {
-  if (token >= p.M || n >= p.N) return;
-  const float4 factors = ptx::load_global<float4>(p.row_factors + n);
-  float value[4] = {sums.x * factors.x, sums.y * factors.y, sums.z * factors.z, sums.w * factors.w};
-  if (p.bias != nullptr) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (n + i >= p.N) continue;
-      value[i] += ptx::to_float<Element>(ptx::load_global<uint16_t>(p.bias + (n + i) * 2));
-    }
-  }
-  const uint32_t pairs[2] = {ptx::to_pair<Element>(value[0], value[1]),
-                             ptx::to_pair<Element>(value[2], value[3])};
-  unsigned char* to = p.output + (static_cast<int64_t>(token) * p.output_stride + n) * 2;
-  if (n + 4 <= p.N && p.output_stride % 4 == 0) {
-    ptx::store_global<uint2>(to, {pairs[0], pairs[1]});
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (n + i < p.N) {
-      ptx::store_global(to + 2 * i, static_cast<uint16_t>(pairs[i / 2] >> (16 * (i % 2))));
-    }
-  }
-}
-
-// The end of a block's part of a tile. `at` is its last step there, `first` its first one.
-__device__ void finish(const Problem& p, const work::Plan& plan, const work::Walk& at, int first,
-                       const Sums& sums, Shared memory) {
-  const Place place;
-  constexpr int kSlot = kTokenTiles * kPassVectors * kThreads;  // float4 of a block's partial sums
-  const int run = plan.runs - 1 - static_cast<int>(blockIdx.x);
-  const bool owner = first == 0;
-  // Who else has steps of an owned tile: the runs after this one that begin before its end.
-  int others_end = run + 1;
-  if (owner && at.step + 1 < plan.steps) {
-    const int tile_end = (at.tile - plan.first_shared_tile() + 1) * plan.steps;
-    while (others_end < plan.runs && plan.begin(others_end) < tile_end) ++others_end;
-    if (place.thread == 0) {
-#pragma unroll 1
-      for (int other = run + 1; other < others_end; ++other) {
-        while (ptx::load_acquire(p.flags + other) == 0) {
-        }
-      }
-    }
-    __syncthreads();
-  }
-#pragma unroll
-  for (int tokens = 0; tokens < kTokenTiles; ++tokens) {
-    float4 own[kPassVectors];
-    exchange(own, sums, tokens, memory + kSumsAt, place);
-#pragma unroll
-    for (int v = 0; v < kPassVectors; ++v) {
-      const int in_slot = (tokens * kPassVectors + v) * kThreads + place.thread;
-      if (!owner) {
-        ptx::store_global(p.partials + run * kSlot + in_slot, own[v]);
-        continue;
-      }
-#pragma unroll 1
-      for (int other = run + 1; other < others_end; ++other) {
-        const float4* from = p.partials + other * kSlot + in_slot;
-        own[v] = sum_of(own[v], ptx::load_global_from_l2<float4>(from));
-      }
-      const int element = (v * kThreads + place.thread) * 4;
-      store(p, tokens * 8 + element / kTileRows, at.tile * kTileRows + element % kTileRows,
-            own[v]);
-    }
-  }
-  if (!owner) {
-    __syncthreads();
-    if (place.thread == 0) ptx::store_release(p.flags + run, 1);
-  } else if (place.thread == 0) {
-    // Flags are zero again for the next launch.
-#pragma unroll 1
-    for (int other = run + 1; other < others_end; ++other) ptx::store_release(p.flags + other, 0);
-  }
-}
-
-// One block's steps, with the ring in shared memory.
-struct Ring {
   const Problem& p;
-  const work::Plan& plan;
+  const Sums& sums;
   Shared memory;
-  Place place;
-  uint64_t policy;
-  work::Walk ahead;
-  int slot_ahead = 0;
+  int number;
 
-  __device__ Ring(const Problem& p, const work::Plan& plan)
-      : p(p), plan(plan), memory(ptx::shared_memory()), policy(ptx::evict_first()),
-        ahead(plan, static_cast<int>(blockIdx.x)) {}
-
-  // The next step's copies; without one, an empty group, so that counting groups goes on.
-  __device__ void fetch() {
-    if (ahead.left > 0) {
-      const int thread = kAhead ? place.thread : ptx::thread_index();
-      const Shared stage = memory + slot_ahead * kStageBytes;
-      fetch_weights(p, stage, ahead, thread, policy);
-      fetch_inputs(p, stage, ahead, thread);
-      if constexpr (kGrouped) fetch_meta(p, stage, ahead, ahead.ends_part(plan), thread);
-      ahead.advance(plan, static_cast<int>(blockIdx.x));
+  // Puts the sums of 8 tokens through shared memory, where warps that share rows add up: afterwards
+  // a thread has four rows of one token in each of its vectors.
+  __device__ __forceinline__ void gather(float4 (&own)[kVectors], int tokens) const {
+    const Place place;
+#pragma unroll
+    for (int turn = 0; turn < kWarpsK; ++turn) {
+      if (place.warp_k == turn) {
+#pragma unroll
+        for (int i = 0; i < kRows16; ++i) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const int token = place.pair * 2 + j % 2;
+            const int row = place.warp_n * kStripRows + i * 16 + place.row + j / 2 * 8;
+            const Shared at = memory + (token * kSumStride + row) * 4;
+            float sum = sums.total[i][tokens][j];
+            if (turn > 0) sum += ptx::load_shared<float>(at);
+            ptx::store_shared(at, sum);
+          }
+        }
+      }
+      __syncthreads();
     }
-    ptx::commit_copies();
-    slot_ahead = slot_ahead + 1 == kStages ? 0 : slot_ahead + 1;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = (v * kThreads + place.thread) * 4;
+      const int token = at / kTileRows, row = at % kTileRows;
+      own[v] = ptx::load_shared<float4>(memory + (token * kSumStride + row) * 4);
+    }
+    __syncthreads();
   }
 
-  __device__ Shared strip(Shared stage) const {
-    return stage + (place.warp_k * kWarpsN + place.warp_n) * kStripBytes;
+  // The finished sums of rows n .. n+3 of one token, to the output.
+  __device__ __forceinline__ void store(int pass, int vector, float4 four) const {
+    const int at = (vector * kThreads + ptx::thread_index()) * 4;
+    const int token = pass * 8 + at / kTileRows, n = number * kTileRows + at % kTileRows;
+    if (token >= p.M || n >= p.N) return;
+    const float4 factors = ptx::load_global<float4>(p.row_factors + n);
+    float value[4] = {four.x * factors.x, four.y * factors.y, four.z * factors.z,
+                      four.w * factors.w};
+    if (p.bias != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (n + i >= p.N) continue;
+        value[i] += ptx::to_float<Element>(ptx::load_global<uint16_t>(p.bias + (n + i) * 2));
+      }
+    }
+    unsigned char* to = p.output + (static_cast<int64_t>(token) * p.output_stride + n) * 2;
+    finish::store_rows<Element>(to, n, p.N, p.output_stride % 4 == 0, value);
   }
 };
 
-__device__ void run(const Problem& p, const work::Plan& plan) {
-  Ring ring(p, plan);
-  work::Walk at(plan, static_cast<int>(blockIdx.x));
-  if (at.left == 0) return;
+// Copies of steps into the ring. Addresses run on from step to step: what depends on the thread
+// alone is computed once, what depends on the tile where a block's part of it begins.
+struct Ring {
+  static constexpr int kStripChunks = kStripBytes / 16, kSlabChunks = kWarpsN * kStripChunks;
+  static constexpr int kWeightChunks = kWeightBytes / 16, kInputChunks = kInputBytes / 16;
+  static constexpr int kWeightCopies = (kWeightChunks + kThreads - 1) / kThreads;
+  static constexpr int kInputCopies = (kInputChunks + kThreads - 1) / kThreads;
+  static constexpr int kStepBytes = kWarpsK * kSlab * 2;  // of a token
+
+  const Problem& p;
+  const work::Plan& plan;
+  Shared memory;
+  uint64_t policy;
+  work::Walk ahead;       // where the next step's part begins
+  int step = 0, end = 0;  // the next step, and the end of its part
+  int slot = 0;
+  // Of the next step: its first slab, and what the thread's first copy brings of a token.
+  const unsigned char *weights = nullptr, *inputs = nullptr;
+  int input_bytes = 0;       // from there to the end of the token; none for tokens that are not
+  int along[kWeightCopies];  // of the thread's copies, in their slabs
+
+  __device__ Ring(const Problem& p, const work::Plan& plan)
+      : p(p), plan(plan), memory(ptx::shared_memory()), policy(ptx::evict_first()),
+        ahead(plan, static_cast<int>(blockIdx.x)) {
+    enter_part();
+  }
+
+  __device__ __forceinline__ int slab_bytes() const { return p.strips * kStripBytes; }
+
+  __device__ __forceinline__ void enter_part() {
+    const int thread = ptx::thread_index();
+    step = ahead.step;
+    end = step + ahead.part_steps(plan);
+    weights = p.weights + static_cast<int64_t>(step * kWarpsK) * slab_bytes();
+    const int k = step * kWarpsK * kSlab + thread / (kInputSlabBytes / 16) * kSlab + thread % 8 * 8;
+    const int token = thread / 8 % kTokens;
+    inputs = p.inputs + (static_cast<int64_t>(token) * p.input_stride + k) * 2;
+    input_bytes = token < p.M || kInputCopies > 1 ? (p.K - k) * 2 : 0;
+    // Strips beyond the last have nothing to say: the last is read in their place.
+    const int last = p.strips - 1;
 #pragma unroll
-  for (int stage = 0; stage < kStages - 1; ++stage) ring.fetch();
-  ptx::wait_copies<kStages - 2>();
-  __syncthreads();
+    for (int i = 0; i < kWeightCopies; ++i) {
+      const int chunk = (i * kThreads + thread) % kSlabChunks;
+      const int strip = work::least(ahead.tile * kWarpsN + chunk / kStripChunks, last);
+      along[i] = strip * kStripBytes + chunk % kStripChunks * 16;
+    }
+  }
+
+  __device__ __forceinline__ void fetch_weights(Shared to, int thread) {
+    // In place of a slab beyond the last, whose inputs are zeros, the one before it is read.
+    const unsigned char* second =
+        kWarpsK == 2 && step * 2 + 1 < p.slabs ? weights + slab_bytes() : weights;
+#pragma unroll
+    for (int i = 0; i < kWeightCopies; ++i) {
+      const int base = i * kThreads, chunk = base + thread;
+      if (kWeightChunks % kThreads != 0 && chunk >= kWeightChunks) break;
+      const bool is_second = kSlabChunks % kThreads == 0 ? base >= kSlabChunks
+                                                         : chunk >= kSlabChunks;
+      ptx::copy_async(to + base * 16, (is_second ? second : weights) + along[i], 16, policy);
+    }
+    weights += static_cast<int64_t>(kWarpsK) * slab_bytes();
+  }
+
+  __device__ __forceinline__ void fetch_inputs(Shared to, int thread) {
+#pragma unroll
+    for (int i = 0; i < kInputCopies; ++i) {
+      const int base = i * kThreads;
+      if (kInputChunks % kThreads != 0 && base + thread >= kInputChunks) break;
+      int bytes = work::least(input_bytes, 16);
+      if (kInputCopies > 1 && base / 8 + thread / 8 >= p.M) bytes = 0;
+      ptx::copy_async(to + base * 16, inputs + static_cast<int64_t>(base / 8) * p.input_stride * 2,
+                      bytes > 0 ? bytes : 0);
+    }
+    inputs += kStepBytes;
+    input_bytes -= kStepBytes;
+  }
+  static_assert(kInputCopies == 1 || kWarpsK == 1, "later copies are of the same slab");
+
+  __device__ __forceinline__ void fetch_meta(Shared stage, int thread) const {
+    constexpr int kChunks = kMetaBytes / 16, kGroupChunks = kMetaGroupBytes / 16;
+    const int row_bytes = p.strips * kStripRows * kMetaRowBytes;
+#pragma unroll
+    for (int base = 0; base < kChunks; base += kThreads) {
+      const int chunk = base + thread;
+      if (kChunks % kThreads != 0 && chunk >= kChunks) break;
+      const int group = chunk / kGroupChunks, column = chunk % kGroupChunks;
+      const int slab = step * kWarpsK + group / kGroups;
+      const int along = ahead.tile * kMetaGroupBytes + column * 16;
+      const bool exists = p.has_meta(slab) && along < row_bytes;
+      if (kPeriod == 4 && !p.scales_after(slab, step + 1 == end)) continue;
+      const int row = kPeriod == 4 ? p.group_of(slab) : slab * kGroups + group % kGroups;
+      ptx::copy_async(stage + kMetaAt + chunk * 16,
+                      p.meta + (static_cast<int64_t>(row) * row_bytes + along), exists ? 16 : 0);
+    }
+  }
+
+  // The next step's copies; without one, an empty group, so that counting groups goes on.
+  __device__ __forceinline__ void fetch() {
+    if (step < end) {
+      const int thread = ptx::thread_index();
+      const Shared stage = memory + slot * kStageBytes;
+      fetch_weights(stage + thread * 16, thread);
+      // Copies of the inputs lie as their chunks are numbered, but for the order within a token.
+      fetch_inputs(stage + kInputsAt + (thread ^ (thread / 8 & 7)) * 16, thread);
+      if constexpr (kGrouped) fetch_meta(stage, thread);
+      ++step;
+      if (step == end) {
+        ahead.skip(end - ahead.step - 1);
+        ahead.advance(plan, static_cast<int>(blockIdx.x));
+        if (ahead.left > 0) enter_part();
+      }
+    }
+    ptx::commit_copies();
+    slot = slot + 1 == kStages ? 0 : slot + 1;
+  }
+};
+
+// A block's way through its steps, part of a tile by part.
+struct Walker {
+  const Problem& p;
+  const work::Plan& plan;
+  Ring ring;
+  Place first_place;
+  work::Walk at;          // where the part begins
+  int step = 0, end = 0;  // in it, and its end
+  int slot = 0;           // of the step
   Sums sums;
-  sums.clear();
   Words words[2];
-  Shared stage = ring.memory;
-  words[0].load(ring.strip(stage), ring.place.lane);
-  int slot = 0, first = at.step;
-  while (true) {
-    const Place place = kAhead ? ring.place : Place();
-    const Shared inputs = stage + kInputsAt + place.warp_k * kInputSlabBytes;
-    const Shared meta = stage + kMetaAt + place.warp_k * kMetaSlabBytes +
-                        place.warp_n * kStripRows * kMetaRowBytes;
-    if (kAhead) words[1].load(ring.strip(stage) + kUnitBytes, place.lane);
-    multiply_unit<0>(sums, words[0], inputs, meta, place, p.zero_step);
-    if (!kAhead) words[1].load(ring.strip(stage) + kUnitBytes, place.lane);
+
+  __device__ Walker(const Problem& p, const work::Plan& plan)
+      : p(p), plan(plan), ring(p, plan), at(plan, static_cast<int>(blockIdx.x)) {}
+
+  // Computed anew where there are no registers to keep it in.
+  __device__ __forceinline__ Place place() const { return kAhead ? first_place : Place(); }
+
+  __device__ __forceinline__ Shared stage() const { return ring.memory + slot * kStageBytes; }
+
+  __device__ __forceinline__ void do_step() {
+    const Place place = this->place();
+    const Shared stage = this->stage();
+    const Shared strip = stage + place.strip;
+    if (kAhead) words[1].load(strip + kUnitBytes, place.lane);
+    multiply_unit<0>(sums, words[0], stage, place, p.zero_step);
+    if (!kAhead) words[1].load(strip + kUnitBytes, place.lane);
     // In the middle of a step: the next stage has arrived, and nobody reads the former any more.
     ptx::wait_copies<kStages - 3>();
     __syncthreads();
     ring.fetch();
     slot = slot + 1 == kStages ? 0 : slot + 1;
-    const Shared next = ring.memory + slot * kStageBytes;
-    if (kAhead && at.left > 1) words[0].load(ring.strip(next), place.lane);
-    multiply_unit<1>(sums, words[1], inputs, meta, place, p.zero_step);
-    const bool ends_part = at.ends_part(plan);
+    const bool ends_part = step + 1 == end;
+    const bool more = !ends_part || at.left > end - at.step;
+    if (kAhead && more) words[0].load(this->stage() + place.strip, place.lane);
+    multiply_unit<1>(sums, words[1], stage, place, p.zero_step);
     if constexpr (kPeriod == 4) {
-      const int slab = at.step * kWarpsK + place.warp_k;
-      if (scales_after(p, slab, ends_part)) sums.scale(meta, place.row, p.zero_step);
+      if (p.scales_after(step * kWarpsK + place.warp_k, ends_part)) {
+        sums.scale(stage + place.meta, p.zero_step);
+      }
     }
-    if (ends_part) {
-      finish(p, plan, at, first, sums, ring.memory);
-      sums.clear();
-    }
-    if (at.left == 1) break;
-    if (!kAhead) words[0].load(ring.strip(next), place.lane);
-    at.advance(plan, static_cast<int>(blockIdx.x));
-    if (ends_part) first = at.step;
-    stage = next;
+    if (!kAhead && more) words[0].load(this->stage() + place.strip, place.lane);
+    ++step;
   }
-  ptx::wait_copies<0>();
-}
+
+  __device__ void run(float4* partials, int* flags) {
+    if (at.left == 0) return;
+#pragma unroll 1
+    for (int stage = 0; stage < kStages - 1; ++stage) ring.fetch();
+    ptx::wait_copies<kStages - 2>();
+    __syncthreads();
+    words[0].load(stage() + first_place.strip, first_place.lane);
+#pragma unroll 1
+    while (at.left > 0) {
+      sums.clear();
+      step = at.step;
+      end = step + at.part_steps(plan);
+#pragma unroll 1
+      do {
+        do_step();
+      } while (step < end);
+      const int first = at.step;
+      at.skip(end - first - 1);
+      finish::part(Tile{p, sums, ring.memory + kSumsAt, at.tile}, plan, at, first, partials, flags);
+      at.advance(plan, static_cast<int>(blockIdx.x));
+    }
+    ptx::wait_copies<0>();
+  }
+};
 
 }  // namespace
 
@@ -528,11 +539,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, QL_BLOCKS_PER_SM)
                 float4* partials, int* flags, int M, int N, int K, int input_stride,
                 int output_stride, int group_shift, float zero_step) {
   const int slabs = (K + kSlab - 1) / kSlab, strips = (N + kStripRows - 1) / kStripRows;
-  const Problem problem{inputs, weights, meta, row_factors, bias, output, partials, flags, M, N, K,
+  const Problem problem{inputs, weights, meta, row_factors, bias, output, M, N, K,
                         input_stride, output_stride, group_shift, zero_step, slabs, strips};
   const work::Plan plan((strips + kWarpsN - 1) / kWarpsN, (slabs + kWarpsK - 1) / kWarpsK,
                         static_cast<int>(gridDim.x));
-  run(problem, plan);
+  Walker(problem, plan).run(partials, flags);
 }
 
 QL_KERNEL(decode_gemm)

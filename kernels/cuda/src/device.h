@@ -11,10 +11,21 @@
 //   load_matrices   ldmatrix.x4: lane 8m + r gives the address of row r (16 bytes) of matrix m;
 //                   lane 4r + c gets columns 2c and 2c + 1 of row r of matrix m in registers[m]
 //   multiply        c += a b, mma.m16n8k16 with float sums; fragments as the PTX manual has them
-//   load_shared, store_shared, load_matrices, multiply
+//   multiply_integers
+//                   d = a b + c, exact: mma.m16n8k32 of bytes, m16n8k64 of nibbles. Nibbles are for
+//                   sm_80 to sm_89: later tensor cores have none, and compilers emulate them
+//   load_shared, store_shared, load_matrices, multiply, multiply_integers
 //                   warp-wide: all 32 lanes come to the same one
+//   load_shared_alone, store_shared_alone
+//                   of one lane, whatever the others do
 //   and_or, and_xor (a & mask) | bits, (a & mask) ^ bits
 //   fma2            a b + c of two 16-bit numbers each, rounded once
+//   fma, product    a b + c and a b, rounded once: no compiler puts them together differently
+//   power_of_two    2^a, off by 2^-22 of it at most
+//   quotient        a / b, rounded once; nearest: to a whole number, ties to even
+//   as_float, as_bits
+//                   the float with these bits, and the bits of a float
+//   exchange        the value of lane ^ `other`; warp-wide
 //   load_acquire, store_release
 //                   flags between blocks, at the scope of the GPU
 #pragma once
@@ -40,6 +51,9 @@ using Shared = uint32_t;
 
 struct Half {};
 struct BFloat {};
+struct Int8 {};
+struct Int4 {};
+struct Uint4 {};
 
 __device__ __forceinline__ Shared shared_memory() {
   extern __shared__ __align__(128) unsigned char memory[];
@@ -93,6 +107,16 @@ __device__ __forceinline__ void store_shared(Shared to, Value value) {
   *static_cast<Value*>(__cvta_shared_to_generic(to)) = value;
 }
 
+template <class Value = float>
+__device__ __forceinline__ Value load_shared_alone(Shared from) {
+  return load_shared<Value>(from);
+}
+
+template <class Value>
+__device__ __forceinline__ void store_shared_alone(Shared to, Value value) {
+  store_shared(to, value);
+}
+
 #define QL_MULTIPLY(name)                                                                 \
   asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                       \
       ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                       \
@@ -113,6 +137,40 @@ __device__ __forceinline__ void multiply<BFloat>(float (&c)[4], const uint32_t (
   QL_MULTIPLY("bf16");
 }
 #undef QL_MULTIPLY
+
+#define QL_MULTIPLY_INTEGERS(Left, Right, shape)                                                  \
+  template <>                                                                                      \
+  __device__ __forceinline__ void multiply_integers<Left, Right>(                                  \
+      int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const int (&c)[4]) {            \
+    asm("mma.sync.aligned." shape                                                                  \
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                     \
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                                           \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]),  \
+          "r"(c[2]), "r"(c[3]));                                                                   \
+  }
+
+template <class Left, class Right>
+__device__ __forceinline__ void multiply_integers(int (&d)[4], const uint32_t (&a)[4],
+                                                  const uint32_t (&b)[2], const int (&c)[4]);
+QL_MULTIPLY_INTEGERS(Int8, Int8, "m16n8k32.row.col.s32.s8.s8.s32")
+QL_MULTIPLY_INTEGERS(Int4, Int4, "m16n8k64.row.col.s32.s4.s4.s32")
+QL_MULTIPLY_INTEGERS(Int4, Uint4, "m16n8k64.row.col.s32.s4.u4.s32")
+#undef QL_MULTIPLY_INTEGERS
+
+__device__ __forceinline__ float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+__device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ float power_of_two(float a) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(a));
+  return out;
+}
+__device__ __forceinline__ float quotient(float a, float b) { return __fdiv_rn(a, b); }
+__device__ __forceinline__ float nearest(float a) { return rintf(a); }
+__device__ __forceinline__ float as_float(int bits) { return __int_as_float(bits); }
+__device__ __forceinline__ int as_bits(float value) { return __float_as_int(value); }
+__device__ __forceinline__ int exchange(int value, int other) {
+  return __shfl_xor_sync(0xffffffffu, value, other);
+}
 
 // One instruction: left to itself, the compiler takes two where both constants are immediate.
 __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
@@ -191,6 +249,13 @@ __device__ __forceinline__ float4 load_global_from_l2<float4>(const void* from) 
                : "=f"(out.x), "=f"(out.y), "=f"(out.z), "=f"(out.w)
                : "l"(from)
                : "memory");
+  return out;
+}
+
+template <>
+__device__ __forceinline__ float load_global_from_l2<float>(const void* from) {
+  float out;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(out) : "l"(from) : "memory");
   return out;
 }
 

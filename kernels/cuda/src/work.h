@@ -58,6 +58,16 @@ struct Walk {
   // Whether this step is the block's last of its tile.
   __device__ bool ends_part(const Plan& plan) const { return step + 1 == plan.steps || left == 1; }
 
+  // Steps from this one to the block's last of its tile.
+  __device__ int part_steps(const Plan& plan) const { return least(plan.steps - step, left); }
+
+  // On by so many steps of the tile.
+  __device__ void skip(int steps) {
+    step += steps;
+    left -= steps;
+    if (whole > 0) whole -= steps;
+  }
+
   __device__ void advance(const Plan& plan, int block) {
     --left;
     ++step;

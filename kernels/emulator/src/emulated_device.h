@@ -2,6 +2,7 @@
 // GPU, their instructions; a function that is there and not here does not compile.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 #include "entry.h"
@@ -14,6 +15,9 @@ using Shared = uint32_t;
 
 struct Half : emulator::Fp16 {};
 struct BFloat : emulator::Bf16 {};
+struct Int8 : emulator::Integer<8, true> {};
+struct Int4 : emulator::Integer<4, true> {};
+struct Uint4 : emulator::Integer<4, false> {};
 
 inline Shared shared_memory() { return 0; }
 
@@ -113,6 +117,53 @@ void multiply_fragments(void* const* lanes) {
   }
 }
 
+struct IntegerProduct {
+  const uint32_t *a, *b;
+  const int* c;
+  int* d;
+};
+
+// mma.m16n8k32 of bytes and m16n8k64 of nibbles: with e elements to a register, a register r of a
+// holds row g + 8 (r % 2) and columns e t .. e t + e - 1, + 4 e (r / 2), of 16 x 8 e; a register r
+// of b holds rows e t .. e t + e - 1, + 4 e r, and column g; c and d are as above.
+template <class Left, class Right>
+void multiply_integer_fragments(void* const* lanes) {
+  ++emulator::counters.matrix_products;
+  constexpr int each = 32 / Left::kBits, depth = 8 * each;
+  int a[16][depth], b[8][depth];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& own = *static_cast<IntegerProduct*>(lanes[lane]);
+    const int g = lane / 4, first = lane % 4 * each;
+    for (int i = 0; i < each; ++i) {
+      for (int r = 0; r < 4; ++r) {
+        a[g + 8 * (r % 2)][first + i + 4 * each * (r / 2)] = Left::decode(own.a[r], i);
+      }
+      for (int r = 0; r < 2; ++r) b[g][first + i + 4 * each * r] = Right::decode(own.b[r], i);
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& own = *static_cast<IntegerProduct*>(lanes[lane]);
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+      int sum = 0;
+      for (int k = 0; k < depth; ++k) sum += a[row][k] * b[column][k];
+      own.d[i] = own.c[i] + sum;
+    }
+  }
+}
+
+struct Exchange {
+  int* result;
+  int value, other;
+};
+
+inline void exchange_values(void* const* lanes) {
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& own = *static_cast<Exchange*>(lanes[lane]);
+    *own.result = static_cast<Exchange*>(lanes[lane ^ own.other])->value;
+  }
+}
+
 template <class Element>
 uint32_t fma_lane(uint32_t a, uint32_t b, uint32_t c, int shift) {
   const auto decode = [&](uint32_t pair) {
@@ -139,6 +190,19 @@ void store_shared(Shared to, Value value) {
                        detail::access_shared<Value, emulator::Access::write>);
 }
 
+// Conflicts are not counted here: who comes at the same time is not known.
+template <class Value = float>
+Value load_shared_alone(Shared from) {
+  Value value;
+  std::memcpy(&value, emulator::shared(from, sizeof value, emulator::Access::read), sizeof value);
+  return value;
+}
+
+template <class Value>
+void store_shared_alone(Shared to, Value value) {
+  std::memcpy(emulator::shared(to, sizeof value, emulator::Access::write), &value, sizeof value);
+}
+
 inline void load_matrices(uint32_t (&registers)[4], Shared row) {
   detail::MatrixRow own{row, registers};
   emulator::collective("ldmatrix", &own, detail::load_four_matrices);
@@ -148,6 +212,27 @@ template <class Element>
 void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   detail::Product own{a, b, c};
   emulator::collective("mma", &own, detail::multiply_fragments<Element>);
+}
+
+template <class Left, class Right>
+void multiply_integers(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                       const int (&c)[4]) {
+  detail::IntegerProduct own{a, b, c, d};
+  emulator::collective("an integer mma", &own, detail::multiply_integer_fragments<Left, Right>);
+}
+
+inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
+inline float product(float a, float b) { return a * b; }
+inline float power_of_two(float a) { return std::exp2(a); }
+inline float quotient(float a, float b) { return a / b; }
+inline float nearest(float a) { return std::nearbyint(a); }
+inline float as_float(int bits) { return emulator::float_of_bits(static_cast<uint32_t>(bits)); }
+inline int as_bits(float value) { return static_cast<int>(emulator::bits_of_float(value)); }
+
+inline int exchange(int value, int other) {
+  detail::Exchange own{&value, value, other};
+  emulator::collective("a shuffle", &own, detail::exchange_values);
+  return value;
 }
 
 inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }

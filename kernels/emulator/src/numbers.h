@@ -1,4 +1,5 @@
-// 16-bit floats on a host: exact conversions to float, and back with one rounding, to nearest even.
+// Numbers of few bits on a host. 16-bit floats: exact conversions to float, and back with one
+// rounding, to nearest even.
 #pragma once
 
 #include <algorithm>
@@ -51,6 +52,17 @@ struct Float16 {
     const auto whole = static_cast<uint32_t>(units);
     const auto biased = static_cast<uint32_t>(power + kBias - 1) << mantissa;
     return static_cast<uint16_t>(sign | std::min(biased + whole, kInfinity));
+  }
+};
+
+// Whole numbers side by side in 32 bits, two's complement where they have a sign.
+template <int bits, bool is_signed>
+struct Integer {
+  static constexpr int kBits = bits;
+
+  static int decode(uint32_t word, int index) {
+    const auto code = static_cast<int>(word >> (bits * index) & ((1u << bits) - 1));
+    return is_signed && code >> (bits - 1) != 0 ? code - (1 << bits) : code;
   }
 };
 

@@ -1,0 +1,102 @@
+"""Products by the kernels that are not the processor's: what a choice of `dispatch` means.
+
+Weights are rearranged for a kernel at their first use, and kept in that form as long as their
+packed tensors live.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from quantlib.errors import UsageError
+from quantlib.formats.activation import ActivationSegment, fake_quantize, quantize
+from quantlib.formats.weight import QuantizedWeight
+from quantlib.kernels import dispatch, reference
+from quantlib.kernels.cpu.build import BuildError
+from quantlib.kernels.cuda import decode
+from quantlib.kernels.cuda import launch as cuda
+from quantlib.kernels.packed import PackedWeight, parse_layout, suffixes_of
+from quantlib.kernels.rearranged import Rearranged
+from quantlib.kernels.triton import inputs
+from quantlib.kernels.triton import launch as triton
+from quantlib.kernels.triton import layout as split
+
+_SPLIT: Rearranged[split.SplitWeight] = Rearranged()
+_DECODE: Rearranged[decode.DecodeWeight] = Rearranged()
+
+
+def multiply(
+    kernel: str, x: Tensor, tensors: list[Tensor], layout: str, bias: Tensor | None
+) -> Tensor:
+    """x [M, K] by a packed weight, with DECODE, TRITON or DENSE: [M, N] in x's dtype.
+
+    A CUDA kernel that cannot be compiled or loaded is passed over, and said once; raises UsageError
+    when it was forced.
+    """
+    if kernel == dispatch.DECODE:
+        try:
+            return _decode(x, tensors, layout, bias)
+        except BuildError as error:
+            kernel = _instead(error, x.device)
+    if kernel == dispatch.REFERENCE:
+        return reference.linear(x, _unpacked(tensors, layout), bias)
+    weight = split_weight(tensors, layout)
+    if kernel == dispatch.TRITON:
+        return triton.linear(x, weight, bias)
+    dense = triton.dequantize(weight, x.dtype)
+    return functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+
+
+def _decode(x: Tensor, tensors: list[Tensor], layout: str, bias: Tensor | None) -> Tensor:
+    runner = cuda.runner(x.device, emulated=dispatch.forced() == "emulator")
+    weight = _DECODE.of(tensors, layout, lambda: cuda.pack(_unpacked(tensors, layout)))
+    return cuda.decode_linear(runner, x, weight, bias)
+
+
+def _instead(error: BuildError, device: torch.device) -> str:
+    """Who computes when the CUDA kernel cannot be had."""
+    asked = dispatch.forced()
+    if asked is not None:
+        raise UsageError(f"{dispatch.VARIABLE}={asked}, but {error}: unset it") from error
+    missing = dispatch.machine(device).triton
+    name = "the torch reference" if missing else "Triton"
+    dispatch.say_once(f"the CUDA kernel cannot be loaded ({error}); {name} computes in its place")
+    return dispatch.REFERENCE if missing else dispatch.TRITON
+
+
+def multiply_rounded(
+    x: Tensor,
+    tensors: list[Tensor],
+    layout: str,
+    bias: Tensor | None,
+    activations: tuple[ActivationSegment, ...],
+) -> Tensor:
+    """x [M, K], rounded as `activations` say, by a packed weight, with Triton: [M, N] in x's dtype.
+
+    In integers where there is a product for them (`triton.plan.integers`); otherwise the rounded
+    numbers are multiplied in float32.
+    """
+    weight = split_weight(tensors, layout)
+    if triton.integer_plan(weight, activations) is None:
+        return triton.linear(fake_quantize(x, activations), weight, bias).to(x.dtype)
+    rounder = inputs.quantize if inputs.can_quantize(activations) else quantize
+    codes, scales = rounder(x, activations)
+    return triton.integer_linear(codes, scales, weight, activations, bias, x.dtype)
+
+
+def rows(tensors: list[Tensor], layout: str, dtype: torch.dtype, ids: Tensor | None) -> Tensor:
+    """Rows `ids` (int64 [count], None: all) of a packed weight as numbers, with Triton."""
+    return triton.dequantize(split_weight(tensors, layout), dtype, ids)
+
+
+def split_weight(tensors: list[Tensor], layout: str) -> split.SplitWeight:
+    """A packed weight as Triton's kernels read it."""
+    return _SPLIT.of(tensors, layout, lambda: split.pack(_unpacked(tensors, layout)))
+
+
+def _unpacked(tensors: list[Tensor], layout: str) -> QuantizedWeight:
+    shape, segments = parse_layout(layout)
+    named = dict(zip(suffixes_of(layout), tensors))
+    return PackedWeight.from_tensors(named, shape, segments).to_quantized()

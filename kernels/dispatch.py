@@ -1,0 +1,162 @@
+"""Which kernel computes a product: chosen by device, architecture, number of tokens and scheme.
+
+    on the CPU       the C++ kernels; without a compiler the torch reference
+    on NVIDIA GPUs   rounded inputs: Triton's product of integers
+                     up to 64 tokens of 16 bits by one integer format: the CUDA kernel
+                     up to 256 tokens: Triton
+                     more: the weight is dequantized once, and torch multiplies
+    elsewhere        the torch reference
+
+What is missing (CuPy, a driver, Triton) is passed over and said once. `choose` is a pure function
+of a `Product` and a `Machine`; `machine` looks around.
+
+QUANTLIB_KERNELS forces a choice, for tests and for measurements: "cpu", "reference", "triton" or
+"cuda", or "emulator", which runs the CUDA kernel on the processor. On a processor "triton" means
+Triton's interpreter, which wants TRITON_INTERPRET=1 too.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch
+
+from quantlib.errors import UsageError
+from quantlib.kernels.packed import parse_layout
+
+VARIABLE = "QUANTLIB_KERNELS"
+BACKENDS = ("cpu", "cuda", "emulator", "reference", "triton")
+"""What the variable may be."""
+CPU, DECODE, TRITON, DENSE, REFERENCE = "cpu", "decode", "triton", "dense", "reference"
+"""Choices: the C++ kernels, the CUDA kernel for few tokens (or its emulation), Triton's products,
+torch's product of the dequantized weight, the torch reference."""
+FEW_TOKENS, MANY_TOKENS = 64, 256
+"""Tokens up to which the CUDA kernel, and then Triton, multiply packed weights."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A linear, as far as the choice depends on it. rounded: its inputs are, to integers mostly."""
+
+    tokens: int
+    dtype: torch.dtype
+    layout: str
+    rounded: bool = False
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is for tensors of a device.
+
+    kind:   "cpu", "cuda", ...
+    cpu:    whether the C++ kernels are there.
+    cuda, triton: why CUDA kernels and Triton's cannot be run here; "": they can.
+    forced: what QUANTLIB_KERNELS asks for, if it is set.
+    """
+
+    kind: str
+    cpu: bool
+    cuda: str
+    triton: str
+    forced: str | None = None
+
+
+def choose(product: Product, machine: Machine) -> str:
+    """Which kernel computes the product. Raises UsageError when what is forced is not there."""
+    if machine.forced is not None:
+        return _forced(product, machine, machine.forced)
+    if machine.kind == "cpu":
+        return CPU if machine.cpu else REFERENCE
+    if machine.kind != "cuda":
+        return REFERENCE
+    if product.tokens <= FEW_TOKENS and takes(product) and not machine.cuda:
+        return DECODE
+    if machine.triton:
+        return REFERENCE
+    return TRITON if product.rounded or product.tokens <= MANY_TOKENS else DENSE
+
+
+def _forced(product: Product, machine: Machine, name: str) -> str:
+    missing = {
+        "cpu": "" if machine.cpu and machine.kind == "cpu" else "the C++ kernels are not to be had",
+        "cuda": machine.cuda,
+        "emulator": "" if machine.kind == "cpu" else "the emulator computes in main memory",
+        "triton": machine.triton,
+    }.get(name, "")
+    if missing:
+        raise UsageError(f"{VARIABLE}={name}, but {missing}: unset it")
+    if name in ("cuda", "emulator"):
+        return DECODE if takes(product) else REFERENCE
+    return {"cpu": CPU, "triton": TRITON}.get(name, REFERENCE)
+
+
+def choose_rows(machine: Machine) -> str:
+    """Who gives rows of a weight as numbers: CPU, TRITON or REFERENCE. Raises UsageError when what
+    is forced is not there."""
+    if machine.forced in ("cuda", "emulator"):  # that kernel only multiplies
+        return REFERENCE
+    if machine.forced is not None:
+        return _forced(Product(1, torch.float32, ""), machine, machine.forced)
+    if machine.kind == "cuda" and not machine.triton:
+        return TRITON
+    return CPU if machine.cpu else REFERENCE
+
+
+def takes(product: Product) -> bool:
+    """Whether the CUDA kernel multiplies this: inputs of 16 bits that are not rounded, by integers
+    in one format."""
+    sixteen = product.dtype in (torch.float16, torch.bfloat16)
+    return sixteen and not product.rounded and _one_integer_format(product.layout)
+
+
+@lru_cache(maxsize=4096)
+def _one_integer_format(layout: str) -> bool:
+    _, segments = parse_layout(layout)
+    form = segments[0].format
+    # Shared exponents do not fit the 16-bit scales of groups.
+    scaled = form.scale != "e8m0" or form.group_size <= 0
+    return len(segments) == 1 and form.is_integer and scaled
+
+
+@cache
+def forced() -> str | None:
+    """What QUANTLIB_KERNELS asks for, read once. Raises UsageError on an unknown name."""
+    name = os.environ.get(VARIABLE) or None
+    if name is not None and name not in BACKENDS:
+        raise UsageError(f"{VARIABLE} is {name!r}: use one of {', '.join(BACKENDS)}, or unset it")
+    return name
+
+
+def tiles_allowed() -> bool:
+    """Whether the C++ kernels may compute, so that weights are rearranged for them."""
+    return forced() in (None, "cpu")
+
+
+@lru_cache(maxsize=16)
+def machine(device: torch.device) -> Machine:
+    """What there is for tensors of a device. What is missing on a GPU is said, once."""
+    from quantlib.kernels.cpu import library as cpu
+
+    asked = forced()
+    on_cpu = device.type == "cpu"
+    has_cpu = on_cpu and asked in (None, "cpu") and cpu.load() is not None
+    without_cuda = without_triton = "these tensors are in main memory"
+    if device.type == "cuda" or asked is not None:
+        from quantlib.kernels.cuda import loading
+        from quantlib.kernels.triton import launch
+
+        without_cuda, without_triton = loading.why_not(device), launch.why_not(device)
+    if device.type == "cuda" and asked is None:
+        for missing, instead in ((without_cuda, "Triton"), (without_triton, "the torch reference")):
+            if missing:
+                say_once(f"{missing}; {instead} computes in its place")
+    return Machine(device.type, has_cpu, without_cuda, without_triton, asked)
+
+
+@cache
+def say_once(sentence: str) -> None:
+    """A warning, the first time only."""
+    warnings.warn(sentence, RuntimeWarning, stacklevel=3)

@@ -1,0 +1,169 @@
+"""The kernels on a real GPU: `TRITON_INTERPRET=0 pytest -m gpu`. Skipped, with a reason, elsewhere.
+
+What is exact in the emulator and in the interpreter must be the same bits here.
+"""
+
+import os
+
+import pytest
+import torch
+
+from quantlib.formats import dequantize
+from quantlib.formats.activation import ActivationFormat, ActivationSegment, quantize
+from quantlib.kernels import dispatch, ops
+from quantlib.kernels.cpu.forms import BlockRotation
+from quantlib.kernels.cuda import decode
+from quantlib.kernels.cuda import launch as cuda
+from quantlib.kernels.packed import PackedWeight
+from quantlib.kernels.triton import inputs, launch, layout
+
+from .triton.bounds import assert_close, expected
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="run with TRITON_INTERPRET=0"
+    ),
+]
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+SCHEMES = ["w2g64z4s4", "w3z", "w4g128", "w5g32z", "w6", "w7g256", "w8g16zs8", "fp8", "mxfp4"]
+GPU = torch.device("cuda")
+
+
+def needs(reason: str) -> None:
+    if reason:
+        pytest.skip(reason)
+
+
+def sample(draw, scheme, tokens, dtype, rows=200, columns=1111):
+    weight, packed = draw(rows, [(scheme, columns)])
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(tokens, columns, generator=generator).to(dtype)
+    moved = {name: tensor.to(GPU) for name, tensor in packed.tensors.items()}
+    return weight, PackedWeight.from_tensors(moved, packed.shape, packed.segments), x
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [F16, BF16, F32])
+@pytest.mark.parametrize("tokens", [1, 17, 65])
+def test_tritons_products(draw, scheme, dtype, tokens):
+    needs(launch.why_not(GPU))
+    weight, packed, x = sample(draw, scheme, tokens, dtype)
+    split = layout.pack(packed.to_quantized())
+    found = [launch.linear(x.to(GPU), split) for _ in range(20)]
+    assert_close(found[0].cpu(), *expected(weight, x))
+    assert all(torch.equal(again, found[0]) for again in found)
+
+
+@pytest.mark.parametrize("scheme", ["w3g16", "w4g128", "w5", "w8g64"])
+def test_tritons_integers_are_the_references_bits(draw, scheme):
+    needs(launch.why_not(GPU))
+    weight, _ = draw(200, [(scheme, 640)], unit_scales=True)
+    activations = (ActivationSegment(0, 640, ActivationFormat(8)),)
+    codes = torch.randint(-127, 128, (9, 640), generator=torch.Generator().manual_seed(0))
+    split = layout.pack(weight)
+    moved = layout.SplitWeight(
+        split.shape,
+        tuple(
+            layout.SplitSegment(
+                part.start,
+                part.length,
+                part.format,
+                part.codes.to(GPU),
+                None if part.scale is None else part.scale.to(GPU),
+                None if part.zero is None else part.zero.to(GPU),
+                part.factors.to(GPU),
+            )
+            for part in split.segments
+        ),
+    )
+    ones = torch.ones(9, 1, device=GPU)
+    found = launch.integer_linear(codes.to(GPU, torch.int8), ones, moved, activations)
+    assert torch.equal(found.cpu().double(), codes.double() @ dequantize(weight).double().T)
+
+
+@pytest.mark.parametrize("form", ["8", "4z", "8g128", "4zg64"])
+def test_rounding_gives_the_formats_own_bits(form):
+    needs(launch.why_not(GPU))
+    x = torch.randn(33, 1024, generator=torch.Generator().manual_seed(0))
+    activations = (ActivationSegment(0, 1024, ActivationFormat.parse(form)),)
+    codes, scales = inputs.quantize(x.to(GPU), activations)
+    wanted, wanted_scales = quantize(x, activations)
+    assert torch.equal(codes.cpu(), wanted)
+    assert torch.equal(scales.cpu(), wanted_scales)
+
+
+def test_rotation():
+    needs(launch.why_not(GPU))
+    x = torch.randn(5, 4096, generator=torch.Generator().manual_seed(0)).to(GPU)
+    once = inputs.rotate(x, BlockRotation(4096))
+    torch.testing.assert_close(inputs.rotate(once, BlockRotation(4096)), x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["w2g16z8", "w3g32s4", "w4g64z5s5", "w5", "w6g128", "w7z", "w8"])
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("tokens", [1, 20, 64])
+def test_the_cuda_kernel(draw, scheme, dtype, tokens):
+    """Twenty times the same bits, on a stream of its own too."""
+    runner, weight, packed, x = decoding(draw, scheme, tokens, dtype)
+    own = cuda.pack(packed.to_quantized())
+    given = x.to(GPU)
+    first = cuda.decode_linear(runner, given, own)
+    assert_close(first.cpu(), *expected(weight, x))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        found = [cuda.decode_linear(runner, given, own) for _ in range(20)]
+    torch.cuda.synchronize()
+    assert all(torch.equal(again, first) for again in found)
+
+
+def decoding(draw, scheme, tokens, dtype):
+    needs(dispatch.machine(GPU).cuda)
+    return cuda.runner(GPU), *sample(draw, scheme, tokens, dtype)
+
+
+def test_the_cuda_kernel_is_as_near_as_its_emulation(draw):
+    """Tensor cores may cut where the emulator rounds: both stay within the bound."""
+    runner, weight, packed, x = decoding(draw, "w4g64z", 9, F16)
+    on_gpu = cuda.decode_linear(runner, x.to(GPU), cuda.pack(packed.to_quantized()))
+    emulated = cuda.decode_linear(cuda.EmulatedRunner(), x, decode.pack(weight))
+    exact, bound = expected(weight, x)
+    assert_close(on_gpu.cpu(), exact, bound)
+    assert_close(emulated, exact, bound)
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 400])
+@pytest.mark.parametrize("mode", ops.MODES)
+def test_the_operator_in_a_captured_graph(draw, tokens, mode):
+    """Whichever kernel is chosen: replayed on other inputs, the graph gives their results."""
+    needs(launch.why_not(GPU))
+    _, packed, x = sample(draw, "w4g64z", tokens, F16)
+    given = x.to(GPU)
+    wanted = ops.linear(given, packed, None, mode)
+    graph, fed = torch.cuda.CUDAGraph(), torch.zeros_like(given)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ops.linear(fed, packed, None, mode)  # compiles, packs, makes the stream's workspace
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        out = ops.linear(fed, packed, None, mode)
+    fed.copy_(given)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, wanted)
+
+
+def test_the_operator_is_accepted_and_compiled(draw):
+    needs(launch.why_not(GPU))
+    _, packed, x = sample(draw, "w4g64z", 3, F16)
+    given, tensors = x.to(GPU), list(packed.tensors.values())
+    for mode in ops.MODES:
+        torch.library.opcheck(
+            torch.ops.quantlib.linear, (given, tensors, packed.layout, None, mode)
+        )
+    compiled = torch.compile(lambda x: ops.linear(x, packed).relu(), fullgraph=True)
+    assert torch.equal(compiled(given), ops.linear(given, packed).relu())

@@ -1,0 +1,88 @@
+"""The Triton kernels become machine code for GPUs that are not here, with no more shared memory
+than there is, and the matrix instructions that were meant."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from quantlib.errors import UsageError
+from quantlib.kernels.triton import ahead
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="needs Triton: pip install 'quantlib-torch[triton]'",
+)
+
+FEW_REGISTERS = 64
+"""Bytes."""
+
+
+def compiled(*arguments: str) -> list[ahead.Compiled]:
+    """What the command finds in another process, where nothing is interpreted."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "quantlib.kernels.triton.ahead", "--json", *arguments],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=3000,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [ahead.Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def assert_fit(made: ahead.Compiled) -> None:
+    assert made.shared_bytes <= ahead.SHARED_BYTES[made.architecture], made
+    # A few registers that live across the loop may be kept in memory meanwhile; a sum may not.
+    assert made.stack <= FEW_REGISTERS, made
+    if made.name.startswith("rotate") or made.name.endswith("rows") or made.name == "sum":
+        return
+    # Hopper and Blackwell's warp groups multiply; elsewhere warps do.
+    integer = re.fullmatch(r"w[2468](g(32|64|128|256))?(z\d?)?(s\d|e)?a8 .*", made.name)
+    kinds = {"IMMA", "IGMMA", "UTCIMMA"} if integer else {"HMMA", "HGMMA", "UTCHMMA"}
+    assert made.matrix, made
+    assert set(made.matrix) <= kinds, made
+
+
+def test_products_of_four_bits_for_hopper():
+    """Weights as the left operand: warp group products, with no weight through shared memory."""
+    numbers, integers, rows = compiled("--quick", "--only", "w4g64z", "--architectures", "90")
+    for made in (numbers, integers, rows):
+        assert_fit(made)
+        assert made.stack == 0
+    # 128 columns are 8 products of 16, or 4 of 32.
+    assert numbers.matrix == {"HGMMA": 8}
+    assert integers.matrix == {"IGMMA": 4}
+    # Inputs (16 x 128 x 2 bytes) and codes (64 x 64) of four stages, and where sums change hands.
+    assert numbers.shared_bytes <= 4 * (4096 + 4096) + 2048
+
+
+@pytest.mark.kernels
+@pytest.mark.timeout(3000)
+def test_every_form_and_every_configuration_for_every_architecture():
+    found = compiled()
+    assert len(found) == len(list(ahead.matrix()))
+    assert {made.architecture for made in found} == set(ahead.ARCHITECTURES)
+    for made in found:
+        assert_fit(made)
+
+
+def test_the_matrix_covers_everything():
+    chosen = list(ahead.matrix())
+    names = {program.name for program, _ in chosen}
+    for form in ahead.weights():
+        assert any(name.startswith(f"{form} ") for name in names)
+    for form in ahead.EVERYWHERE:
+        own = [(program, arch) for program, arch in chosen if program.name.startswith(f"{form} f")]
+        assert {arch for _, arch in own} == set(ahead.ARCHITECTURES)
+        assert len({program.name for program, _ in own}) == 4  # configurations
+
+
+def test_nothing_is_compiled_under_the_interpreter(interpreter):
+    program, architecture = next(ahead.matrix())
+    with pytest.raises(UsageError, match="TRITON_INTERPRET is set"):
+        ahead.compile_for(program, architecture)
