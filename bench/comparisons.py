@@ -20,6 +20,7 @@ from quantlib.errors import DataError
 from quantlib.models.families import EMBEDDINGS, HEAD, LANGUAGE_MODEL
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
+from quantlib.search.tasks import Objective
 
 WORDS = (LANGUAGE_MODEL, EMBEDDINGS, HEAD)
 """Components that tools for language models compress."""
@@ -32,8 +33,9 @@ class Method:
 
     says:    what it is, for the reader of the table.
     kinds:   of the records that are calibrated on; None: all.
-    only:    components that are quantized, the others kept in 16 bits; None: all that calibration
-             reaches.
+    only:    components that are quantized, the others kept in 16 bits; None: all.
+    plain:   components that its records do not run, of whose inputs nothing is known, are rounded
+             to the nearest, to the bed's `plain`. False: they are kept in 16 bits.
     recipe:  fields of the recipe. pins: as --pin takes them.
     first_task: the objective is the model's first task, and no other.
     """
@@ -42,6 +44,7 @@ class Method:
     says: str
     kinds: tuple[str, ...] | None = None
     only: tuple[str, ...] | None = None
+    plain: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict)
     pins: tuple[str, ...] = ()
     first_task: bool = False
@@ -58,10 +61,16 @@ LANGUAGE_ONLY = Method(
 ABLATIONS = (
     Method(
         "no generation",
-        "calibrated without generating: what only generation runs stays in 16 bits",
+        "calibrated without generating: what only generation runs is rounded to the nearest",
         kinds=tuple(kind for kind in KINDS if kind != GENERATION),
+        plain=True,
     ),
-    Method("text only", "calibrated on text: what text does not run stays in 16 bits", (TEXT,)),
+    Method(
+        "text only",
+        "calibrated on text: what text does not run is rounded to the nearest",
+        kinds=(TEXT,),
+        plain=True,
+    ),
     Method("unweighted", "Hessians of all tokens alike", recipe={"weighting": "none"}),
     Method("one task", "the first task counts, and no other", first_task=True),
 )
@@ -78,6 +87,7 @@ class Bed:
     """A test-bed: its folder, and budgets in bits of every parameter (scales counted).
 
     middle:  the budget that ablations are run at.
+    plain:   scheme, within that budget, of what a method rounds to the nearest.
     further: methods to compare with, at the middle budget, that make sense in this bed.
     """
 
@@ -85,43 +95,55 @@ class Bed:
     folder: Callable[[], Path]
     bits: tuple[float, ...]
     middle: float
+    plain: str
     further: tuple[Method, ...] = ()
 
 
 # Of the unified models two thirds and a half are no language model: what is left in 16 bits there
 # takes 10 and 8 bits of every parameter. Below that only `whole` can be had, and the three larger
-# budgets are those at which the language model gets some 3, 4 and 6 bits.
+# budgets are those at which the language model gets some 3, 4 and 6 bits. Of Whisper the encoder
+# is a fifth, and 5 bits are less than it leaves the rest.
 BEDS = {
     bed.name: bed
     for bed in (
-        Bed("unified", unified.BED.fetch, (3.5, 4.5, 11.25, 11.75, 12.5), 4.5),
-        Bed("unified-continuous", unified_continuous.BED.fetch, (3.5, 4.5, 9.25, 10.0, 11.0), 4.5),
-        Bed("vlm", vlm.bed, (4.5, 5.25, 6.0), 4.5),
-        Bed("speech", speech.bed, (5.0, 5.75, 6.5), 5.0, (UNIFORM,)),
+        Bed("unified", unified.BED.fetch, (3.0, 3.5, 4.5, 11.25, 11.75, 12.5), 3.5, "w3g64z4s4"),
+        Bed(
+            "unified-continuous",
+            unified_continuous.BED.fetch,
+            (3.5, 4.5, 9.25, 10.0, 11.0),
+            3.5,
+            "w3g64z4s4",
+        ),
+        Bed("vlm", vlm.bed, (4.5, 5.25, 6.0), 4.5, "w4g64z5s5"),
+        Bed("speech", speech.bed, (5.0, 5.5, 6.0, 7.0), 5.0, "w4g64z5s5", (UNIFORM,)),
     )
 }
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `compress` is asked for: a file of records, components to keep, and further fields."""
+    """What a method asks of the pipeline in a bed.
+
+    data:   its file of records.
+    unread: components with weights that these records do not run.
+    spared: components that the method leaves in 16 bits, though something is known of them.
+    """
 
     data: Path
-    keep: tuple[str, ...]
+    unread: tuple[str, ...]
+    spared: tuple[str, ...]
     method: Method
 
-    def arguments(self, tasks: Iterable[str]) -> dict[str, Any]:
-        """Of `pipeline.compress`, beside model, folders and size. tasks: the model's, in order."""
-        from quantlib.search.tasks import Objective
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Components that stay in 16 bits."""
+        unread = () if self.method.plain else self.unread
+        return tuple(sorted({*unread, *self.spared}))
 
+    def objective(self, tasks: Iterable[str]) -> Objective:
+        """What is minimised. tasks: the model's, in order."""
         others = list(tasks)[1:] if self.method.first_task else []
-        return {
-            "data": self.data,
-            "keep": self.keep,
-            "pins": self.method.pins,
-            "objective": Objective(dict.fromkeys(others, 0.0)),
-            **self.method.recipe,
-        }
+        return Objective(dict.fromkeys(others, 0.0))
 
 
 def request(method: Method, bed: Path, work: Path) -> Request:
@@ -136,15 +158,14 @@ def request(method: Method, bed: Path, work: Path) -> Request:
     if not chosen:
         raise DataError(f"{method.name}: {bed.name} has no record of kind {method.kinds}")
     model_map = ModelMap.from_source(source)
-    kept = unreached(source, model_map, chosen)
-    if method.only is not None:
-        kept |= {c.name for c in model_map.components()} - set(method.only)
     weights = {weight.component for weight in model_map.weights}
+    unread = unreached(source, model_map, chosen) & weights
+    spared = set() if method.only is None else weights - {*method.only} - unread
     data = bed / "calibration.jsonl"
     if len(chosen) < len(everything):
         data = work / f"{method.name.replace(' ', '-')}.jsonl"
         write_chosen(chosen, data)
-    return Request(data, tuple(sorted(kept & weights)), method)
+    return Request(data, tuple(sorted(unread)), tuple(sorted(spared)), method)
 
 
 def unreached(source: Source, model_map: ModelMap, records: Iterable[Record]) -> set[str]:

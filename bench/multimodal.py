@@ -4,11 +4,12 @@
     python -P -m quantlib.bench.multimodal vlm --part budgets --seeds 1
     python -P -m quantlib.bench.multimodal speech --list     what is measured, and what is missing
 
-For every budget and seed a bed's model (`bench.beds`) is compressed twice to the same file size:
-`whole` lets the search spend the bytes on all components, `language model only` on the language
-model, its embeddings and its head, with the rest in 16 bits. Both are judged on records nobody
-calibrated on, against the full-precision model (`quantlib eval --suite multimodal`). Ablations
-leave one thing out, at the middle budget; `speech` also has GPTQ with 5 bits for every linear.
+For every budget and seed a bed's model (`bench.beds`) is compressed twice to one file size (less
+where every weight has its best candidate already): `whole` lets the search spend the bytes on all
+components, `language model only` on the language model, its embeddings and its head, with the rest
+in 16 bits. Both are judged on records nobody calibrated on, against the full-precision model
+(`quantlib eval --suite multimodal`). Ablations leave one thing out, at the middle budget; `speech`
+also has GPTQ with 5 bits for every linear.
 
 A row is kept as soon as it is measured, so the command can be stopped and goes on where it was.
 """
@@ -36,19 +37,17 @@ from quantlib.bench.comparisons import (
     Bed,
     Method,
     request,
-    tasks_of,
 )
+from quantlib.bench.multimodal_measure import Judging, compressed
 from quantlib.bench.multimodal_table import compared, table
 from quantlib.calibration.records import read_records
 from quantlib.checkpoint.disk import atomic_write_text, read_json
 from quantlib.errors import CheckpointError, DataError, QuantlibError, SearchError, UsageError
-from quantlib.evaluation.multimodal import evaluate_suite
-from quantlib.evaluation.passes import Options
 from quantlib.models.source import Source
-from quantlib.pipeline.compress import compress
+from quantlib.recipe import Recipe
 
 PARTS = ("budgets", "ablations", "further")
-JUDGE = "judge.safetensors"
+SEEDS = 3
 LIMIT = 100
 """Test records of each stream."""
 
@@ -72,6 +71,11 @@ class Row:
     def folder(self) -> Path:
         """Where rows and work directories of the bed lie."""
         return artifacts.folder() / "multimodal" / self.bed.name
+
+    @property
+    def file(self) -> Path:
+        """Where its figures are kept."""
+        return self.folder() / "rows" / f"{self.name}.json"
 
 
 def rows_of(bed: Bed, parts: Iterable[str], seeds: int, kinds: set[str]) -> list[Row]:
@@ -99,94 +103,76 @@ def _differs(method: Method, kinds: set[str]) -> bool:
     return set() < kinds & set(method.kinds) < kinds
 
 
-def measured(row: Row, limit: int, *, again: bool = False) -> dict[str, Any]:
+def measured(row: Row, judging: Judging, *, again: bool = False) -> dict[str, Any]:
     """The figures of a row: those that are kept, if nothing they depend on has changed.
 
-    limit: the most test records of a stream. again: measure anyway.
+    judging: of the row's bed. again: measure anyway.
     Raises a QuantlibError when compressing or evaluating fails, except for a budget that no
     allocation fits: the row then says so.
     """
-    key = key_of(row, limit)
-    file = row.folder() / "rows" / f"{row.name}.json"
-    kept = kept_row(file)
-    if kept is not None and kept["key"] == key and not again:
+    kept = kept_row(row, judging.limit)
+    if kept is not None and not again:
         return kept
     console.print(f"Measuring {row.method.name} at {row.bits:g} bits, seed {row.seed}")
     found = {
-        "key": key,
+        "key": key_of(row, judging.limit),
         "method": row.method.name,
         "bits": row.bits,
         "seed": row.seed,
-        **_measure(row, limit),
+        **_measure(row, judging),
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(file, json.dumps(found, indent=1) + "\n")
+    row.file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(row.file, json.dumps(found, indent=1) + "\n")
     return found
 
 
-def kept_row(file: Path) -> dict[str, Any] | None:
-    """A row that was measured before, None when there is none that can be read."""
+def kept_row(row: Row, limit: int) -> dict[str, Any] | None:
+    """The figures of a row that was measured before; None when there are none that can be read, or
+    when something that they depend on has changed."""
     try:
-        found = read_json(file)
+        found = read_json(row.file)
     except CheckpointError:
         return None
-    return found if "key" in found else None
+    return found if found.get("key") == key_of(row, limit) else None
 
 
 def key_of(row: Row, limit: int) -> str:
-    """sha256 over what a row depends on: the model, the records, the method, the settings."""
+    """sha256 over what a row depends on: the model, the records, the method, the settings (those
+    that are the recipe's own, too)."""
     bed = row.bed.folder()
+    recipe = Recipe.create(data="-", **row.method.recipe)
     records = [bed / "calibration.jsonl", bed / "test.jsonl"]
     parts = [
         *(hashlib.sha256(file.read_bytes()).hexdigest() for file in records),
         *(Source.open(bed / "model").fingerprint, repr(row.method), row.bits, row.seed, limit),
+        *(row.bed.plain, recipe.model_dump(mode="json"), recipe.stream_weighting),
+        recipe.damping_of(streams=True),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _measure(row: Row, limit: int) -> dict[str, Any]:
+def _measure(row: Row, judging: Judging) -> dict[str, Any]:
     """Compress and evaluate; the checkpoint is deleted, the work directory serves the next
     budget."""
     bed, place = row.bed.folder(), row.folder()
     place.mkdir(parents=True, exist_ok=True)
     asked = request(row.method, bed, place / "records")
-    tasks = tasks_of(Source.open(bed / "model"), read_records(asked.data))
-    arguments = asked.arguments(tasks)
-    shared = json.dumps([str(asked.data), asked.keep, dict(row.method.recipe), row.method.pins])
-    work = place / f"work-{hashlib.sha256(shared.encode()).hexdigest()[:12]}-{row.seed}"
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=".out-", dir=place) as scratch:
+        out = Path(scratch, "model")
         try:
-            result = compress(
-                bed / "model",
-                out=Path(scratch, "model"),
-                work=work,
-                bits=row.bits,
-                seed=row.seed,
-                report=False,
-                **arguments,
-            )
+            packed = compressed(asked, row.bed, place, out, row.bits, row.seed)
         except SearchError as error:
             return {"infeasible": str(error)}
         seconds = time.monotonic() - started
-        judge = bed / JUDGE
-        figures = evaluate_suite(
-            result.path,
-            bed / "model",
-            bed / "test.jsonl",
-            judge=judge if judge.is_file() else None,
-            limit=limit,
-            options=Options(seed=0),
-        )
-    return {
-        "bytes": result.file_bytes,
-        "true_bits": 8 * result.file_bytes / result.parameters,
-        "kept_in_16_bits": list(asked.keep),
-        "seconds": round(seconds, 1),
-        "predicted": dict(result.plan.predicted),
-        "figures": [figure.to_json() for figure in figures.figures],
-        "skipped": figures.skipped,
-    }
+        return {
+            "bytes": packed.nbytes,
+            "true_bits": packed.bits,
+            "kept_in_16_bits": list(packed.kept),
+            "seconds": round(seconds, 1),
+            "predicted": packed.predicted,
+            **judging.figures(out),
+        }
 
 
 def main(
@@ -194,7 +180,7 @@ def main(
     part: Annotated[
         list[str] | None, typer.Option(help=f"Only this part, of {', '.join(PARTS)}. Repeatable.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Of calibration draws, from 0.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Of calibration draws, from 0.")] = SEEDS,
     bits: Annotated[
         list[float] | None, typer.Option(help="Only rows of this budget. May be repeated.")
     ] = None,
@@ -232,26 +218,33 @@ def _run(
         raise DataError(f"nothing of bed {bed.name} fits --part and --bits")
     if only_list:
         for row in rows:
-            kept = kept_row(row.folder() / "rows" / f"{row.name}.json")
-            there = kept is not None and kept["key"] == key_of(row, limit)
-            print(f"{'measured' if there else 'missing '}  {row.name}")
+            missing = kept_row(row, limit) is None
+            print(f"{'missing ' if missing else 'measured'}  {row.name}")
         return
-    found = [measured(row, limit, again=again) for row in rows]
+    with Judging(bed, limit) as judging:
+        for row in rows:
+            measured(row, judging, again=again)
+    path = write_results(bed, rows_of(bed, PARTS, max(seeds, SEEDS), kinds), limit)
+    console.print(f"wrote {path.name}")
+
+
+def write_results(bed: Bed, rows: Sequence[Row], limit: int) -> Path:
+    """The result file of a bed, from all of these rows that are there: another part or seed that
+    was measured earlier stays in it. Prints the table."""
+    known = [(row, kept) for row in rows if (kept := kept_row(row, limit)) is not None]
+    found = [{name: v for name, v in one.items() if name != "key"} for _, one in known]
     comparison = compared(found)
     print(table(comparison))
-    path = record.write(
+    return record.write(
         f"multimodal_{bed.name}",
         {
             "bed": bed.name,
             "test_records": limit,
-            "methods": {row.method.name: row.method.says for row in rows},
+            "methods": {row.method.name: row.method.says for row, _ in known},
             "comparison": comparison,
-            "rows": [
-                {name: value for name, value in row.items() if name != "key"} for row in found
-            ],
+            "rows": found,
         },
     )
-    console.print(f"wrote {path.name}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from quantlib.bench.comparisons import WHOLE
 
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """For every budget and figure: the mean over seeds of every method, the reference's value, and
-    for each method but `whole` whether `whole` is better (None where it has no value)."""
+    for each method but `whole` whether `whole` is better (None where one has no value, or both have
+    the same)."""
     found = []
     for bits in sorted({row["bits"] for row in rows}):
         mine = [row for row in rows if row["bits"] == bits and "figures" in row]
@@ -68,7 +69,7 @@ def _reference(rows: Iterable[dict[str, Any]], task: str, name: str) -> float | 
 
 
 def _is_better(whole: float | None, other: float | None, better: str) -> bool | None:
-    if whole is None or other is None:
+    if whole is None or other is None or whole == other:
         return None
     return whole > other if better == "higher" else whole < other
 

@@ -1,7 +1,7 @@
 """What 4-bit activations cost a prompt: SmolLM2-135M's shape with inputs of 4 bits, in steps up to
 all that ResQ does online, against the same weights with inputs of 8 bits.
 
-    python -P -m quantlib.bench.prefill_w4a4 [--rounds N]
+    python -P -m quantlib.bench.prefill_w4a4 [--rounds N] [--work FOLDER]
 
 Kernels multiply 4-bit activations as they do 8-bit ones, so nothing is won here: the question is
 how much preparing a token costs: rotations, orders, ranges of two slices. Each step adds to the one
@@ -30,6 +30,7 @@ from quantlib.bench.checkpoints import PLAIN, SMOLLM2, Around, LlamaShape, Schem
 from quantlib.bench.engines import random_tokens
 from quantlib.bench.targets import Target
 from quantlib.bench.timing import quartiles
+from quantlib.checkpoint.writer import CONFIG_FILE
 from quantlib.cli.request import quiet_transformers
 from quantlib.kernels.kv_format import KvFormat
 from quantlib.runtime.engine import Engine
@@ -99,11 +100,13 @@ def _order(shape: LlamaShape) -> Tensor:
 
 
 def make_engines(shape: LlamaShape, folder: Path, capacity: int) -> dict[str, Engine]:
-    """Contender -> an engine on its checkpoint, which is written to `folder` and read."""
+    """Contender -> an engine on its checkpoint, which is written to `folder`, if it is not there,
+    and read."""
     engines = {}
     for number, one in enumerate(contenders(shape)):
-        schemes = Schemes(one.linears, EMBEDDING)
-        path = pack_random(shape, folder / str(number), schemes, one.around)
+        path = folder / str(number)
+        if not (path / CONFIG_FILE).is_file():
+            pack_random(shape, path, Schemes(one.linears, EMBEDDING), one.around)
         loaded = load(path, one.mode, engine="native", kv=one.kv)
         engines[one.name] = loaded.make_engine(capacity=capacity)
     return engines
@@ -142,11 +145,16 @@ def rows_of(seconds: Mapping[str, list[float]]) -> list[dict[str, Any]]:
     return rows
 
 
-def measure(shape: LlamaShape, prompt: int, rounds: int) -> dict[str, Any]:
-    """All contenders on a prompt of so many tokens, and whether the promise is kept."""
+def measure(
+    shape: LlamaShape, prompt: int, rounds: int, work: Path | None = None
+) -> dict[str, Any]:
+    """All contenders on a prompt of so many tokens, and whether the promise is kept.
+
+    work: where checkpoints are kept for the next time; nowhere by default.
+    """
     tokens = torch.tensor(random_tokens(prompt, shape.vocabulary))
     with tempfile.TemporaryDirectory(prefix="quantlib-bench-") as scratch:
-        engines = make_engines(shape, Path(scratch), prompt)
+        engines = make_engines(shape, work or Path(scratch), prompt)
     rows = rows_of(race(engines, tokens, rounds))
     where, what = f"{shape.name}, prompt of {prompt}", "speed of W4A4KV4 against W4A8"
     return {
@@ -167,9 +175,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--work", type=Path, help="keep the checkpoints here, and use those of the time before"
+    )
     options = parser.parse_args()
     quiet_transformers()
-    print(record.write("prefill_w4a4", measure(SMOLLM2, PROMPT, options.rounds)))
+    print(record.write("prefill_w4a4", measure(SMOLLM2, PROMPT, options.rounds, options.work)))
 
 
 if __name__ == "__main__":

@@ -44,8 +44,10 @@ from quantlib.search.solve import solve
 BUDGETS_MB = (89.5, 82.8, 76.2, 69.6, 62.9)
 TARGET_KL = (0.033, 0.062, 0.128, 0.265, 0.65)
 """What the project set out to reach at these sizes."""
+TARGET_REFINED = (0.024, 0.045, 0.092, 0.19, 0.45)
+"""The same where plans are re-rounded."""
 WINDOWS, SEQLEN = 24, 512
-PARTS = ("presets", "budgets", "baselines", "prediction", "refinement", "swaps")
+PARTS = ("presets", "budgets", "baselines", "prediction", "refinement", "refined", "swaps")
 RANDOM_PLANS = 40
 RANDOM_WINDOWS = 6
 """Windows each random plan is measured on: ranks need fewer than values do."""
@@ -94,13 +96,13 @@ class Bench:
         return trial
 
 
-def budgets(bench: Bench, scratch: Path) -> dict[str, Any]:
+def budgets(bench: Bench, scratch: Path, targets: Sequence[float], **recipe: Any) -> dict[str, Any]:
     """Compress to each budget and measure the packed checkpoint as a user would load it."""
     rows: list[dict[str, Any]] = []
     source = load_reference(bench)
-    for size, target in zip(BUDGETS_MB, TARGET_KL, strict=True):
+    for size, target in zip(BUDGETS_MB, targets, strict=True):
         started = time.monotonic()
-        result = bench.compress(size, scratch / f"out-{size}", bench.work)
+        result = bench.compress(size, scratch / f"out-{size}", bench.work, **recipe)
         seconds = time.monotonic() - started
         measured = evaluate_language(load(result.path).model, bench.windows, source)
         row: dict[str, Any] = {
@@ -257,7 +259,8 @@ def main() -> None:
         names = options.preset or tuple(PRESETS)
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "presets": lambda: presets(bench, scratch, names),
-            "budgets": lambda: budgets(bench, scratch),
+            "budgets": lambda: budgets(bench, scratch, TARGET_KL),
+            "refined": lambda: budgets(bench, scratch, TARGET_REFINED, refine=True),
             "baselines": lambda: baselines(bench),
             "prediction": lambda: prediction(bench),
             "refinement": lambda: after_solving(bench, scratch, REFINED),

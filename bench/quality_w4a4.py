@@ -62,7 +62,7 @@ OURS: dict[str, Run] = {
     "quantlib_strict": ours.quantlib_strict,
     "quantlib_floats": ours.quantlib_floats,
 }
-"""`bench.w4a4.ours`; of language models."""
+"""`bench.w4a4.ours`."""
 
 
 def open_subject(model: str, windows: int, held_out: int) -> Subject:
@@ -219,14 +219,22 @@ def runs(
     known: dict[str, Method] = dict(METHODS)
     if model in ABLATED or names:
         known |= ABLATIONS
-    plugs = plugs if model == WHISPER else OURS | plugs
-    for name in names or [*known, *plugs]:
-        if name in plugs:
-            yield from ((name, seed, plugs[name]) for seed in range(seeds))
-        elif name in known:
-            method = known[name]
-            run = partial(_quantize, method, prefix)
-            yield from ((name, seed, run) for seed in range(seeds if method.random else 1))
+    plugs = OURS | plugs
+    chosen = names or [*known, *plugs]
+    for name in (name for name in chosen if name in known and name not in plugs):
+        method = known[name]
+        run = partial(_quantize, method, prefix)
+        yield from ((name, seed, run) for seed in range(seeds if method.random else 1))
+    for seed in range(seeds):  # of one seed, runs share what they measured
+        yield from ((name, seed, plugs[name]) for name in chosen if name in plugs)
+
+
+def tidy(results: Results, model: str, seed: int) -> None:
+    """Remove what quantlib measured of a model and seed, once all rows that share it are there."""
+    for folder in set(ours.FOLDERS.values()):
+        rows = [name for name, own in ours.FOLDERS.items() if own == folder]
+        if all(results.has(model, name, seed) for name in rows):
+            ours.forget(model, folder, seed)
 
 
 def _quantize(method: Method, prefix: bool, subject: Subject, seed: int) -> Quantized:
@@ -292,10 +300,12 @@ def main() -> None:
         except assets.AssetUnavailable as error:
             print(f"{model} is left out: {error}")
             continue
-        results.models[model] = full_precision(subject)
+        if model not in results.models:
+            results.models[model] = full_precision(subject)
         for name, seed, run in todo:
             row = measure(subject, name, seed, run)
             results.add(row)
+            tidy(results, model, seed)
             print(f"{model} {name} seed {seed}: KL {row['kl']:.4f}  {row['seconds']}", flush=True)
     print(table(summarise(results.rows)))
 

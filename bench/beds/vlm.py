@@ -7,7 +7,7 @@ and `train` makes them again; everything else is fetched.
 
     python -P -m quantlib.bench.beds.vlm build     # the folder with model, records and pictures
     python -P -m quantlib.bench.beds.vlm gates     # what the model can do, as JSON
-    python -P -m quantlib.bench.beds.vlm train     # the connector anew: half an hour on one core
+    python -P -m quantlib.bench.beds.vlm train     # the connector anew: an hour on one core
 """
 
 from __future__ import annotations

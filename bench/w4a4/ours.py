@@ -1,5 +1,6 @@
 """quantlib itself beside the baselines: the pipeline of `quantlib compress --scheme resq --refine`,
-on the same calibration windows, under ResQ's own true bits.
+on the same calibration windows, under ResQ's own true bits; of Whisper, its parts put together in
+memory (`ours_speech.py`).
 
 The solver may spend as many bits of weights, of activations and of the KV cache as ResQ's slices
 and scales take in the same model, and not one more. Embeddings and head, which the baselines keep,
@@ -7,22 +8,27 @@ have 8 bits here: they belong to the checkpoint.
 
 The result is the dense model in memory that rounds what the packed checkpoint would, as
 `pipeline.dense` measures plans. What was measured is kept in the benchmarks' cache folder, some
-3 GB for a model and a seed: a killed run goes on there, and the strict point begins there.
+3 GB for a model and a seed: a killed run goes on there, and the strict point begins there
+(`FOLDERS`). `forget` removes it.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from quantlib.bench import assets
 from quantlib.bench.packages import default_cache
+from quantlib.bench.w4a4 import ours_speech
 from quantlib.bench.w4a4.bits import Bits, count
 from quantlib.bench.w4a4.methods import Quantized, resq_slices
-from quantlib.bench.w4a4.subjects import Language, Subject
+from quantlib.bench.w4a4.sites import weight
+from quantlib.bench.w4a4.subjects import Language, Speech, Subject
 from quantlib.formats.scheme import Scheme
 from quantlib.formats.size import payload_bytes
 from quantlib.kernels.kv_format import KvFormat, SideFormat
@@ -37,7 +43,7 @@ from quantlib.pipeline.reround import reround
 from quantlib.pipeline.rotate import rotated
 from quantlib.pipeline.run import Run
 from quantlib.recipe import Recipe, method_fields
-from quantlib.search.activations import ACTIVATION_BITS, mean_bits
+from quantlib.search.activations import ACTIVATION_BITS, mean_bits, rounds_inputs
 from quantlib.search.solve import solve
 
 STRICT, STRICT_KV = 4.0, 4.5
@@ -45,6 +51,9 @@ STRICT, STRICT_KV = 4.0, 4.5
 smallest format has codes of 4 bits and 0.5 for scales in heads of 64."""
 OUTSIDE = "w8g64zs6"
 """Embeddings and head."""
+FOLDERS = {"quantlib": "resq", "quantlib_strict": "resq", "quantlib_floats": "resq-fp"}
+"""Row -> what its work directory is named after: its candidates. Equal ones share what is measured
+of a model and seed."""
 
 
 def quantlib(subject: Subject, seed: int) -> Quantized:
@@ -64,6 +73,16 @@ def quantlib_floats(subject: Subject, seed: int) -> Quantized:
     return compressed(subject, seed, allowed.weights, allowed.activations, allowed.kv, "resq-fp")
 
 
+def work_folder(model: str, method: str, seed: int) -> Path:
+    """Where the pipeline keeps what it measured."""
+    return default_cache() / "bench" / f"w4a4-{model}-{method}-{seed}"
+
+
+def forget(model: str, method: str, seed: int) -> None:
+    """Remove that, if it is there."""
+    shutil.rmtree(work_folder(model, method, seed), ignore_errors=True)
+
+
 def resq_bits(subject: Subject) -> Bits:
     """What faithful ResQ takes in this model."""
     plans, heads = resq_slices(subject)
@@ -75,9 +94,15 @@ def compressed(
 ) -> Quantized:
     """A model of a folder by the whole pipeline, within mean true bits of its linears and their
     inputs."""
+    fields = method_fields(method, activations)
+    if isinstance(subject, Speech):
+        spoken = ours_speech.rounded(subject, seed, fields["schemes"], weights, activations, kv)
+        return Quantized(spoken.model, speech_bits(subject, spoken), {})
     if not isinstance(subject, Language) or subject.folder is None:
         raise ValueError(f"{subject.name} is no language model in a folder")
-    fields = method_fields(method, activations) | {"kv": f"{kv:g}", "seed": seed}
+    # Embeddings and head are pinned: no other scheme of theirs has to be measured.
+    inside = [name for name in fields["schemes"] if rounds_inputs([name])]
+    fields |= {"schemes": (*inside, OUTSIDE), "kv": f"{kv:g}", "seed": seed}
     recipe = Recipe.create(
         data=str(assets.wikipedia_text("calibration")),
         windows=len(subject.calibration),
@@ -86,7 +111,7 @@ def compressed(
         probe_windows=1,
         **fields,
     )
-    work = default_cache() / "bench" / f"w4a4-{subject.name}-{method}-{seed}"
+    work = work_folder(subject.name, method, seed)
     started = time.monotonic()
     with open_run(subject.folder, work, recipe) as run:
         # The first window is the probes', of which there are none.
@@ -120,19 +145,38 @@ def allocate(run: Run, weights: float, activations: float) -> dict[str, str]:
 
 def bits_of(run: Run, schemes: Mapping[str, str], caches: Sequence[KvFormat]) -> Bits:
     """The bits of a plan, counted as `bits.count` counts the baselines'."""
+    shapes = {w.name: (w.parameters // w.in_features, w.in_features) for w in _linears(run)}
+    head_dim = int(run.source.config.get("head_dim") or _head_dim(run.source.config))
+    return _counted(shapes, schemes, caches, head_dim)
+
+
+def speech_bits(subject: Speech, found: ours_speech.Rounded) -> Bits:
+    """The same of a model in memory."""
+    shapes = {}
+    for reader in (reader for site in subject.sites for reader in site.readers):
+        rows, width = weight(subject.original, reader).shape
+        shapes[reader.weight] = rows, width
+    head_dim = subject.wiring.attentions[0].head_dim
+    return _counted(shapes, found.schemes, list(found.caches.values()), head_dim)
+
+
+def _counted(
+    shapes: Mapping[str, tuple[int, int]],
+    schemes: Mapping[str, str],
+    caches: Sequence[KvFormat],
+    head_dim: int,
+) -> Bits:
     total = stored = codes = acts = act_codes = 0.0
-    for weight in _linears(run):
-        scheme, width = Scheme.parse(schemes[weight.name]), weight.in_features
-        rows = weight.parameters // width
+    for name, (rows, width) in shapes.items():
+        scheme = Scheme.parse(schemes[name])
         segments = scheme.segments(width)
-        total += weight.parameters
+        total += rows * width
         stored += 8 * payload_bytes((rows, width), segments)
         codes += rows * sum(part.length * part.format.bits for part in segments)
-        acts += weight.parameters * mean_bits(scheme, width)
+        acts += rows * width * mean_bits(scheme, width)
         act_codes += rows * sum(
             part.length * part.format.bits for part in scheme.activations(width)
         )
-    head_dim = int(run.source.config.get("head_dim") or _head_dim(run.source.config))
     sides = [side for kv in caches for side in (kv.key, kv.value)]
     return Bits(
         stored / total,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -185,10 +186,35 @@ class Speech(Subject):
             for one, ids in zip(self.heard, self.forced, strict=True)
         ]
 
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """Every calibration clip with its transcript, as arguments of the model."""
+        for features, ids in zip(self.clips, self.clip_tokens, strict=True):
+            yield {"input_features": features[None], "decoder_input_ids": ids[None]}
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """Of one clip's logits [1, T, V], those that predict what follows the prompt [., V]."""
+        return logits[0, len(self._prompt) - 1 :]
+
+    @torch.no_grad()
+    def heard_by(self, model: Any, count: int) -> list[tuple[Any, Tensor]]:
+        """What the encoder makes of the first calibration clips, and their transcripts: the
+        arguments of `decoded`."""
+        encoder = model.get_encoder()
+        return [
+            (encoder(features[None]), ids)
+            for features, ids in zip(self.clips[:count], self.clip_tokens, strict=False)
+        ]
+
+    @torch.no_grad()
+    def decoded(self, model: Any, encoded: Any, ids: Tensor) -> Tensor:
+        """`predictions` of the decoder alone."""
+        out = model(encoder_outputs=encoded, decoder_input_ids=ids[None], use_cache=False)
+        return self.predictions(out.logits)
+
     def quick(self, model: Any) -> float:
         """Mean KL per token over calibration clips."""
         found = [
-            _kl(reference, self._logits(model, self.clips[i], self.clip_tokens[i]))
+            divergence(reference, self._logits(model, self.clips[i], self.clip_tokens[i]))
             for i, reference in enumerate(self._quick_logits)
         ]
         return sum(found) / len(found)
@@ -197,7 +223,7 @@ class Speech(Subject):
         """KL per token along the original's transcripts (mean over utterances and its standard
         error), and word errors of greedy transcripts over all words."""
         divergences = [
-            _kl(reference, self._logits(model, one, ids))
+            divergence(reference, self._logits(model, one, ids))
             for reference, one, ids in zip(
                 self._logits_of_original, self.heard, self.forced, strict=True
             )
@@ -253,11 +279,10 @@ class Speech(Subject):
     def _logits(self, model: Any, features: Tensor, ids: Tensor) -> Tensor:
         """Logits [T - 1, V] that predict what follows the prompt, the end of the text included."""
         out = model(input_features=features[None], decoder_input_ids=ids[None], use_cache=False)
-        logits: Tensor = out.logits[0, len(self._prompt) - 1 :]
-        return logits
+        return self.predictions(out.logits)
 
 
-def _kl(reference: Tensor, logits: Tensor) -> float:
+def divergence(reference: Tensor, logits: Tensor) -> float:
     """Mean over positions of KL(reference || logits), nats."""
     theirs, ours = reference.log_softmax(-1), logits.log_softmax(-1)
     return float((theirs.exp() * (theirs - ours)).sum(-1, dtype=torch.float64).mean())

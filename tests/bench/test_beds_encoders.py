@@ -4,6 +4,7 @@ was put in."""
 import gzip
 import json
 import struct
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,22 @@ import numpy as np
 import pytest
 import torch
 
+from quantlib.bench import multimodal_encoders
 from quantlib.bench.beds import dinov2, encoders, fashion
 from quantlib.bench.beds.folders import write_records
 from quantlib.errors import DataError, UsageError
+from quantlib.evaluation.estimate import Estimate
+from quantlib.pipeline.compress import compress
+
+from ..pipeline import whole_models
+
+QUICK: dict[str, Any] = {
+    "windows": 4,
+    "probe_windows": 2,
+    "probes": 0,
+    "passes": 0,
+    "schemes": ("w4g32zs4", "w8g32zs6"),
+}
 
 
 def test_ranks_are_counted_from_the_nearest_article() -> None:
@@ -193,3 +207,34 @@ def test_vision_is_judged_on_pictures_that_are_not_known(small: None, tmp_path: 
     swapped = encoders.pictures(images[:4], 1 - labels[:4], tmp_path / "asked", known=False)
     write_records(tmp_path / "test.jsonl", [*known, *swapped])
     assert encoders.judge("dinov2", dino(), tmp_path)["nearest_neighbours"].value == 0.0
+
+
+# -- the bench -------------------------------------------------------------------------------------
+
+
+def test_rows_of_an_encoder_are_within_their_budgets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Through the real pipeline, on a tiny DINOv2: a row for every budget and seed, beside the
+    figures of full precision."""
+    bed = tmp_path / "bed"
+    bed.mkdir()
+    whole_models.save("dinov2", bed / "model")
+    whole_models.records("dinov2", bed).rename(bed / "calibration.jsonl")
+    monkeypatch.setattr(multimodal_encoders, "compress", partial(compress, **QUICK))
+    monkeypatch.setattr(
+        multimodal_encoders,
+        "judge",
+        lambda kind, model, _: {"nearest": Estimate.mean([float(kind == "dinov2"), 1.0])},
+    )
+    found = multimodal_encoders.measure(bed, tmp_path / "work", (12.0, 20.0), 2)
+    assert found["full_precision"]["nearest"]["value"] == 1.0
+    assert [(row["bits"], row["seed"]) for row in found["rows"]] == [
+        (12.0, 0),
+        (20.0, 0),
+        (12.0, 1),
+        (20.0, 1),
+    ]
+    for row in found["rows"]:
+        assert row["true_bits"] <= row["bits"]
+        assert row["figures"]["nearest"]["value"] == 1.0

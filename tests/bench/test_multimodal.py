@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from PIL import Image
 
@@ -23,10 +24,18 @@ from quantlib.bench.comparisons import (
     write_chosen,
 )
 from quantlib.bench.multimodal import Row, measured, rows_of
+from quantlib.bench.multimodal_measure import Judging, compressed
 from quantlib.bench.multimodal_table import compared, table
 from quantlib.calibration.records import GENERATION, QUESTION, TEXT, read_records
+from quantlib.checkpoint.reader import read_layout
+from quantlib.checkpoint.writer import PLAN_FILE
 from quantlib.errors import DataError, SearchError, UsageError
+from quantlib.formats.rtn import quantize_rtn
+from quantlib.formats.scheme import Scheme
+from quantlib.formats.weight import dequantize
+from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
+from quantlib.search.plan import Plan
 
 from ..models.stacked_models import build, save
 from ..pipeline import whole_models
@@ -47,43 +56,48 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> Bed:
     ]
     for name in ("calibration", "test"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Bed("tiny", lambda: folder, (4.0, 6.0), 4.0)
+    return Bed("tiny", lambda: folder, (4.0, 6.0), 4.0, "w4g32zs4")
 
 
 def test_the_whole_model_keeps_nothing_and_reads_every_record(bed: Bed, tmp_path: Path) -> None:
     asked = request(WHOLE, bed.folder(), tmp_path)
-    assert asked.keep == ()
+    assert asked.kept == ()
     assert asked.data == bed.folder() / "calibration.jsonl"
     assert not any(tmp_path.iterdir())
 
 
 def test_language_only_keeps_what_is_no_language_model(bed: Bed, tmp_path: Path) -> None:
     asked = request(LANGUAGE_ONLY, bed.folder(), tmp_path)
-    assert "vision_tower" in asked.keep
-    assert "generation_head" in asked.keep
-    assert not set(asked.keep) & set(comparisons.WORDS)
+    assert "vision_tower" in asked.kept
+    assert "generation_head" in asked.kept
+    assert not set(asked.kept) & set(comparisons.WORDS)
     assert asked.data == bed.folder() / "calibration.jsonl", "the same data"
+    assert asked.unread == (), "and the same statistics: it only spends the bytes elsewhere"
 
 
-def test_without_generation_its_components_are_kept(bed: Bed, tmp_path: Path) -> None:
+def test_without_generation_its_components_are_unread_and_rounded_plainly(
+    bed: Bed, tmp_path: Path
+) -> None:
     asked = request(NO_GENERATION, bed.folder(), tmp_path)
     assert {record.kind for record in read_records(asked.data)} == {TEXT, QUESTION}
-    assert "generation_head" in asked.keep
-    assert "vision_tower" not in asked.keep
+    assert "generation_head" in asked.unread
+    assert "vision_tower" not in asked.unread
+    assert asked.kept == ()
+    assert request(dataclasses.replace(NO_GENERATION, plain=False), bed.folder(), tmp_path).kept
 
 
-def test_with_text_alone_only_words_are_quantized(bed: Bed, tmp_path: Path) -> None:
+def test_text_alone_runs_only_words(bed: Bed, tmp_path: Path) -> None:
     asked = request(TEXT_ONLY, bed.folder(), tmp_path)
     assert [record.kind for record in read_records(asked.data)] == [TEXT]
-    assert set(asked.keep) == set(request(LANGUAGE_ONLY, bed.folder(), tmp_path).keep)
+    assert set(asked.unread) == set(request(LANGUAGE_ONLY, bed.folder(), tmp_path).kept)
 
 
 def test_one_task_leaves_the_others_out_of_the_objective(bed: Bed, tmp_path: Path) -> None:
     tasks = tasks_of(Source.open(bed.folder() / "model"), read_records(bed.folder() / "test.jsonl"))
     assert len(tasks) > 2
-    weights = request(ONE_TASK, bed.folder(), tmp_path).arguments(tasks)["objective"].weights
+    weights = request(ONE_TASK, bed.folder(), tmp_path).objective(tasks).weights
     assert weights == dict.fromkeys(tasks[1:], 0.0)
-    assert not request(WHOLE, bed.folder(), tmp_path).arguments(tasks)["objective"].weights
+    assert not request(WHOLE, bed.folder(), tmp_path).objective(tasks).weights
 
 
 def test_chosen_records_find_their_media_elsewhere(bed: Bed, tmp_path: Path) -> None:
@@ -132,7 +146,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Row]:
     """Rows that were really measured; the cache lies in a folder of the test."""
     done: list[Row] = []
 
-    def measure(row: Row, limit: int) -> dict[str, Any]:
+    def measure(row: Row, judging: Judging) -> dict[str, Any]:
         done.append(row)
         return {"bytes": 1, "figures": []}
 
@@ -143,29 +157,52 @@ def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Row]:
 
 def test_a_row_is_measured_once_until_its_data_change(bed: Bed, counted: list[Row]) -> None:
     row = Row(bed, WHOLE, 4.0, 0)
-    first = measured(row, 10)
-    assert measured(row, 10) == first
+    few, many = Judging(bed, 10), Judging(bed, 20)
+    first = measured(row, few)
+    assert measured(row, few) == first
     assert len(counted) == 1
-    measured(Row(bed, WHOLE, 4.0, 1), 10)
-    measured(row, 20)
+    measured(Row(bed, WHOLE, 4.0, 1), few)
+    measured(row, many)
     assert len(counted) == 3, "another seed, and more test records"
-    measured(row, 20, again=True)
+    measured(row, many, again=True)
     assert len(counted) == 4
     test = bed.folder() / "test.jsonl"
     before = test.read_text()
     test.write_text(before + json.dumps({"text": "more"}) + "\n")
     try:
-        measured(row, 20)
+        measured(row, many)
     finally:
         test.write_text(before)
     assert len(counted) == 5
 
 
+def test_the_result_file_has_every_row_that_is_kept(
+    bed: Bed, counted: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One seed measured after another, and each budget by itself: nothing is lost between."""
+    written: list[dict[str, Any]] = []
+
+    def write(name: str, rows: dict[str, Any]) -> Path:
+        assert name == "multimodal_tiny"
+        written.append(rows)
+        return Path("multimodal_tiny.json")
+
+    monkeypatch.setattr(multimodal.record, "write", write)
+    monkeypatch.setitem(multimodal.BEDS, "tiny", bed)
+    multimodal.main("tiny", ["budgets"], 1, [4.0], 10)
+    multimodal.main("tiny", ["budgets"], 2, [6.0], 10)
+    kept = [(row["method"], row["bits"], row["seed"]) for row in written[-1]["rows"]]
+    assert len(written[0]["rows"]) == 2
+    assert len(kept) == len(set(kept)) == 6
+    assert {bits for _, bits, _ in kept} == {4.0, 6.0}
+    assert all("key" not in row for row in written[-1]["rows"])
+
+
 def test_a_damaged_row_is_measured_again(bed: Bed, counted: list[Row]) -> None:
     row = Row(bed, WHOLE, 4.0, 0)
-    measured(row, 10)
-    (row.folder() / "rows" / f"{row.name}.json").write_text("{")
-    measured(row, 10)
+    measured(row, Judging(bed, 10))
+    row.file.write_text("{")
+    measured(row, Judging(bed, 10))
     assert len(counted) == 2
 
 
@@ -176,8 +213,9 @@ def test_a_budget_that_nothing_fits_is_a_row_that_says_so(
         raise SearchError("the least that is possible is 9 MB")
 
     monkeypatch.setattr(artifacts, "folder", lambda: tmp_path)
-    monkeypatch.setattr(multimodal, "compress", refuse)
-    assert measured(Row(bed, LANGUAGE_ONLY, 4.0, 0), 10)["infeasible"].endswith("is 9 MB")
+    monkeypatch.setattr(multimodal, "compressed", refuse)
+    row = Row(bed, LANGUAGE_ONLY, 4.0, 0)
+    assert measured(row, Judging(bed, 10))["infeasible"].endswith("is 9 MB")
 
 
 QUICK = {
@@ -189,26 +227,59 @@ QUICK = {
 }
 
 
-def test_a_row_is_compressed_and_judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Through the real pipeline and evaluation, on a tiny LLaVA: the file is within its budget, the
-    figures are of every task, the checkpoint is gone, and too small a budget is a row, too."""
-    folder = tmp_path / "bed"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a bed with a tiny random LLaVA, and records of text and pictures."""
+    folder = tmp_path_factory.mktemp("llava")
     whole_models.save("llava_dinov2", folder / "model")
     whole_models.records("llava_dinov2", folder).rename(folder / "calibration.jsonl")
     shutil.copy(folder / "calibration.jsonl", folder / "test.jsonl")
+    return folder
+
+
+def test_a_row_is_compressed_and_judged(
+    llava: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Through the real pipeline and evaluation: the file is within its budget, the figures are of
+    every task, the checkpoint is gone, and too small a budget is a row, too."""
     monkeypatch.setattr(artifacts, "folder", lambda: tmp_path / "cache")
-    method = dataclasses.replace(WHOLE, recipe=QUICK)
-    row = Row(Bed("tiny", lambda: folder, (20.0,), 20.0), method, 20.0, 0)
-    found = measured(row, 3)
-    assert found["true_bits"] <= 20.0
-    assert found["kept_in_16_bits"] == []
-    assert {figure["task"] for figure in found["figures"]} == {"text", "answer"}
-    assert json.loads((row.folder() / "rows" / f"{row.name}.json").read_text()) == found
-    assert not list(row.folder().glob(".out-*"))
-    small = measured(dataclasses.replace(row, bits=1.0), 3)
-    assert "infeasible" in small
-    assert "figures" not in small
+    bed = Bed("tiny", lambda: llava, (20.0,), 20.0, "w4g32zs4")
+    row = Row(bed, dataclasses.replace(WHOLE, recipe=QUICK), 20.0, 0)
+    with Judging(bed, 3) as judging:
+        found = measured(row, judging)
+        assert found["true_bits"] <= 20.0
+        assert found["kept_in_16_bits"] == []
+        assert {figure["task"] for figure in found["figures"]} == {"text", "answer"}
+        assert json.loads(row.file.read_text()) == found
+        assert not list(row.folder().glob(".out-*"))
+        small = measured(dataclasses.replace(row, bits=1.0), judging)
+        assert "infeasible" in small
+        assert "figures" not in small
+        language = dataclasses.replace(LANGUAGE_ONLY, recipe=QUICK)
+        other = measured(dataclasses.replace(row, method=language, bits=30.0), judging)
+    assert len(list(row.folder().glob("work-*"))) == 1, "one calibration serves both methods"
+    assert "vision_tower" in other["kept_in_16_bits"]
+    assert other["bytes"] > found["bytes"], "the tower as it was: its file has 32 bits"
+
+
+def test_what_no_record_runs_is_rounded_plainly(llava: Path, tmp_path: Path) -> None:
+    """With text alone nothing is known of the tower: its weights are the nearest of their format,
+    and the whole checkpoint still fits the budget that `whole` has."""
+    method = dataclasses.replace(TEXT_ONLY, recipe=QUICK)
+    asked = request(method, llava, tmp_path)
+    assert "vision_tower" in asked.unread
+    bed = Bed("tiny", lambda: llava, (20.0,), 20.0, "w4g32zs4")
+    packed = compressed(asked, bed, tmp_path, tmp_path / "out", 20.0, 0)
+    assert packed.kept == ()
+    plan = Plan.load(tmp_path / "out" / PLAN_FILE, Source.open(llava / "model").fingerprint)
+    weights = ModelMap.from_source(Source.open(llava / "model")).weights
+    assert set(plan.schemes) == {weight.name for weight in weights}
+    tower = next(w for w in weights if w.component == "vision_tower" and w.kind == "linear")
+    assert plan.schemes[tower.name] == "w4g32zs4"
+    original = Source.open(llava / "model").read(tower.name).float()
+    segments = Scheme.parse("w4g32zs4").segments(tower.in_features)
+    stored = read_layout(tmp_path / "out").quantized(tower.name)
+    assert torch.equal(dequantize(stored), dequantize(quantize_rtn(original, segments)))
 
 
 # -- the table -------------------------------------------------------------------------------------

@@ -31,6 +31,17 @@ def test_every_contender_runs_and_the_last_does_all_of_it(tmp_path: Path) -> Non
     assert len(set(values)) == len(values), "every step changes what is computed"
 
 
+def test_checkpoints_that_are_kept_are_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prefill_w4a4.make_engines(TINY, tmp_path, 40)
+    monkeypatch.setattr(prefill_w4a4, "pack_random", lambda *_: pytest.fail("made again"))
+    again = prefill_w4a4.make_engines(TINY, tmp_path, 40)
+    prompt = torch.arange(40)
+    for name, engine in first.items():
+        assert torch.equal(engine.prefill(prompt), again[name].prefill(prompt))
+
+
 def test_a_ratio_compares_within_a_round() -> None:
     rows = prefill_w4a4.rows_of({"a": [1.0, 2.0, 4.0], "b": [1.1, 2.2, 4.4]})
     assert rows[1]["ratio"] == pytest.approx(1.1)

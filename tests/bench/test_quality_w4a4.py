@@ -90,6 +90,24 @@ def test_what_is_there_is_not_measured_again(
     assert json.loads(results.read_text())["rows"] == json.loads(first)["rows"]
 
 
+def test_of_a_seed_all_that_shares_a_folder_runs_before_the_folder_goes(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone: list[tuple[str, str, int]] = []
+    monkeypatch.setattr(bench, "OURS", dict.fromkeys(("quantlib", "quantlib_strict"), method))
+    monkeypatch.setattr(bench.ours, "forget", lambda *what: gone.append(what))
+    both = ("--method", "quantlib", "--method", "quantlib_strict")
+    run(monkeypatch, "--model", "plain", *both, "--seeds", "2")
+    rows = json.loads(results.read_text())["rows"]
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        ("quantlib", 0),
+        ("quantlib_strict", 0),
+        ("quantlib", 1),
+        ("quantlib_strict", 1),
+    ]
+    assert gone == [("plain", "resq", 0), ("plain", "resq", 1)]
+
+
 def test_other_settings_do_not_overwrite_a_table(
     results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
