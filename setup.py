@@ -68,6 +68,7 @@ EXTRAS = {
         "pytest-timeout>=2",
         "pytest-xdist>=3.6",
         "ruff>=0.11",
+        "torch-geometric>=2.6",
         "types-PyYAML",
     ],
 }
