@@ -3,7 +3,8 @@
 #   make demo    compress a real language model to a byte budget and show what it cost
 #   make test    install the development tools and run the tests
 #   make sanitize  run the CPU kernels under the address, undefined behaviour and thread sanitizers
-#   make test-kernels  all tests of the CUDA kernels: emulated, and compiled for every architecture
+#   make test-kernels  all tests of the CUDA and Triton kernels: emulated, interpreted, and compiled
+#                      for every architecture; `make kernel-tools` installs what that needs
 #   make test-gpu  the same kernels on a real GPU (and Triton's as compiled, not interpreted)
 #   make cubins  compile the CUDA kernels ahead of time, into build/cubins
 #   make peers   install what `quantlib bench` compares with: onnxruntime, OpenVINO, llama.cpp
@@ -20,7 +21,7 @@ TEST_ARGS ?=
 BIN := .venv/bin
 PIP_INSTALL = $(BIN)/python -m pip install --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test sanitize test-kernels test-gpu cubins peers install install-dev lint format constraints
+.PHONY: help demo test sanitize kernel-tools test-kernels test-gpu cubins peers install install-dev lint format constraints
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -39,12 +40,13 @@ sanitize:
 
 # No GPU is needed. A CUDA toolkit on PATH or in CUDA_HOME is used before these packages; what cannot
 # be had is skipped, and said.
-CUDA_TOOLS := nvidia-cuda-nvcc nvidia-cuda-nvrtc nvidia-cuda-nvdisasm
+KERNEL_TOOLS := nvidia-cuda-nvcc nvidia-cuda-nvrtc nvidia-cuda-nvdisasm 'triton>=3.6'
 
-.venv/cuda-tools: | install-dev
-	$(PIP_INSTALL) $(CUDA_TOOLS) && touch $@ || echo "some tests of machine code will be skipped" >&2
+kernel-tools: .venv/kernel-tools
+.venv/kernel-tools: | install-dev
+	$(PIP_INSTALL) $(KERNEL_TOOLS) && touch $@ || echo "some tests of kernels will be skipped" >&2
 
-test-kernels: .venv/cuda-tools
+test-kernels: kernel-tools
 	$(BIN)/python -P -m pytest -m "kernels or not kernels" tests/kernels/cuda tests/kernels/triton \
 		$(TEST_ARGS)
 
@@ -52,7 +54,7 @@ test-kernels: .venv/cuda-tools
 test-gpu: install-dev
 	TRITON_INTERPRET=0 $(BIN)/python -P -m pytest -m gpu tests/kernels/test_gpu.py $(TEST_ARGS)
 
-cubins: .venv/cuda-tools
+cubins: kernel-tools
 	$(BIN)/python -P -m quantlib.kernels.cuda.cubins build/cubins
 
 # Optional, and each peer for itself: one that cannot be had is named, and left out of benchmarks.

@@ -21,7 +21,7 @@ Candidate = Callable[[int], object]
 
 BURST_SECONDS = 0.006
 """What a burst should last: long beside a wake-up (50 us), short beside a disturbance."""
-MAX_BURST = 12
+MAX_BURST = 60
 PAUSE_SECONDS = 0.003
 SLOW_SECONDS = 0.02
 """From here on the first call counts as well: a wake-up is nothing beside it."""

@@ -58,6 +58,7 @@ from quantlib.cli.words import next_commands
 if TYPE_CHECKING:
     from quantlib.pipeline.compress import Result
     from quantlib.pipeline.plan import Budget
+    from quantlib.search.sensitivity import Sensitivity
 
 WorkBeside = Annotated[
     Path | None,
@@ -267,23 +268,22 @@ def measure(
         seconds = dict(run.seconds)
     file = work / SENSITIVITY_FILE
     if json:
-        print_json(
-            {
-                "work": work,
-                "sensitivity": file,
-                "weights": len(found.rows),
-                "schemes": settings.schemes,
-                "tasks": found.tasks,
-                "baseline": dict(found.baseline),
-                "probes": max((len(c.probes) for c in found.calibrations.values()), default=0),
-                "predicted": predict,
-                "seconds": seconds,
-            }
-        )
+        facts = {"work": work, "sensitivity": file, "schemes": settings.schemes}
+        print_json({**facts, **_told(found), "predicted": predict, "seconds": seconds})
         return
     how = f", predicted by {predict}" if predict else ""
     answers().print(f"{file}: {len(found.rows)} weights in {len(settings.schemes)} schemes{how}")
     next_commands(f"quantlib search --work {shlex.quote(str(work))} --bits 4.25")
+
+
+def _told(table: Sensitivity) -> dict[str, Any]:
+    """What `measure --json` says of a table."""
+    return {
+        "weights": len(table.rows),
+        "tasks": table.tasks,
+        "baseline": dict(table.baseline),
+        "probes": max((len(c.probes) for c in table.calibrations.values()), default=0),
+    }
 
 
 def _dry_run(

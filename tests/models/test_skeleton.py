@@ -172,7 +172,7 @@ def test_not_finite_weights_do_not_get_in(saved: Saved, edit: Edit) -> None:
             },
             "no model type 'remote'",
         ),
-        ({"model_type": "vit"}, "cannot build a model of model type 'vit'"),
+        ({"model_type": "swin"}, "cannot build a model of model type 'swin'"),
         ({"model_type": "llama", "hidden_size": "wide"}, "cannot build a model"),
     ],
 )

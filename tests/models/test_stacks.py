@@ -290,10 +290,10 @@ def test_names_of_older_checkpoints_are_known(
 
 def test_a_part_without_a_table_is_named(saved: Saved) -> None:
     _, source, _ = saved("llava")
-    config = {**source.config, "vision_config": {"model_type": "resnet"}}
+    config = {**source.config, "vision_config": {"model_type": "swin"}}
     family = find("llava")
     assert family is not None
-    with pytest.raises(ModelError, match=r"vision_config of this llava model .*'resnet'.*no table"):
+    with pytest.raises(ModelError, match=r"vision_config of this llava model .*'swin'.*no table"):
         flatten(family, config, find)
 
 
