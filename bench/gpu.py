@@ -27,7 +27,7 @@ from quantlib.errors import FormatError, QuantlibError, UsageError
 from quantlib.formats import Scheme, dequantize, pack, quantize_rtn
 from quantlib.formats.activation import ActivationFormat, ActivationSegment
 from quantlib.kernels import accelerated, dispatch
-from quantlib.kernels.packed import PackedWeight
+from quantlib.kernels.packed import PackedWeight, parse_layout
 from quantlib.kernels.triton.tune import graph_time
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192))
@@ -35,7 +35,9 @@ SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192))
 TOKENS = (1, 8, 16, 64, 256, 2048)
 SCHEMES = ("w2g128", "w3g128", "w4g128", "w4g64z5s5", "w5g128", "w6g128", "w8g128", "mxfp4")
 OURS = {"cuda": dispatch.DECODE, "triton": dispatch.TRITON, "dequantized": dispatch.DENSE}
-"""Our kernels by name -> what `dispatch` calls them. Beside them "integers": inputs in int8."""
+"""Our kernels by name -> what `dispatch` calls them."""
+INTEGERS = {"cuda integers": dispatch.SEGMENTED, "integers": dispatch.TRITON}
+"""Those of inputs in int8."""
 PEER_SCHEME, PEER_BITS, PEER_GROUP = "w4g128", 4, 128
 _BEYOND_CACHE = 256 << 20
 _MOST_COPIES = 20
@@ -90,7 +92,7 @@ def _of_scheme(
     ]
     nbytes = packed[0].nbytes
     rows = []
-    for name in (*OURS, "integers"):
+    for name in (*OURS, *INTEGERS):
         calls = [_ours(name, one) for one in packed]
         for count in tokens:
             why = _why_not(name, scheme, packed[0].layout, count, dense.device)
@@ -105,19 +107,25 @@ def _of_scheme(
 
 def _ours(name: str, weight: PackedWeight) -> Call:
     tensors, layout = list(weight.tensors.values()), weight.layout
-    if name == "integers":
-        rounding = (ActivationSegment(0, weight.shape[1], ActivationFormat(8)),)
-        return lambda x: accelerated.multiply_rounded(x, tensors, layout, None, rounding)
+    if name in INTEGERS:
+        kernel, rounding = INTEGERS[name], _int8(weight.shape[1])
+        return lambda x: accelerated.multiply_rounded(kernel, x, tensors, layout, None, rounding)
     return lambda x: accelerated.multiply(OURS[name], x, tensors, layout, None)
+
+
+def _int8(columns: int) -> tuple[ActivationSegment, ...]:
+    return (ActivationSegment(0, columns, ActivationFormat(8)),)
 
 
 def _why_not(name: str, scheme: str, layout: str, tokens: int, device: torch.device) -> str:
     machine = dispatch.machine(device)
-    if name == "cuda":
-        product = dispatch.Product(tokens, torch.float16, layout)
-        if not dispatch.takes(product):
+    if name in ("cuda", "cuda integers"):
+        rounding = _int8(parse_layout(layout)[0][1]) if name in INTEGERS else ()
+        product = dispatch.Product(tokens, torch.float16, layout, rounding)
+        if dispatch.cuda_kernel(product) is None:
             return f"the CUDA kernel does not take {scheme}"
-        return machine.cuda or ("too many tokens" if tokens > dispatch.FEW_TOKENS else "")
+        many = tokens > dispatch.FEW_TOKENS and not rounding
+        return machine.cuda or ("too many tokens" if many else "")
     return machine.triton
 
 

@@ -6,6 +6,8 @@ packed tensors live.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -15,9 +17,9 @@ from quantlib.formats.activation import ActivationSegment, fake_quantize, quanti
 from quantlib.formats.weight import QuantizedWeight
 from quantlib.kernels import dispatch, reference
 from quantlib.kernels.cpu.build import BuildError
-from quantlib.kernels.cuda import decode
+from quantlib.kernels.cuda import decode, segmented
 from quantlib.kernels.cuda import launch as cuda
-from quantlib.kernels.packed import PackedWeight, parse_layout, suffixes_of
+from quantlib.kernels.packed import PackedWeight, activations_of, parse_layout, suffixes_of
 from quantlib.kernels.rearranged import Rearranged
 from quantlib.kernels.triton import inputs
 from quantlib.kernels.triton import launch as triton
@@ -25,6 +27,7 @@ from quantlib.kernels.triton import layout as split
 
 _SPLIT: Rearranged[split.SplitWeight] = Rearranged()
 _DECODE: Rearranged[decode.DecodeWeight] = Rearranged()
+_SEGMENTED: Rearranged[segmented.SegmentedWeight] = Rearranged()
 
 
 def multiply(
@@ -50,9 +53,13 @@ def multiply(
 
 
 def _decode(x: Tensor, tensors: list[Tensor], layout: str, bias: Tensor | None) -> Tensor:
-    runner = cuda.runner(x.device, emulated=dispatch.forced() == "emulator")
+    runner = _runner(x.device)
     weight = _DECODE.of(tensors, layout, lambda: cuda.pack(_unpacked(tensors, layout)))
     return cuda.decode_linear(runner, x, weight, bias)
+
+
+def _runner(device: torch.device) -> cuda.Runner:
+    return cuda.runner(device, emulated=dispatch.forced() == "emulator")
 
 
 def _instead(error: BuildError, device: torch.device) -> str:
@@ -67,23 +74,59 @@ def _instead(error: BuildError, device: torch.device) -> str:
 
 
 def multiply_rounded(
+    kernel: str,
     x: Tensor,
     tensors: list[Tensor],
     layout: str,
     bias: Tensor | None,
     activations: tuple[ActivationSegment, ...],
 ) -> Tensor:
-    """x [M, K], rounded as `activations` say, by a packed weight, with Triton: [M, N] in x's dtype.
+    """x [M, K], rounded as `activations` say, by a packed weight, with SEGMENTED or TRITON: [M, N]
+    in x's dtype.
 
-    In integers where there is a product for them (`triton.plan.integers`); otherwise the rounded
-    numbers are multiplied in float32.
+    Triton multiplies in integers where it has a product for them (`triton.plan.integers`);
+    otherwise the rounded numbers, in float32. A CUDA kernel that cannot be had is passed over as in
+    `multiply`.
     """
+    if kernel == dispatch.SEGMENTED:
+        try:
+            return _segmented(x, tensors, layout, bias, activations)
+        except BuildError as error:
+            kernel = _instead(error, x.device)
+    if kernel == dispatch.REFERENCE:
+        return reference.linear(x, _unpacked(tensors, layout), bias, activations=activations)
     weight = split_weight(tensors, layout)
     if triton.integer_plan(weight, activations) is None:
         return triton.linear(fake_quantize(x, activations), weight, bias).to(x.dtype)
     rounder = inputs.quantize if inputs.can_quantize(activations) else quantize
     codes, scales = rounder(x, activations)
     return triton.integer_linear(codes, scales, weight, activations, bias, x.dtype)
+
+
+def _segmented(
+    x: Tensor,
+    tensors: list[Tensor],
+    layout: str,
+    bias: Tensor | None,
+    activations: tuple[ActivationSegment, ...],
+) -> Tensor:
+    runner = _runner(x.device)
+    own = _segments(layout, activations, runner.architecture)
+    weight = _SEGMENTED.of(
+        tensors,
+        # A weight has another form for inputs of another kind.
+        f"{layout} {activations_of(activations)} sm_{runner.architecture}",
+        lambda: cuda.pack_segmented(_unpacked(tensors, layout), own),
+    )
+    return cuda.segmented_linear(runner, x, weight, activations, bias)
+
+
+@lru_cache(maxsize=4096)
+def _segments(
+    layout: str, activations: tuple[ActivationSegment, ...], architecture: int
+) -> segmented.Layout:
+    _, segments = parse_layout(layout)
+    return segmented.layout(segments, activations, architecture)
 
 
 def rows(tensors: list[Tensor], layout: str, dtype: torch.dtype, ids: Tensor | None) -> Tensor:

@@ -1,8 +1,9 @@
 """Which kernel computes a product: chosen by device, architecture, number of tokens and scheme.
 
     on the CPU       the C++ kernels; without a compiler the torch reference
-    on NVIDIA GPUs   rounded inputs: Triton's product of integers
-                     up to 64 tokens of 16 bits by one integer format: the CUDA kernel
+    on NVIDIA GPUs   rounded inputs: CUDA's product of integers where it takes them and the output
+                     has 16 bits, otherwise Triton's
+                     up to 64 tokens of 16 bits by one integer format: the CUDA kernel for those
                      up to 256 tokens: Triton
                      more: the weight is dequantized once, and torch multiplies
     elsewhere        the torch reference
@@ -11,7 +12,7 @@ What is missing (CuPy, a driver, Triton) is passed over and said once. `choose` 
 of a `Product` and a `Machine`; `machine` looks around.
 
 QUANTLIB_KERNELS forces a choice, for tests and for measurements: "cpu", "reference", "triton" or
-"cuda", or "emulator", which runs the CUDA kernel on the processor. On a processor "triton" means
+"cuda", or "emulator", which runs the CUDA kernels on the processor. On a processor "triton" means
 Triton's interpreter, which wants TRITON_INTERPRET=1 too.
 """
 
@@ -24,27 +25,34 @@ from functools import cache, lru_cache
 
 import torch
 
-from quantlib.errors import UsageError
+from quantlib.errors import FormatError, UsageError
+from quantlib.formats.activation import ActivationSegment
+from quantlib.kernels.cuda import segmented
 from quantlib.kernels.packed import parse_layout
 
 VARIABLE = "QUANTLIB_KERNELS"
 BACKENDS = ("cpu", "cuda", "emulator", "reference", "triton")
 """What the variable may be."""
-CPU, DECODE, TRITON, DENSE, REFERENCE = "cpu", "decode", "triton", "dense", "reference"
-"""Choices: the C++ kernels, the CUDA kernel for few tokens (or its emulation), Triton's products,
-torch's product of the dequantized weight, the torch reference."""
+CPU, TRITON, DENSE, REFERENCE = "cpu", "triton", "dense", "reference"
+DECODE, SEGMENTED = "decode", "segmented"
+"""Choices: the C++ kernels, Triton's products, torch's product of the dequantized weight, the torch
+reference; the CUDA kernels (or their emulation) for few tokens and for rounded inputs."""
 FEW_TOKENS, MANY_TOKENS = 64, 256
-"""Tokens up to which the CUDA kernel, and then Triton, multiply packed weights."""
+"""Tokens up to which the CUDA kernel, and then Triton, multiply packed weights by inputs that are
+not rounded."""
+_WITHOUT_NIBBLES = 90
+"""An architecture whose tensor cores multiply bytes alone: what it takes, all others take."""
 
 
 @dataclass(frozen=True)
 class Product:
-    """A linear, as far as the choice depends on it. rounded: its inputs are, to integers mostly."""
+    """A linear, as far as the choice depends on it. activations: how its inputs are rounded, ():
+    not at all."""
 
     tokens: int
     dtype: torch.dtype
     layout: str
-    rounded: bool = False
+    activations: tuple[ActivationSegment, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,11 +80,12 @@ def choose(product: Product, machine: Machine) -> str:
         return CPU if machine.cpu else REFERENCE
     if machine.kind != "cuda":
         return REFERENCE
-    if product.tokens <= FEW_TOKENS and takes(product) and not machine.cuda:
-        return DECODE
+    own = None if machine.cuda else cuda_kernel(product)
+    if own == SEGMENTED or (own == DECODE and product.tokens <= FEW_TOKENS):
+        return own
     if machine.triton:
         return REFERENCE
-    return TRITON if product.rounded or product.tokens <= MANY_TOKENS else DENSE
+    return TRITON if product.activations or product.tokens <= MANY_TOKENS else DENSE
 
 
 def _forced(product: Product, machine: Machine, name: str) -> str:
@@ -89,14 +98,14 @@ def _forced(product: Product, machine: Machine, name: str) -> str:
     if missing:
         raise UsageError(f"{VARIABLE}={name}, but {missing}: unset it")
     if name in ("cuda", "emulator"):
-        return DECODE if takes(product) else REFERENCE
+        return cuda_kernel(product) or REFERENCE
     return {"cpu": CPU, "triton": TRITON}.get(name, REFERENCE)
 
 
 def choose_rows(machine: Machine) -> str:
     """Who gives rows of a weight as numbers: CPU, TRITON or REFERENCE. Raises UsageError when what
     is forced is not there."""
-    if machine.forced in ("cuda", "emulator"):  # that kernel only multiplies
+    if machine.forced in ("cuda", "emulator"):  # those kernels only multiply
         return REFERENCE
     if machine.forced is not None:
         return _forced(Product(1, torch.float32, ""), machine, machine.forced)
@@ -105,20 +114,32 @@ def choose_rows(machine: Machine) -> str:
     return CPU if machine.cpu else REFERENCE
 
 
-def takes(product: Product) -> bool:
-    """Whether the CUDA kernel multiplies this: inputs of 16 bits that are not rounded, by integers
-    in one format."""
-    sixteen = product.dtype in (torch.float16, torch.bfloat16)
-    return sixteen and not product.rounded and _one_integer_format(product.layout)
+def cuda_kernel(product: Product) -> str | None:
+    """The CUDA kernel that multiplies this, None when there is none: inputs of 16 bits by integers
+    in one format (DECODE), or rounded to integers, by integers in up to three (SEGMENTED)."""
+    if product.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if product.activations:
+        return SEGMENTED if _integers(product.layout, product.activations) else None
+    return DECODE if _one_integer_format(product.layout) else None
 
 
 @lru_cache(maxsize=4096)
 def _one_integer_format(layout: str) -> bool:
     _, segments = parse_layout(layout)
     form = segments[0].format
-    # Shared exponents do not fit the 16-bit scales of groups.
-    scaled = form.scale != "e8m0" or form.group_size <= 0
-    return len(segments) == 1 and form.is_integer and scaled
+    return len(segments) == 1 and form.is_integer and not form.shares_exponent
+
+
+@lru_cache(maxsize=4096)
+def _integers(layout: str, activations: tuple[ActivationSegment, ...]) -> bool:
+    """Whether kernel (b) has a layout for a weight's segments and those of its inputs."""
+    _, segments = parse_layout(layout)
+    try:
+        segmented.layout(segments, activations, _WITHOUT_NIBBLES)
+    except FormatError:
+        return False
+    return True
 
 
 @cache

@@ -133,13 +133,23 @@ def _compute_linear(
         rounding = parse_activations(activations)
         return reference.linear(x, quantized, bias, bits, torch.float32, act_group, rounding)
     described = _describe(library, weight, layout)
-    flat = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
+    flat = _flat(x)
     form = _form(layout.removeprefix(TILES), activations) if activations else None
     if activations and form is None:
         flat = fake_quantize(flat, parse_activations(activations))
     wide_bias = bias if bias is None else bias.to(torch.float32).contiguous()
     out = library.linear(described, flat, wide_bias, mode, act_group=act_group, form=form)
-    return out.to(x.dtype).view(*x.shape[:-1], described.rows)
+    return out if flat is x else out.to(x.dtype).view(*x.shape[:-1], described.rows)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """x as the kernels take it: float32 [M, K], contiguous; itself if it is so.
+
+    Conversions that change nothing take as long as a small product.
+    """
+    if x.dim() == 2 and x.dtype == torch.float32 and x.is_contiguous():
+        return x
+    return x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
 
 
 def _accelerated_linear(
@@ -154,13 +164,13 @@ def _accelerated_linear(
     """By the kernel that `dispatch` chooses, or by the reference."""
     rounding = _rounding(layout, mode, act_group, activations)
     flat = x.reshape(-1, x.shape[-1])
-    product = dispatch.Product(len(flat), x.dtype, layout, bool(rounding))
+    product = dispatch.Product(len(flat), x.dtype, layout, rounding)
     kernel = dispatch.choose(product, dispatch.machine(x.device))
     if kernel == dispatch.REFERENCE:
         quantized = _packed(weight, layout).to_quantized()
         out = reference.linear(flat, quantized, bias, activations=rounding)
     elif rounding:
-        out = accelerated.multiply_rounded(flat, weight, layout, bias, rounding)
+        out = accelerated.multiply_rounded(kernel, flat, weight, layout, bias, rounding)
     else:
         out = accelerated.multiply(kernel, flat, weight, layout, bias)
     return out.view(*x.shape[:-1], out.shape[-1])

@@ -1,11 +1,13 @@
-"""Compiles kernel (a) ahead of time, and says what came out: `make cubins`.
+"""Compiles kernels ahead of time, and says what came out: `make cubins`.
 
     python -m quantlib.kernels.cuda.cubins FOLDER [--bits 4 8] [--architectures 80 90]
+        [--rounded w4a4h8/8:4096 ...]
 
 One file for each case and architecture, named so that `cache.py` finds it (in `prebuilt/` beside
-this file, a wheel's), and `summary.json`: registers, shared memory, matrix and arithmetic
-instructions of each. Needs nvcc and, for the counts, nvdisasm;
-no GPU.
+this file, a wheel's), and `summary.json`: registers and shared memory of each, and of kernel (a)
+matrix and arithmetic instructions. Kernel (a) is compiled for all its cases; kernel (b) and its
+quantizer, in which segments are baked, for the schemes and columns that are asked for. Needs nvcc
+and, for the counts, nvdisasm; no GPU.
 """
 
 from __future__ import annotations
@@ -16,15 +18,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from quantlib.errors import FormatError
+from quantlib.formats import Scheme
 from quantlib.kernels.cpu.build import BuildError
-from quantlib.kernels.cuda import cache, decode, machine_code
+from quantlib.kernels.cuda import cache, decode, machine_code, quantizer, segmented
 from quantlib.kernels.cuda.compile import ARCHITECTURES, with_nvcc
 from quantlib.kernels.cuda.layout import WIDTHS
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
+_TOKENS = tuple(segmented.TOKEN_TILE * t for t in (*segmented.DECODE_TILES, segmented.PROMPT_TILES))
 
 
 @dataclass(frozen=True)
@@ -87,16 +93,77 @@ def build(case: decode.DecodeCase, architecture: int) -> tuple[bytes, Compiled]:
     )
 
 
+@dataclass(frozen=True)
+class Unit:
+    """Kernel (b) or its quantizer, for one linear's segments."""
+
+    name: str
+    source: Path
+    macros: dict[str, int]
+    shared_bytes: int
+
+
+def rounded_units(scheme: str, columns: int, architecture: int) -> Iterator[Unit]:
+    """What multiplies inputs [M, columns] as a scheme says, any number of them, in both types.
+
+    For example `w8a8x512+w4g64a4zx3584-f16-m16`, segments in the kernel's order; `...-f16-rounds`
+    is the quantizer, where it takes the inputs. Raises FormatError unless kernel (b) takes the
+    scheme.
+    """
+    parsed = Scheme.parse(scheme)
+    activations = parsed.activations(columns)
+    own = segmented.layout(parsed.segments(columns), activations, architecture)
+    name = "+".join(f"{part.weight}a{part.activation}x{part.length}" for part in own.segments)
+    for kind, dtype in DTYPES.items():
+        for tokens in _TOKENS:
+            case = segmented.case(own, tokens, dtype, architecture)
+            macros, shared = case.macros(), case.shared_bytes
+            yield Unit(f"{name}-{kind}-m{tokens}", segmented.SOURCE, macros, shared)
+        if quantizer.takes(own, activations, architecture):
+            macros, shared = quantizer.macros(own, dtype), quantizer.shared_bytes(own)
+            yield Unit(f"{name}-{kind}-rounds", quantizer.SOURCE, macros, shared)
+
+
+def _build_rounded(folder: Path, asked: str, architecture: int) -> Iterator[dict[str, Any]]:
+    """Rows of the summary. asked: SCHEME:COLUMNS. Raises BuildError or FormatError."""
+    scheme, _, columns = asked.partition(":")
+    if not columns.isdecimal():
+        raise FormatError(f"{asked!r} is no scheme and its columns: write for example w4a4:4096")
+    for unit in rounded_units(scheme, int(columns), architecture):
+        cubin, resources = with_nvcc(unit.source, unit.macros, architecture)
+        file = cache.file_name(unit.source, unit.macros, architecture)
+        (folder / file).write_bytes(cubin)
+        yield {
+            "name": unit.name,
+            "architecture": architecture,
+            "registers": resources.registers,
+            "spilled": resources.spilled,
+            "shared_bytes": unit.shared_bytes,
+            "file": file,
+        }
+
+
+def _tell(row: dict[str, Any]) -> None:
+    used = f"{row['registers']} registers, {row['shared_bytes']} bytes shared"
+    print(f"{row['name']}, {row['file']}: {used}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit status."""
-    parser = argparse.ArgumentParser(description="Compile the decode kernel ahead of time.")
+    parser = argparse.ArgumentParser(description="Compile the CUDA kernels ahead of time.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--bits", type=int, nargs="+", default=list(WIDTHS))
     parser.add_argument("--architectures", type=int, nargs="+", default=list(ARCHITECTURES))
+    parser.add_argument("--rounded", nargs="+", default=[], metavar="SCHEME:COLUMNS")
     given = parser.parse_args(arguments)
     given.folder.mkdir(parents=True, exist_ok=True)
-    made = []
+    made: list[dict[str, Any]] = []
     try:
+        for asked in given.rounded:
+            for architecture in given.architectures:
+                for own in _build_rounded(given.folder, asked, architecture):
+                    made.append(own)
+                    _tell(own)
         for case in cases(given.bits):
             for architecture in given.architectures:
                 cubin, row = build(case, architecture)
@@ -104,9 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 path = given.folder / cache.file_name(decode.SOURCE, macros, architecture)
                 path.write_bytes(cubin)
                 made.append(asdict(row) | {"file": path.name})
-                used = f"{row.registers} registers, {row.shared_bytes} bytes shared"
-                print(f"{row.name}, {path.name}: {used}")
-    except BuildError as error:
+                _tell(made[-1])
+    except (BuildError, FormatError) as error:
         print(error, file=sys.stderr)
         return 1
     (given.folder / "summary.json").write_text(json.dumps(made, indent=1) + "\n")

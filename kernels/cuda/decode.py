@@ -160,8 +160,10 @@ def plan(case: DecodeCase, architecture: int) -> DecodeCase:
 
 
 def can_pack(weight: QuantizedWeight) -> bool:
-    """Whether `pack` takes the weight: integers, in one format along the whole of K."""
-    return len(weight.segments) == 1 and weight.segments[0].segment.format.is_integer
+    """Whether `pack` takes the weight: integers, in one format along the whole of K, whose scales
+    float16 holds (powers of two reach further)."""
+    form = weight.segments[0].segment.format
+    return len(weight.segments) == 1 and form.is_integer and not form.shares_exponent
 
 
 def pack(weight: QuantizedWeight) -> DecodeWeight:
@@ -169,7 +171,8 @@ def pack(weight: QuantizedWeight) -> DecodeWeight:
     if not can_pack(weight):
         formats = [str(part.segment.format) for part in weight.segments]
         raise FormatError(
-            f"the decode kernel takes integers in one format, not {formats}: use another kernel"
+            "the decode kernel takes integers in one format, with scales in float16, and not "
+            f"{formats}: use another kernel"
         )
     part = weight.segments[0]
     form, (rows, columns) = part.segment.format, weight.shape

@@ -2,7 +2,8 @@
 
 A `Runner` is either: the code that pads inputs, finds a workspace and passes arguments is the same,
 so that the emulator runs what a GPU would. A launch goes to torch's current stream, does not wait,
-and takes its partial sums and flags from the stream's workspace; outputs are torch's.
+and takes its partial sums and flags from the stream's workspace; outputs and rounded inputs are in
+torch's memory.
 """
 
 from __future__ import annotations
@@ -19,16 +20,23 @@ import torch
 from torch import Tensor
 
 from quantlib.errors import FormatError
+from quantlib.formats.activation import ActivationSegment
 from quantlib.formats.weight import QuantizedSegment, QuantizedWeight
 from quantlib.kernels import workspace
-from quantlib.kernels.cuda import decode
+from quantlib.kernels.cuda import decode, quantizer, segmented, tokens
 from quantlib.kernels.cuda.loading import Loader, Number, loader_for
 from quantlib.kernels.emulator.build import compile_kernel
 from quantlib.kernels.emulator.machine import Kernel, Writable
 
 Argument = Tensor | int | float | None
-_OUTPUT, _PARTIALS, _FLAGS = 5, 6, 7
-"""Places of what kernel (a) writes to, among `decode.arguments`."""
+_DECODE_WRITES = (5, 6, 7)
+"""Places of outputs, partial sums and flags among `decode.arguments`."""
+_SEGMENTED_WRITES = (6, 7, 8)
+"""The same among `segmented.arguments`."""
+_QUANTIZER_WRITES = (3, 4)
+"""Codes and their companions among `quantizer.arguments`."""
+_QUANTIZER_BLOCKS = 4
+"""Of a processor: tokens in float32 are small, and a block waits for memory most of its time."""
 
 
 class Runner(Protocol):
@@ -150,14 +158,29 @@ def runner(device: torch.device, emulated: bool = False) -> Runner:
 def pack(weight: QuantizedWeight) -> decode.DecodeWeight:
     """A weight as kernel (a) reads it, on its device."""
     device = weight.segments[0].codes.device
-    on_cpu = QuantizedWeight(weight.shape, tuple(_to_cpu(part) for part in weight.segments))
-    packed = decode.pack(on_cpu)
+    packed = decode.pack(_on_cpu(weight))
     return replace(
         packed,
         codes=packed.codes.to(device),
         meta=packed.meta.to(device),
         row_factors=packed.row_factors.to(device),
     )
+
+
+def pack_segmented(weight: QuantizedWeight, layout: segmented.Layout) -> segmented.SegmentedWeight:
+    """A weight as kernel (b) reads it, on its device."""
+    device = weight.segments[0].codes.device
+    packed = segmented.pack(_on_cpu(weight), layout)
+    return replace(
+        packed,
+        codes=packed.codes.to(device),
+        meta=packed.meta.to(device),
+        units=packed.units.to(device),
+    )
+
+
+def _on_cpu(weight: QuantizedWeight) -> QuantizedWeight:
+    return QuantizedWeight(weight.shape, tuple(_to_cpu(part) for part in weight.segments))
 
 
 def _to_cpu(part: QuantizedSegment) -> QuantizedSegment:
@@ -173,8 +196,7 @@ def decode_linear(
 
     More tokens than a launch takes are several launches.
     """
-    if x.dim() != 2 or x.shape[1] != weight.shape[1]:
-        raise FormatError(f"inputs are [M, {weight.shape[1]}], not {list(x.shape)}")
+    _check_inputs(x, weight.shape[1])
     rows = _aligned(x)
     out = torch.empty(len(x), weight.shape[0], dtype=x.dtype, device=x.device)
     own = None if bias is None else bias.to(x.dtype).contiguous()
@@ -197,11 +219,72 @@ def _launch(
         decode.NAME,
         case.macros(),
         arguments,
-        (_OUTPUT, _PARTIALS, _FLAGS),
+        _DECODE_WRITES,
         blocks,
         decode.THREADS,
         case.shared_bytes,
     )
+
+
+def segmented_linear(
+    runner: Runner,
+    x: Tensor,
+    weight: segmented.SegmentedWeight,
+    activations: Sequence[ActivationSegment],
+    bias: Tensor | None = None,
+) -> Tensor:
+    """x [M, K] (float16 or bfloat16), rounded as `activations` say, times the transposed weight
+    [N, K], by kernel (b): [M, N], for any number of tokens.
+
+    The weight is in the layout for these activations on the runner's architecture.
+    """
+    _check_inputs(x, weight.shape[1])
+    out = torch.empty(len(x), weight.shape[0], dtype=x.dtype, device=x.device)
+    if not len(x):
+        return out
+    rounded = _rounded(runner, x, weight.layout, activations)
+    own = None if bias is None else bias.to(x.dtype).contiguous()
+    case = segmented.case(weight.layout, len(x), x.dtype, runner.architecture)
+    blocks = runner.processors
+    partials = workspace.partial_sums(x.device)[: blocks * case.partial_floats]
+    flags = workspace.flags(x.device)[:blocks]
+    runner.run(
+        segmented.SOURCE,
+        segmented.NAME,
+        case.macros(),
+        segmented.arguments(weight, rounded, own, out, partials, flags),
+        _SEGMENTED_WRITES,
+        blocks,
+        segmented.THREADS,
+        case.shared_bytes,
+    )
+    return out
+
+
+def _rounded(
+    runner: Runner, x: Tensor, layout: segmented.Layout, activations: Sequence[ActivationSegment]
+) -> segmented.Tokens:
+    """By the fused quantizer, or by torch what that does not take (then no graph can be captured):
+    the bits are the same."""
+    if not quantizer.takes(layout, activations, runner.architecture):
+        return tokens.pack(x, layout, activations)
+    found = quantizer.empty(layout, len(x), x.device)
+    runner.run(
+        quantizer.SOURCE,
+        quantizer.NAME,
+        quantizer.macros(layout, x.dtype),
+        quantizer.arguments(x.contiguous(), layout, found),
+        _QUANTIZER_WRITES,
+        min(len(x), _QUANTIZER_BLOCKS * runner.processors),
+        quantizer.THREADS,
+        quantizer.shared_bytes(layout),
+    )
+    return found
+
+
+def _check_inputs(x: Tensor, columns: int) -> None:
+    if x.dim() != 2 or x.shape[1] != columns:
+        raise FormatError(f"inputs are [M, {columns}], not {list(x.shape)}")
 
 
 def _aligned(x: Tensor) -> Tensor:

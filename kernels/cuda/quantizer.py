@@ -19,6 +19,7 @@ from torch import Tensor
 from quantlib.errors import FormatError
 from quantlib.formats.activation import ActivationSegment
 from quantlib.kernels.cuda import tokens
+from quantlib.kernels.cuda.decode import RESERVED_SHARED, SHARED_KB
 from quantlib.kernels.cuda.segmented import MOST_SEGMENTS, GemmCase, Layout, Tokens
 
 SOURCE = Path(__file__).with_name("src") / "rotate_quantize.cu"
@@ -105,11 +106,25 @@ def shared_bytes(layout: Layout) -> int:
     return -(-layout.columns // _LANES) * _LANES * 4 + groups * 8
 
 
-def empty(layout: Layout, count: int) -> Tokens:
-    """Memory for the quantizer to fill."""
+def takes(layout: Layout, activations: Sequence[ActivationSegment], architecture: int) -> bool:
+    """Whether the kernel rounds inputs like this, unrotated: in the weight's own segments, groups
+    of 32 columns and their multiples, and tokens that fit a block's shared memory."""
+    own = sorted((part.start, part.length, part.activation) for part in layout.segments)
+    same = own == [(part.start, part.length, part.format) for part in activations]
+    grouped = all(
+        part.activation.group % _LANES == 0 or part.activation.group >= part.length
+        for part in layout.segments
+    )
+    room = SHARED_KB[architecture] * 1024 - RESERVED_SHARED
+    return same and grouped and shared_bytes(layout) <= room
+
+
+def empty(layout: Layout, count: int, device: torch.device | None = None) -> Tokens:
+    """Memory for the quantizer to fill, on the device (None: main memory)."""
     padded = -(-count // tokens.PADDING) * tokens.PADDING
-    meta = torch.zeros(layout.spans, layout.token_planes, padded, dtype=torch.int32)
-    return Tokens(count, torch.empty(count, layout.token_bytes, dtype=torch.uint8), meta)
+    shape = layout.spans, layout.token_planes, padded
+    codes = torch.empty(count, layout.token_bytes, dtype=torch.uint8, device=device)
+    return Tokens(count, codes, torch.zeros(shape, dtype=torch.int32, device=device))
 
 
 def arguments(

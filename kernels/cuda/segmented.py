@@ -170,9 +170,10 @@ def _activation_of(part: Segment, activations: Sequence[ActivationSegment]) -> A
 def _segment_case(
     weight: WeightFormat, activation: ActivationFormat, length: int, architecture: int
 ) -> SegmentCase:
-    if not weight.is_integer or not activation.is_integer:
+    if not weight.is_integer or weight.shares_exponent or not activation.is_integer:
         raise FormatError(
-            f"the segmented kernel multiplies integers, not {weight} by {activation}: use another"
+            "the segmented kernel multiplies integers, those of weights with scales in float16, "
+            f"not {weight} by {activation}: use another"
         )
     groups = [size for size in (max(weight.group_size, 0), activation.group) if size]
     span = min(groups, default=length)

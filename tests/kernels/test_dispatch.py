@@ -17,9 +17,19 @@ import pytest
 import torch
 
 from quantlib.errors import UsageError
+from quantlib.formats.activation import ActivationFormat, ActivationSegment
 from quantlib.kernels import accelerated, dispatch, ops, reference
 from quantlib.kernels.cpu import build
-from quantlib.kernels.dispatch import CPU, DECODE, DENSE, REFERENCE, TRITON, Machine, Product
+from quantlib.kernels.dispatch import (
+    CPU,
+    DECODE,
+    DENSE,
+    REFERENCE,
+    SEGMENTED,
+    TRITON,
+    Machine,
+    Product,
+)
 from quantlib.kernels.triton import launch
 from quantlib.pipeline.compress import compress
 
@@ -27,8 +37,21 @@ from .greedy import greedy
 
 W4, MIXED = "64x128|0:128:int4:64:0:f16", "64x128|0:96:int4:32:0:f16|96:32:int8:32:0:f16"
 FLOAT, SHARED = "64x128|0:128:e2m1:32:0:e8m0", "64x128|0:128:int4:64:0:e8m0"
+SHARED_ROWS, NARROW = "64x128|0:128:int4:-1:0:e8m0", "64x128|0:128:int4:16:0:f16"
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 GPU = Machine("cuda", cpu=False, cuda="", triton="")
+
+
+def rounded(*parts: tuple[int, str]) -> tuple[ActivationSegment, ...]:
+    """Inputs whose columns are rounded so: (count, format)."""
+    found, start = [], 0
+    for length, form in parts:
+        found.append(ActivationSegment(start, length, ActivationFormat.parse(form)))
+        start += length
+    return tuple(found)
+
+
+INT8, RESQ_INPUTS = rounded((128, "8")), rounded((96, "4z"), (32, "8"))
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -47,8 +70,17 @@ needs_triton = pytest.mark.skipif(
         (Product(1, F16, MIXED), TRITON),
         (Product(1, F16, FLOAT), TRITON),
         (Product(1, F16, SHARED), TRITON),
-        (Product(1, F16, W4, rounded=True), TRITON),
-        (Product(4000, F16, W4, rounded=True), TRITON),
+        (Product(1, F16, SHARED_ROWS), TRITON),
+        (Product(1, F16, W4, INT8), SEGMENTED),
+        (Product(4000, BF16, W4, INT8), SEGMENTED),
+        (Product(1, F16, MIXED, RESQ_INPUTS), SEGMENTED),
+        (Product(1, F32, MIXED, RESQ_INPUTS), TRITON),
+        (Product(4000, F32, W4, INT8), TRITON),
+        (Product(1, F16, FLOAT, INT8), TRITON),
+        (Product(1, F16, SHARED, INT8), TRITON),
+        (Product(1, F16, NARROW, INT8), TRITON),
+        (Product(1, F16, W4, rounded((128, "mxfp4"))), TRITON),
+        (Product(1, F16, W4, RESQ_INPUTS), TRITON),  # scales change within a weight's segment
     ],
 )
 def test_a_gpu_gets_the_kernel_for_its_product(product, kernel):
@@ -62,6 +94,10 @@ def test_what_is_missing_is_passed_over():
     assert dispatch.choose(product, Machine("cuda", False, "", "no Triton")) == DECODE
     many = Product(1000, F16, W4)
     assert dispatch.choose(many, Machine("cuda", False, "", "no Triton")) == REFERENCE
+    integers = Product(1000, F16, W4, INT8)
+    assert dispatch.choose(integers, Machine("cuda", False, "", "no Triton")) == SEGMENTED
+    assert dispatch.choose(integers, Machine("cuda", False, "no CuPy", "")) == TRITON
+    assert dispatch.choose(integers, Machine("cuda", False, "no CuPy", "no Triton")) == REFERENCE
     assert dispatch.choose(product, Machine("cpu", True, "-", "-")) == CPU
     assert dispatch.choose(product, Machine("cpu", False, "-", "-")) == REFERENCE
     assert dispatch.choose(product, Machine("mps", False, "-", "-")) == REFERENCE
@@ -77,6 +113,8 @@ def test_a_forced_kernel_is_used_or_refused():
     assert chosen("triton", Product(4000, F16, W4)) == TRITON
     assert chosen("emulator") == DECODE
     assert chosen("emulator", Product(1, F32, W4)) == REFERENCE
+    assert chosen("emulator", Product(99, F16, MIXED, RESQ_INPUTS)) == SEGMENTED
+    assert chosen("triton", Product(99, F16, MIXED, RESQ_INPUTS)) == TRITON
     assert chosen("reference") == REFERENCE
     assert chosen("cpu") == CPU
     with pytest.raises(UsageError, match="QUANTLIB_KERNELS=cuda, but no GPU: unset it"):
@@ -115,6 +153,25 @@ def test_a_cuda_kernel_that_cannot_be_compiled_is_passed_over_and_said_once(draw
     monkeypatch.setattr(dispatch, "forced", lambda: "cuda")
     with pytest.raises(UsageError, match="QUANTLIB_KERNELS=cuda, but NVRTC refuses"):
         accelerated.multiply(DECODE, *given)
+
+
+def test_a_product_of_integers_that_cannot_be_compiled_is_passed_over_too(draw, monkeypatch):
+    weight, packed = draw(8, [("w4g32", 64)])
+    rounding = rounded((64, "8"))
+    given = torch.ones(2, 64, dtype=F16), list(packed.tensors.values()), packed.layout, None
+
+    def refuse(*_, **__):
+        raise build.BuildError("NVRTC refuses segmented_gemm.cu")
+
+    monkeypatch.setattr(accelerated.cuda, "runner", refuse)
+    monkeypatch.setattr(dispatch, "machine", lambda device: Machine("cuda", False, "", "none"))
+    dispatch.say_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="NVRTC refuses.*the torch reference computes"):
+        found = accelerated.multiply_rounded(SEGMENTED, *given, rounding)
+    assert torch.equal(found, reference.linear(given[0], weight, activations=rounding))
+    monkeypatch.setattr(dispatch, "forced", lambda: "cuda")
+    with pytest.raises(UsageError, match="QUANTLIB_KERNELS=cuda, but NVRTC refuses"):
+        accelerated.multiply_rounded(SEGMENTED, *given, rounding)
 
 
 def test_an_unknown_name_is_a_sentence(monkeypatch):
@@ -233,6 +290,25 @@ def test_the_operator_launches_the_cuda_kernel_in_the_emulator(draw, emulated, d
         torch.testing.assert_close(found.double(), wanted, rtol=eps, atol=1e-3)
 
 
+def test_the_operator_multiplies_rounded_inputs_in_the_emulator(draw, emulated):
+    """One weight, inputs rounded in one way and in another, mode int8 (one scale for both
+    segments), leading dimensions, no tokens at all."""
+    weight, packed = draw(40, [("w4g64z", 128), ("w8", 64)])
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 192, generator=generator).to(F16)
+    bias = torch.randn(40, generator=generator).to(F16)
+    ways = [rounded((128, "4z"), (64, "8")), rounded((128, "8"), (64, "8"))]
+    ways += [rounded((192, "8")), ways[0]]
+    for way in ways:
+        mode: dict[str, Any] = {"mode": "int8"} if len(way) == 1 else {"activations": way}
+        found = ops.linear(x, packed, bias, **mode)
+        wanted = reference.linear(x.double(), weight, bias, activations=way)
+        # Sums in float32, and one rounding to 16 bits.
+        eps = torch.finfo(F16).eps
+        torch.testing.assert_close(found.double(), wanted.double(), rtol=eps, atol=1e-3)
+    assert ops.linear(x[:0], packed, bias, activations=ways[0]).shape == (0, 3, 40)
+
+
 def test_what_the_cuda_kernel_does_not_take_the_reference_computes(draw, emulated):
     for parts in ([("mxfp4", 64)], [("w4g32", 32), ("w8", 32)]):
         weight, packed = draw(8, parts)
@@ -294,12 +370,15 @@ def test_a_compressed_model_says_the_same_through_tritons_interpreter(checkpoint
     torch.testing.assert_close(near, logits, rtol=0, atol=0.02 * float(logits.std()))
 
 
-def test_a_compressed_model_says_the_same_through_the_emulated_cuda_kernel(
-    checkpoints, emulated, use
+@pytest.mark.parametrize(
+    ("kind", "most"), [("plain", DECODE), pytest.param("resq", SEGMENTED, marks=pytest.mark.slow)]
+)
+def test_a_compressed_model_says_the_same_through_the_emulated_cuda_kernels(
+    checkpoints, kind, most, emulated, use
 ):
-    folder = checkpoints("plain")
+    folder = checkpoints(kind)
     found, near, launched = greedy(folder, F16, TOKENS)
-    assert launched[DECODE] >= 14 * TOKENS
+    assert launched[most] >= 14 * TOKENS
     use("cpu")
     tokens, logits, launched = greedy(folder, F16, TOKENS)
     assert not launched

@@ -4,6 +4,7 @@ What is exact in the emulator and in the interpreter must be the same bits here.
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from quantlib.formats import dequantize
 from quantlib.formats.activation import ActivationFormat, ActivationSegment, quantize
 from quantlib.kernels import dispatch, ops
 from quantlib.kernels.cpu.forms import BlockRotation
-from quantlib.kernels.cuda import decode
+from quantlib.kernels.cuda import decode, loading, segmented
 from quantlib.kernels.cuda import launch as cuda
 from quantlib.kernels.packed import PackedWeight
 from quantlib.kernels.triton import inputs, launch, layout
 
+from .cuda.emulated_segmented import linear
 from .triton.bounds import assert_close, expected
 
 pytestmark = [
@@ -133,6 +135,25 @@ def test_the_cuda_kernel_is_as_near_as_its_emulation(draw):
     exact, bound = expected(weight, x)
     assert_close(on_gpu.cpu(), exact, bound)
     assert_close(emulated, exact, bound)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a4h8/8", "w4g64z5s5a4zg64h8/8"])
+@pytest.mark.parametrize("tokens", [1, 20, 200])
+def test_rounded_inputs_give_the_emulators_bits(draw, scheme, tokens):
+    """Kernel (b) and its quantizer; blocks share tiles, so sums change hands."""
+    needs(dispatch.machine(GPU).cuda)
+    runner = cuda.GpuRunner(loading.loader_for(GPU), GPU, processors=3)
+    emulator = cuda.EmulatedRunner()
+    emulator.architecture, emulator.processors = runner.architecture, runner.processors
+    own = linear(draw, scheme, 200, 1111)
+    x = torch.randn(tokens, 1111, generator=torch.Generator().manual_seed(1)).to(F16)
+    weight = segmented.pack(own.weight, own.layout(runner.architecture))
+    wanted = cuda.segmented_linear(emulator, x, weight, own.activations)
+    there = {name: getattr(weight, name).to(GPU) for name in ("codes", "meta", "units")}
+    moved = replace(weight, **there)
+    for _ in range(20):
+        found = cuda.segmented_linear(runner, x.to(GPU), moved, own.activations)
+        assert torch.equal(found.cpu(), wanted)
 
 
 @pytest.mark.parametrize("tokens", [1, 100, 400])

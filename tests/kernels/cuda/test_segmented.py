@@ -201,6 +201,8 @@ def test_what_the_kernel_does_not_take_is_a_sentence(draw):
         layout_of("w4g16a4", 64)
     with pytest.raises(FormatError, match="not mxfp4 by mxfp4"):
         layout_of("mxfp4amxfp4", 64)
+    with pytest.raises(FormatError, match="scales in float16, not w4g64e by 4"):
+        layout_of("w4g64ea4", 64)
     with pytest.raises(FormatError, match="neither divides the other"):
         layout_of("w4g64a4g96", 192)
     with pytest.raises(FormatError, match="may not fit 32 bits"):
