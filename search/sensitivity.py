@@ -114,6 +114,17 @@ class Sensitivity:
         """This table with the calibration of its first task, and no others."""
         return self.with_calibrations({self.tasks[0]: calibration} if calibration else {})
 
+    def corrected(self, factors: Mapping[str, Mapping[str, float]]) -> Sensitivity:
+        """This table with losses and their errors multiplied: weight -> task -> factor, 1 where
+        none is given. Calibrations are dropped: they were of other sums."""
+        rows = {
+            weight: {
+                scheme: _multiplied(entry, factors.get(weight, {})) for scheme, entry in row.items()
+            }
+            for weight, row in self.rows.items()
+        }
+        return replace(self, rows=rows, calibrations={})
+
     def digest(self) -> str:
         """SHA-256 of everything but calibrations: new probes do not make an old plan stale."""
         return hashlib.sha256(self.with_calibrations({}).to_json().encode()).hexdigest()
@@ -185,6 +196,13 @@ class Sensitivity:
                 f"has {model[:12]}): measure this model, or point to its own work directory"
             )
         return table
+
+
+def _multiplied(entry: Entry, factors: Mapping[str, float]) -> Entry:
+    """An entry with the losses of these tasks multiplied, and their errors."""
+    loss = {task: value * factors.get(task, 1.0) for task, value in entry.loss.items()}
+    error = {task: value * factors.get(task, 1.0) for task, value in entry.error.items()}
+    return Entry(entry.bytes, loss, error)
 
 
 def _weight_lines(weight: str, row: Mapping[str, Entry], tasks: tuple[str, ...]) -> str:

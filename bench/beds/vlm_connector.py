@@ -26,7 +26,7 @@ from quantlib.bench.packages import built_once, console
 
 ALONE = Schedule(steps=600, rate=1e-3, warmup=30)
 ALONE_BATCH = 64
-THROUGH = Schedule(steps=450, rate=2e-3, warmup=10)
+THROUGH = Schedule(steps=540, rate=2e-3, warmup=10)
 FEW = 3
 """In the first two thirds of the steps the language model reads every so manieth patch only, drawn
 anew each time: a step then costs half."""

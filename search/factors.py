@@ -1,0 +1,98 @@
+"""How far the predicted losses of whole components are off, found from plans that were measured.
+
+A predicted loss is a second-order expansion under gradients that were sampled at some tokens. For a
+head it is nearly exact; for an encoder, whose errors pass through everything behind it, it can be
+several times too small. One line through sums of all components (`calibrate.py`) cannot say so: it
+scales every component alike, and the search goes on spending its bytes on the wrong one. So a few
+plans round one component and leave the others at their best, and
+
+    log measured = a + b log sum_c f_c S_c
+
+is fitted to them: S_c are the predicted losses that a component's weights sum to, a and b are the
+line's, and f_c is what the component's losses are multiplied with. A prior keeps all factors near
+one, so that a component of which little was measured gets the common one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from quantlib.search.calibrate import HUBER
+from quantlib.search.problem import Problem
+from quantlib.search.solve import Solver
+
+SHARES = (0.2, 0.35, 0.5)
+"""Budgets of a component's plans, as fractions of the way from its smallest size to its best one:
+3.5 to 5.5 bits, where its loss is above the noise and not yet beyond what anyone wants."""
+FACTOR_SPREAD = 1.0
+"""Prior standard deviation of log f: a factor of e is nothing unusual."""
+SLOPE_SPREAD = 0.25
+"""Prior standard deviation of b around 1."""
+SCATTER = 0.2
+"""Standard deviation of a measured loss around a prediction that has the right factors, relative:
+some 20 % on Whisper."""
+
+
+class Trial(NamedTuple):
+    """A measured plan: component -> sum of predicted losses; the loss that was measured, and its
+    standard error."""
+
+    sums: Mapping[str, float]
+    measured: float
+    error: float
+
+
+def plans_alone(problem: Problem, component_of: Mapping[str, str]) -> list[dict[str, str]]:
+    """Plans (weight -> scheme) in which one component has less than its best, at SHARES of its own
+    range, and every other weight has its best candidate.
+
+    component_of: weight -> component, of those that are to be tried; weights that are left out
+    always have their best.
+    """
+    best = problem.schemes(problem.best())
+    plans: list[dict[str, str]] = []
+    for component in dict.fromkeys(component_of.values()):
+        mine = [i for i in problem.items if component_of.get(i.members[0]) == component]
+        if not mine:
+            continue
+        part = replace(problem, items=tuple(mine), weights=(), fixed_bytes=0)
+        low, high = part.bytes(part.smallest()), part.bytes(part.best())
+        solver = Solver(part)
+        for share in SHARES:
+            picks = solver.solve(int(low + share * (high - low))).picks
+            plan = best | part.schemes(picks)
+            if plan != best and plan not in plans:
+                plans.append(plan)
+    return plans
+
+
+def fit_factors(trials: Sequence[Trial]) -> dict[str, float]:
+    """Component -> the factor on its predicted losses, their geometric mean near 1; empty where
+    fewer than two components, or than four plans, lose anything.
+
+    Plans that lose nothing that could be measured are left out: they have no logarithm.
+    """
+    used = [t for t in trials if t.measured > 0 and sum(t.sums.values()) > 0]
+    named = dict.fromkeys(name for trial in used for name, value in trial.sums.items() if value > 0)
+    names = list(named)
+    if len(names) < 2 or len(used) < 4:
+        return {}
+    sums = np.array([[max(0.0, t.sums.get(name, 0.0)) for name in names] for t in used])
+    measured = np.array([t.measured for t in used])
+    spread = np.hypot(np.array([t.error for t in used]) / measured, SCATTER)
+    center = float(np.log(sums.sum(axis=1)).mean())
+
+    def residuals(values: np.ndarray) -> np.ndarray:
+        a, b, factors = values[0], values[1], values[2:]
+        total = np.log(sums @ np.exp(factors))
+        misses = (a + b * (total - center) - np.log(measured)) / spread
+        return np.concatenate([misses, [(b - 1) / SLOPE_SPREAD], factors / FACTOR_SPREAD])
+
+    start = np.concatenate([[float(np.log(measured).mean()), 1.0], np.zeros(len(names))])
+    found = least_squares(residuals, start, loss="huber", f_scale=HUBER).x[2:]
+    return dict(zip(names, np.exp(found).tolist(), strict=True))
