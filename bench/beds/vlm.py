@@ -21,7 +21,7 @@ import torch
 import typer
 from torch import Tensor
 
-from quantlib.bench import assets
+from quantlib.bench import assets, record
 from quantlib.bench.beds import vlm_connector
 from quantlib.bench.beds.dinov2 import PATCH, PIXELS, fetch_dinov2, image_processor, open_resized
 from quantlib.bench.beds.fashion import KINDS, fetch_fashion, read_fashion
@@ -244,6 +244,7 @@ def train(
 @app.command()
 def gates(
     pictures: Annotated[int, typer.Option(help="How many of the test pictures.")] = TEST_PICTURES,
+    keep: Annotated[bool, typer.Option("--keep", help="Write bench/results/bed_vlm.json.")] = False,
     cache: Cache = None,
     wheels: Wheels = None,
 ) -> None:
@@ -259,10 +260,13 @@ def gates(
     reader = AutoProcessor.from_pretrained(folder / MODEL)
     model = LlavaForConditionalGeneration.from_pretrained(folder / MODEL, dtype=torch.float32)
     records = of_kind(read_records(folder / TEST), ASKED)[:pictures]
-    said = answers(model.eval(), reader, [read_image(record.file) for record in records])
-    right = sum(record.answer == one for record, one in zip(records, said, strict=True))
+    said = answers(model.eval(), reader, [read_image(asked.file) for asked in records])
+    right = sum(asked.answer == one for asked, one in zip(records, said, strict=True))
     share = right / len(records)
-    print(json.dumps({"pictures": len(records), "right": share, "gate": GATE}))
+    found = {"pictures": len(records), "right": share, "gate": GATE, "passed": share >= GATE}
+    print(json.dumps(found))
+    if keep:
+        console.print(str(record.write("bed_vlm", found)))
     if share < GATE:
         raise typer.Exit(1)
 
