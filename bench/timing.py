@@ -3,13 +3,15 @@ all of them alike.
 
 A candidate runs in bursts of a few calls, a pause before each: threads of the one before, which
 spin for a while after their work, have gone to sleep by then, and the first call of a burst, which
-wakes the candidate's own, is not counted. A round's figure is the median of its burst; what is
-reported are the quartiles over rounds.
+wakes the candidate's own, is not counted. Every round has an order of its own, so that nobody
+always follows the same one. A round's figure is the median of its burst; what is reported are the
+quartiles over rounds.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -22,7 +24,7 @@ Candidate = Callable[[int], object]
 BURST_SECONDS = 0.006
 """What a burst should last: long beside a wake-up (50 us), short beside a disturbance."""
 MAX_BURST = 60
-PAUSE_SECONDS = 0.003
+PAUSE_SECONDS = 0.02
 SLOW_SECONDS = 0.02
 """From here on the first call counts as well: a wake-up is nothing beside it."""
 
@@ -49,11 +51,12 @@ def interleaved(candidates: Mapping[str, Candidate], rounds: int) -> dict[str, Q
 
     What a candidate raises is passed on.
     """
+    order = random.Random(0)
     bursts = {name: _Burst(run) for name, run in candidates.items()}
     for burst in bursts.values():
         burst.warm_up()
     for _ in range(rounds):
-        for burst in bursts.values():
+        for burst in order.sample(list(bursts.values()), len(bursts)):
             time.sleep(PAUSE_SECONDS)
             burst.measure()
     return {name: quartiles(burst.medians).scaled(1e3) for name, burst in bursts.items()}
