@@ -5,6 +5,7 @@
 
 namespace ql {
 const TileKernels avx512vnni_tiles = {
+    vnni::TokenTerms::stride,  vnni::TokenTerms::fill,
     vnni::int8_scratch_bytes, vnni::int8_strips, exact_scratch_bytes, exact_strips,
     round_token,              round_token_as,    arrange_token,       dequantize_rows,
 };

@@ -33,6 +33,8 @@ struct PlannedLinear {
   int64_t first_row;    // in the group's output
 };
 
+constexpr int64_t kMostLinears = 3;  // of a group
+
 // Linears that read the same input; their outputs lie one after the other.
 struct LinearGroup {
   std::vector<PlannedLinear> linears;

@@ -10,7 +10,6 @@ namespace ql {
 namespace {
 
 constexpr int64_t kAnyRange = INT64_MAX;
-constexpr int64_t kMostLinears = 3;  // of a group
 
 // Where linears write, and whether they add to what is there.
 struct Output {
@@ -56,7 +55,7 @@ class Worker {
   }
 
  private:
-  using Inputs = TileInput[kMostLinears];  // of a group, by preparation
+  using Inputs = TileInput[kMostLinears];  // of a group's linears
 
   // With a single token every thread keeps the residual stream by itself.
   float* hidden(int64_t row) const {
@@ -165,15 +164,14 @@ class Worker {
   }
 
   // Output rows [begin, end) of a group, all of one linear, to `to` or somewhat behind it.
-  const float* some_rows(const LinearGroup& group, const Inputs& inputs, int64_t begin, int64_t end,
+  const float* some_rows(const LinearGroup& group, Inputs& inputs, int64_t begin, int64_t end,
                          float* to, int64_t stride) const {
-    const PlannedLinear* linear = group.linears.data();
-    if (begin >= linear->first_row + linear->source.rows) ++linear;
-    begin -= linear->first_row;
-    end -= linear->first_row;
+    const size_t at = begin >= group.linears[0].source.rows ? 1 : 0;
+    const PlannedLinear& linear = group.linears[at];
+    begin -= linear.first_row;
+    end -= linear.first_row;
     const int64_t first = begin / kStripRows, last = (end + kStripRows - 1) / kStripRows;
-    strips(*linear, inputs[linear->preparation], {to - first * kStripRows, stride, false}, first,
-           last);
+    strips(group, inputs, at, {to - first * kStripRows, stride, false}, first, last);
     return to + begin % kStripRows;
   }
 
@@ -204,11 +202,14 @@ class Worker {
     }
   }
 
-  // The prepared inputs of a group, one after the other from `base` on.
+  // What the linears of a group read, prepared one after the other from `base` on.
   static void find_inputs(const LinearGroup& group, uint8_t* base, int64_t rows, Inputs& inputs) {
     for (size_t i = 0; i < group.preparations.size(); ++i) {
-      inputs[i] = group.preparations[i].input(base, rows);
+      const TileInput in = group.preparations[i].input(base, rows);
       base += group.preparations[i].bytes(rows);
+      for (size_t j = 0; j < group.linears.size(); ++j) {
+        if (group.linears[j].preparation == static_cast<int64_t>(i)) inputs[j] = in;
+      }
     }
   }
 
@@ -221,12 +222,13 @@ class Worker {
     int64_t first, last;
     while (member_.next(group.strips, kAnyRange, &first, &last)) {
       int64_t offset = 0;
-      for (const PlannedLinear& linear : group.linears) {
+      for (size_t i = 0; i < group.linears.size(); ++i) {
+        const PlannedLinear& linear = group.linears[i];
         const int64_t begin = std::max<int64_t>(first - offset, 0);
         const int64_t end = std::min(last - offset, linear.strips);
         if (begin < end) {
           const Output own{out.y + linear.first_row, out.stride, out.accumulate};
-          strips(linear, inputs[linear.preparation], own, begin, end);
+          strips(group, inputs, i, own, begin, end);
           after(linear.first_row + begin * kStripRows,
                 linear.first_row + std::min(end * kStripRows, linear.source.rows));
         }
@@ -235,10 +237,19 @@ class Worker {
     }
   }
 
-  void strips(const PlannedLinear& linear, const TileInput& in, const Output& out, int64_t first,
-              int64_t last) const {
-    const QlLinear& source = linear.source;
+  // Strips [first, last) of linear `index` of a group. What a thread makes of the inputs' sums, it
+  // makes once.
+  void strips(const LinearGroup& group, Inputs& inputs, size_t index, const Output& out,
+              int64_t first, int64_t last) const {
+    const QlLinear& source = group.linears[index].source;
+    TileInput& in = inputs[index];
     if (source.tiled) {
+      if (source.mode == QL_INPUT_INT8 && !in.terms) {
+        int32_t* const terms =
+            own_.terms + static_cast<int64_t>(index) * context_.work->term_stride;
+        context_.isa->tiles->fill_terms(*source.tiled, in, terms);
+        in.terms = terms;
+      }
       const auto compute = source.mode == QL_INPUT_INT8 ? context_.isa->tiles->int8_strips
                                                         : context_.isa->tiles->exact_strips;
       compute(*source.tiled, in, TileOutput{out.y, out.stride, source.bias, out.accumulate}, first,

@@ -64,6 +64,19 @@ int64_t kernel_scratch(const Plan& plan, const EngineIsa& isa, const KvLayer& ca
   return bytes;
 }
 
+// Terms of all tokens of a step, of the linear that has most.
+int64_t most_terms(const Plan& plan, const EngineIsa& isa, const StepSize& size) {
+  int64_t most = 0;
+  for_groups(plan, size, [&](const LinearGroup& group, int64_t tokens) {
+    for (const PlannedLinear& linear : group.linears) {
+      if (linear.source.mode != QL_INPUT_INT8) continue;
+      const Preparation& p = group.preparations[static_cast<size_t>(linear.preparation)];
+      most = std::max(most, tokens * isa.tiles->term_count(*linear.source.tiled, p.act_group));
+    }
+  });
+  return most;
+}
+
 }  // namespace
 
 Buffer::Buffer(Buffer&& other) noexcept
@@ -127,6 +140,7 @@ bool StepWork::reserve_threads(const Plan& plan, const EngineIsa& isa, const KvL
                                const StepSize& size) {
   const QlModel& model = plan.model;
   const int64_t scratch = kernel_scratch(plan, isa, cache, size);
+  term_stride = most_terms(plan, isa, size);
   int64_t inputs = 0;
   for_groups(plan, size, [&](const LinearGroup& group, int64_t) {
     inputs = std::max(inputs, group.input_bytes(1));
@@ -145,6 +159,7 @@ bool StepWork::reserve_threads(const Plan& plan, const EngineIsa& isa, const KvL
       threads[i].prepare.rounded = parts.take<int8_t>(widest_preparation(plan));
       threads[i].prepare.arranged = parts.take<float>(widest_arranged(plan));
       threads[i].inputs = parts.take<uint8_t>(inputs);
+      threads[i].terms = parts.take<int32_t>(kMostLinears * term_stride);
       threads[i].best = parts.take<int32_t>(size.wanted);
       threads[i].scratch = parts.take<uint8_t>(scratch);
       if (pass == 0 && !thread_memory_[i].reserve(parts.used())) return false;

@@ -57,6 +57,7 @@ struct ThreadWork {
   PrepareWork prepare;
   uint8_t* inputs;   // prepared, of a group, for one token
   uint8_t* scratch;  // of kernels
+  int32_t* terms;    // of a group's linears (TileInput), at term_stride
   int32_t* best;     // [wanted]
 };
 
@@ -88,6 +89,7 @@ class StepWork {
 
   SharedWork shared{};
   std::vector<ThreadWork> threads;
+  int64_t term_stride = 0;  // of a linear, for all tokens
 
  private:
   bool reserve_shared(const Plan& plan, const StepSize& size);

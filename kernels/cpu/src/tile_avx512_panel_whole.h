@@ -13,7 +13,7 @@ __attribute__((noinline)) void whole_tile(const Stretch& s, int64_t token, const
   const int8_t* values = in.values + token * in.value_stride;
   const int32_t* terms = in.terms + token * in.term_stride;
   const uint8_t *codes = s.codes, *ahead = tile.ahead;
-  const float *scales = s.panel->scales[0], *zeros = s.panel->zeros[0];
+  const float *scales = s.scales, *zeros = s.scales + kZerosAfter;
   __mmask16 begun = tile.begun;
   for (int64_t begin = 0; begin < s.columns; begin += ql::kWholeRun) {
     const int64_t end = smaller(begin + ql::kWholeRun, s.columns);
@@ -21,7 +21,7 @@ __attribute__((noinline)) void whole_tile(const Stretch& s, int64_t token, const
     if constexpr (folded) {
       const int64_t block_bytes = block_code_bytes(end - begin, 8);
       ahead = panel_dots(codes, block_bytes, values + begin, in.value_stride,
-                         smaller(end, s.used) - begin, ahead, tile.ahead_step, sums);
+                         smaller(end, s.used) - begin, ahead, s.ahead_step, sums);
       codes += blocks * block_bytes;
       const __m512i units = _mm512_set1_epi32(s.code_units);
 #pragma GCC unroll 8
@@ -35,7 +35,7 @@ __attribute__((noinline)) void whole_tile(const Stretch& s, int64_t token, const
         const int64_t block_bytes = block_code_bytes(columns, 8);
         DotLanes dots[tokens][blocks] = {};
         ahead = panel_dots(codes, block_bytes, values + k, in.value_stride,
-                           smaller(columns, s.used - k), ahead, tile.ahead_step, dots);
+                           smaller(columns, s.used - k), ahead, s.ahead_step, dots);
         codes += blocks * block_bytes;
 #pragma GCC unroll 2
         for (int b = 0; b < blocks; ++b) {
@@ -73,9 +73,8 @@ __attribute__((noinline)) void whole_tile(const Stretch& s, int64_t token, const
 // Codes times scale codes, each block's part of a run of whole sums after the other.
 template <int blocks, class Codes>
 __attribute__((noinline)) void fill_folded(const Codes& codes, const uint8_t* packed,
-                                           const Panel& panel, int64_t columns, int64_t piece,
+                                           const float* scales, int64_t columns, int64_t piece,
                                            uint8_t* out) {
-  const float* scales = panel.scales[0];
   for (int64_t k = 0; k < columns; k += piece, scales += ql::kStripRows) {
     const int64_t run = k / ql::kWholeRun * ql::kWholeRun;
     const int64_t run_columns = smaller(ql::kWholeRun, columns - run);
@@ -98,15 +97,16 @@ __attribute__((noinline)) void fill_folded(const Codes& codes, const uint8_t* pa
 // WholeMeta of a stretch's pieces. Folded scales wait for their codes; others have code_units in
 // them.
 inline void fill_whole_meta(const ql::TileSegment& s, const uint8_t* meta, int64_t blocks,
-                            int64_t pieces, Panel& panel) {
+                            int64_t pieces, float* scales) {
   const WholeReader reader(s);
   const int64_t bytes = block_meta_bytes(s);
   const __m512i units = _mm512_set1_epi32(is_folded(s) ? 1 : s.code_units);
   for (int64_t b = 0; b < blocks; ++b) {
     for (int64_t p = 0; p < pieces; ++p) {
       const WholeMeta own = reader.read(meta + (p * blocks + b) * bytes);
-      _mm512_store_si512(panel.scales[p] + 16 * b, _mm512_mullo_epi32(own.scale, units));
-      float* pair = panel.zeros[p / 2] + 16 * b;
+      _mm512_store_si512(scales + p * ql::kStripRows + 16 * b,
+                         _mm512_mullo_epi32(own.scale, units));
+      float* pair = scales + kZerosAfter + p / 2 * ql::kStripRows + 16 * b;
       const __m512i zeros = p % 2 ? _mm512_or_si512(_mm512_load_si512(pair),
                                                     _mm512_slli_epi32(own.zero, 16))
                                   : own.zero;

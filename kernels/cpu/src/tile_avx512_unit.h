@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kManyTokens = 17;  // from here on, panels are faster
 
-// TokenTerms of all tokens come first.
+// TokenTerms of all tokens come first, where the caller has not made them.
 int64_t term_bytes(const ql::TiledWeight& w, int64_t tokens, int64_t act_group) {
   return tokens * TokenTerms::stride(w, act_group) * static_cast<int64_t>(sizeof(int32_t));
 }
@@ -20,9 +20,13 @@ int64_t int8_scratch_bytes(const ql::TiledWeight& w, int64_t tokens) {
 
 void int8_strips(const ql::TiledWeight& w, const ql::TileInput& in, const ql::TileOutput& out,
                  int64_t first, int64_t last, uint8_t* scratch) {
-  int32_t* terms = reinterpret_cast<int32_t*>(scratch);
-  TokenTerms::fill(w, in, terms);
-  scratch += term_bytes(w, in.tokens, in.act_group);
+  const int32_t* terms = in.terms;
+  if (!terms) {
+    int32_t* const own = reinterpret_cast<int32_t*>(scratch);
+    TokenTerms::fill(w, in, own);
+    scratch += term_bytes(w, in.tokens, in.act_group);
+    terms = own;
+  }
   for (int64_t strip = first; strip < last; ++strip) {
     // A last strip with a single block is rare, and not worth kernels of its own.
     const bool whole = in.tokens <= kFewest || tile_blocks(w, strip) == 2;

@@ -139,6 +139,8 @@ struct TileInput {
                           // anew with each segment (act_group_count). For int8 mode: elsewhere the
                           // scales of segments and groups are in the floats already
   int64_t tokens;
+  const int32_t* terms;   // what fill_terms makes of the sums for this weight; null: int8_strips
+                          // does it itself, each time it is called
 };
 
 struct TileOutput {
@@ -188,6 +190,10 @@ struct TileForm {
 // What one instruction set offers for tiled weights. Strips are independent: any thread may compute
 // any range, and the result does not depend on it. `scratch` is 64-byte aligned.
 struct TileKernels {
+  // What int8_strips makes of the sums of a token before it begins: so many numbers (0: nothing),
+  // the same for all strips of a weight.
+  int64_t (*term_count)(const TiledWeight& w, int64_t act_group);
+  void (*fill_terms)(const TiledWeight& w, const TileInput& in, int32_t* terms);
   int64_t (*int8_scratch_bytes)(const TiledWeight& w, int64_t tokens);
   void (*int8_strips)(const TiledWeight& w, const TileInput& in, const TileOutput& out,
                       int64_t first, int64_t last, uint8_t* scratch);
@@ -257,6 +263,10 @@ inline int64_t sum_offset(int64_t padded, int64_t piece) {
 inline int64_t act_group_count(int64_t padded, int64_t act_group) {
   return (padded + act_group - 1) / act_group;
 }
+
+// Of kernels that read sums as they are.
+inline int64_t no_terms(const ql::TiledWeight&, int64_t) { return 0; }
+inline void fill_no_terms(const ql::TiledWeight&, const ql::TileInput&, int32_t*) {}
 
 // Whether int8 mode sums a segment's pieces as integers.
 inline bool has_whole_sums(const ql::TileSegment& s, int64_t act_group) {
