@@ -46,13 +46,15 @@ kernel-tools: .venv/kernel-tools
 .venv/kernel-tools: | install-dev
 	$(PIP_INSTALL) $(KERNEL_TOOLS) && touch $@ || echo "some tests of kernels will be skipped" >&2
 
+# Single tests are dealt out, not files: one file has a third of them.
 test-kernels: kernel-tools
-	$(BIN)/python -P -m pytest -m "kernels or not kernels" tests/kernels/cuda tests/kernels/triton \
-		$(TEST_ARGS)
+	$(BIN)/python -P -m pytest --numprocesses logical --dist worksteal -m "kernels or not kernels" \
+		tests/kernels/cuda tests/kernels/triton tests/kernels/test_dispatch.py \
+		tests/kernels/test_dispatch_models.py $(TEST_ARGS)
 
 # Triton and CuPy: pip install '.[triton,cuda]'. What is missing is skipped, and said.
 test-gpu: install-dev
-	TRITON_INTERPRET=0 $(BIN)/python -P -m pytest -m gpu tests/kernels/test_gpu.py $(TEST_ARGS)
+	TRITON_INTERPRET=0 $(BIN)/python -P -m pytest -m gpu tests/kernels $(TEST_ARGS)
 
 cubins: kernel-tools
 	$(BIN)/python -P -m quantlib.kernels.cuda.cubins build/cubins

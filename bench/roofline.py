@@ -1,6 +1,7 @@
 """What the decode kernel can reach on GPUs that are not here: a model, printed as *predicted*.
 
     python -m quantlib.bench.roofline [--bits 4] [--group 128] [--tokens 1 16 64] [--gpus A10 ...]
+        [--sparse] [--keep]
 
 A launch takes at least as long as each of three things: reading the weight, inputs and outputs once
 at the GPU's bandwidth; its matrix products at the tensor cores' rate; and issuing its instructions,
@@ -8,7 +9,9 @@ four a cycle and multiprocessor. All three are counted, the last two in the mach
 makes of this very kernel. The prediction is the longest of them: no launch, no first wait for
 memory, no ragged end is in it, so a GPU will be slower. Nothing here was measured.
 
-Needs nvcc and nvdisasm (`make test-kernels` installs them), no GPU.
+--keep writes them down as predictions (`results/roofline.json`, `roofline_sparse.json`).
+
+Needs nvcc and nvdisasm (`make kernel-tools` installs them), no GPU.
 """
 
 from __future__ import annotations
@@ -16,18 +19,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
+from quantlib.bench import record
 from quantlib.errors import UsageError
 from quantlib.kernels.cpu.build import BuildError
 from quantlib.kernels.cuda import cubins, decode
-from quantlib.kernels.cuda.layout import SLAB_COLUMNS, STRIP_ROWS
+from quantlib.kernels.cuda.layout import STRIP_ROWS
 
 SCHEDULERS = 4
 """Of a multiprocessor, each issuing one instruction of one warp in a cycle."""
 _PRODUCT_OPERATIONS = 2 * 16 * 8 * 16
+"""Of a matrix instruction, as dense ones count them: a sparse one, of 32 columns of which half are
+kept, takes the same time."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class Prediction:
         return self.memory / self.total
 
 
-def moved_bytes(rows: int, columns: int, bits: int, group: int, tokens: int) -> float:
+def moved_bytes(rows: int, columns: int, bits: float, group: int, tokens: int) -> float:
     """What a launch must read and write: codes, float16 scales of groups (0: none), float32 factors
     of rows, inputs and outputs."""
     weight = rows * columns * bits / 8 + (rows * -(-columns // group) * 2 if group else 0)
@@ -91,7 +98,7 @@ def predict(
     gpu: Gpu, compiled: cubins.Compiled, rows: int, columns: int, moved: float
 ) -> Prediction:
     """Limits of a launch of a compiled kernel on a weight [rows, columns]."""
-    strips = -(-rows // STRIP_ROWS) * -(-columns // SLAB_COLUMNS)
+    strips = -(-rows // STRIP_ROWS) * -(-columns // compiled.columns)
     operations = strips * compiled.products * _PRODUCT_OPERATIONS
     products = None
     if gpu.warp_share is not None:
@@ -114,26 +121,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--group", type=int, default=128, choices=(0, 64, 128, 256))
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--gpus", nargs="+", default=list(GPUS))
+    parser.add_argument("--sparse", action="store_true", help="two of every four columns are kept")
+    parser.add_argument("--keep", action="store_true", help="write the predictions down")
     given = parser.parse_args(arguments)
-    print(
-        f"predicted, not measured: w{given.bits}, groups of {given.group or 'a row'}, fp16 inputs"
-    )
+    form = f"w{given.bits}{' 2:4' if given.sparse else ''}"
+    print(f"predicted, not measured: {form}, groups of {given.group or 'a row'}, fp16 inputs")
     print(f"{'GPU':8} {'tokens':>6} {'shape':>12} {'us':>8} {'of bandwidth':>12}  limits (us)")
+    rows = []
     try:
         for name, gpu in chosen(given.gpus).items():
             for tokens in given.tokens:
-                tiles = next(t for t in decode.TOKEN_TILES if t * decode.TOKEN_TILE >= tokens)
-                period = 4 if given.group else 0
-                case = decode.DecodeCase(given.bits, torch.float16, tiles, period, zeros=False)
-                _, compiled = cubins.build(case, gpu.architecture)
+                _, compiled = cubins.build(_case(given, tokens), gpu.architecture)
+                # Kept codes and the places of their columns, two bits each, are half of all.
+                bits = (given.bits + 2) / 2 if given.sparse else given.bits
                 for shape in SHAPES:
-                    moved = moved_bytes(*shape, given.bits, given.group, tokens)
+                    moved = moved_bytes(*shape, bits, given.group, tokens)
                     found = predict(gpu, compiled, *shape, moved)
                     print(_line(name, tokens, shape, found))
+                    rows.append(_row(name, tokens, shape, found, compiled))
     except (BuildError, UsageError) as error:
         print(error, file=sys.stderr)
         return 1
+    if given.keep:
+        file = "roofline_sparse" if given.sparse else "roofline"
+        print(record.write(file, {"predicted, not measured": rows, "scheme": form}))
     return 0
+
+
+def _case(given: argparse.Namespace, tokens: int) -> decode.DecodeCase:
+    tiles = next(t for t in decode.TOKEN_TILES if t * decode.TOKEN_TILE >= tokens)
+    period = min(given.group // (32 if given.sparse else 16), 4)
+    return decode.DecodeCase(
+        given.bits, torch.float16, tiles, period, zeros=False, sparse=given.sparse
+    )
+
+
+def _row(
+    name: str, tokens: int, shape: tuple[int, int], found: Prediction, compiled: cubins.Compiled
+) -> dict[str, Any]:
+    return {
+        "gpu": name,
+        "M": tokens,
+        "N": shape[0],
+        "K": shape[1],
+        "microseconds": asdict(found),
+        "of_bandwidth": found.of_bandwidth,
+        "registers": compiled.registers,
+        "arithmetic_per_product": compiled.arithmetic / compiled.products,
+    }
 
 
 def _line(name: str, tokens: int, shape: tuple[int, int], found: Prediction) -> str:

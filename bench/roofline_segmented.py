@@ -1,7 +1,7 @@
 """What the segmented integer kernel can reach on GPUs that are not here: a model, printed as
 *predicted*.
 
-    python -m quantlib.bench.roofline_segmented [--schemes w4a4h8/8 ...] [--tokens 1 4096]
+    python -m quantlib.bench.roofline_segmented [--schemes w4a4h8/8 ...] [--tokens 1 4096] [--keep]
 
 A launch takes at least as long as each of four things: reading the weight, tokens and outputs once;
 its matrix products at the tensor cores' rate for bytes and for nibbles; issuing its instructions,
@@ -11,7 +11,9 @@ The prediction is the longest of them: no launch, no first wait for memory, no s
 it, so a GPU will be slower. It is compared with an fp16 product limited by reading or by the full
 rate of the tensor cores, which no library reaches either. Nothing here was measured.
 
-Needs nvcc and nvdisasm (`make test-kernels` installs them), no GPU.
+--keep writes them down as predictions (`results/roofline_segmented.json`).
+
+Needs nvcc and nvdisasm (`make kernel-tools` installs them), no GPU.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
+from quantlib.bench import record
 from quantlib.bench.roofline import GPUS, SCHEDULERS, Gpu, chosen
 from quantlib.errors import QuantlibError
 from quantlib.formats.scheme import Scheme
@@ -44,8 +48,11 @@ INTEGER_TOPS = {
     "H200": (1979, None),
     "B200": (4500, None),
 }
-"""Dense products of bytes and of nibbles, from the makers' data sheets; the one of the L40S says
-the same for both, others of its architecture do not."""
+"""Dense products of bytes and of nibbles, from the makers' data sheets. That of the L40S lists 733
+for both: by its sheet nibbles gain nothing there, and no scheme is more than 2.0 times as fast as
+fp16 (362). The L40 (362 and 724) and the RTX 4090, of the same architecture and with the same
+instruction, have twice the rate for nibbles. fp16 of the RTX 4090 is its rate with float32 sums,
+half of that with float16 sums."""
 _PRODUCT_OPERATIONS = {8: 2 * 16 * 8 * 32, 4: 2 * 16 * 8 * 64}
 
 
@@ -170,10 +177,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, SIZE])
     parser.add_argument("--gpus", nargs="+", default=list(GPUS))
+    parser.add_argument("--keep", action="store_true", help="write the predictions down")
     given = parser.parse_args(arguments)
     print(f"predicted, not measured: {SIZE} rows and columns")
     print(f"{'scheme':22} {'GPU':8} {'tokens':>6} {'us':>8} {'of fp16':>8}  limits (us)")
     counted: dict[tuple[str, int, int], tuple[segmented.GemmCase, list[Loop]]] = {}
+    rows: list[dict[str, Any]] = []
     try:
         for scheme in map(Scheme.parse, given.schemes):
             for name, gpu in chosen(given.gpus).items():
@@ -191,10 +200,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         gpu, INTEGER_TOPS[name], *counted[key], (tokens, SIZE, SIZE), moved
                     )
                     base = half_precision(gpu, tokens, SIZE, SIZE)
-                    print(_line(str(scheme), name, tokens, found, base / found.total), flush=True)
+                    times = base / found.total
+                    print(_line(str(scheme), name, tokens, found, times), flush=True)
+                    row = {"scheme": str(scheme), "gpu": name, "M": tokens, "times_fp16": times}
+                    rows.append(row | {"microseconds": asdict(found)})
     except (BuildError, QuantlibError) as error:
         print(error, file=sys.stderr)
         return 1
+    if given.keep:
+        found_rows = {"predicted, not measured": rows, "N": SIZE, "K": SIZE}
+        print(record.write("roofline_segmented", found_rows))
     return 0
 
 

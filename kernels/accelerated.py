@@ -10,14 +10,13 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from quantlib.errors import UsageError
 from quantlib.formats.activation import ActivationSegment, fake_quantize, quantize
 from quantlib.formats.weight import QuantizedWeight
 from quantlib.kernels import dispatch, reference
 from quantlib.kernels.cpu.build import BuildError
-from quantlib.kernels.cuda import decode, segmented
+from quantlib.kernels.cuda import decode, quantizer, segmented
 from quantlib.kernels.cuda import launch as cuda
 from quantlib.kernels.packed import PackedWeight, activations_of, parse_layout, suffixes_of
 from quantlib.kernels.rearranged import Rearranged
@@ -48,8 +47,7 @@ def multiply(
     weight = split_weight(tensors, layout)
     if kernel == dispatch.TRITON:
         return triton.linear(x, weight, bias)
-    dense = triton.dequantize(weight, x.dtype)
-    return functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+    return triton.dense_linear(x, weight, bias)
 
 
 def _decode(x: Tensor, tensors: list[Tensor], layout: str, bias: Tensor | None) -> Tensor:
@@ -103,12 +101,56 @@ def multiply_rounded(
     return triton.integer_linear(codes, scales, weight, activations, bias, x.dtype)
 
 
+def multiply_turned(
+    x: Tensor,
+    tensors: list[Tensor],
+    layout: str,
+    bias: Tensor | None,
+    activations: tuple[ActivationSegment, ...],
+    turn: quantizer.Turn,
+    order: Tensor | None,
+) -> Tensor:
+    """As `multiply_rounded` with SEGMENTED, of inputs that are rotated and put in order before they
+    are rounded, in the same pass."""
+    try:
+        return _segmented(x, tensors, layout, bias, activations, turn, order)
+    except BuildError as error:
+        kernel = _instead(error, x.device)
+    turned = quantizer.rotate(x, turn).to(x.dtype)
+    ordered = turned if order is None else turned.index_select(1, order)
+    return multiply_rounded(kernel, ordered, tensors, layout, bias, activations)
+
+
+def turned_by_triton(
+    x: Tensor,
+    tensors: list[Tensor],
+    layout: str,
+    bias: Tensor | None,
+    activations: tuple[ActivationSegment, ...],
+    turn: quantizer.Turn,
+    order: Tensor | None,
+) -> Tensor:
+    """As `multiply_rounded` with TRITON, of inputs that are rotated and put in order before they
+    are rounded: in the same pass where columns keep their order and codes are multiplied."""
+    blocks = inputs.Blocks(turn.dense, turn.sylvester, turn.factor)
+    weight = split_weight(tensors, layout)
+    codes = inputs.can_quantize(activations) and triton.integer_plan(weight, activations)
+    if order is None and blocks.fits and codes:
+        given = inputs.quantize(x, activations, blocks)
+        return triton.integer_linear(*given, weight, activations, bias, x.dtype)
+    turned = inputs.rotate(x, blocks) if blocks.fits else quantizer.rotate(x, turn).to(x.dtype)
+    ordered = turned if order is None else turned.index_select(1, order)
+    return multiply_rounded(dispatch.TRITON, ordered, tensors, layout, bias, activations)
+
+
 def _segmented(
     x: Tensor,
     tensors: list[Tensor],
     layout: str,
     bias: Tensor | None,
     activations: tuple[ActivationSegment, ...],
+    turn: quantizer.Turn = quantizer.NO_TURN,
+    order: Tensor | None = None,
 ) -> Tensor:
     runner = _runner(x.device)
     own = _segments(layout, activations, runner.architecture)
@@ -118,7 +160,7 @@ def _segmented(
         f"{layout} {activations_of(activations)} sm_{runner.architecture}",
         lambda: cuda.pack_segmented(_unpacked(tensors, layout), own),
     )
-    return cuda.segmented_linear(runner, x, weight, activations, bias)
+    return cuda.segmented_linear(runner, x, weight, activations, bias, turn, order)
 
 
 @lru_cache(maxsize=4096)

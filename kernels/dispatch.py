@@ -8,6 +8,9 @@
                      more: the weight is dequantized once, and torch multiplies
     elsewhere        the torch reference
 
+Attention on a packed KV cache: the C++ kernels in main memory, CUDA's kernel for one new token on
+GPUs, otherwise the torch reference (`choose_attention`).
+
 What is missing (CuPy, a driver, Triton) is passed over and said once. `choose` is a pure function
 of a `Product` and a `Machine`; `machine` looks around.
 
@@ -28,15 +31,16 @@ import torch
 from quantlib.errors import FormatError, UsageError
 from quantlib.formats.activation import ActivationSegment
 from quantlib.kernels.cuda import segmented
-from quantlib.kernels.packed import parse_layout
+from quantlib.kernels.packed import has_kernels, parse_layout
 
 VARIABLE = "QUANTLIB_KERNELS"
 BACKENDS = ("cpu", "cuda", "emulator", "reference", "triton")
 """What the variable may be."""
 CPU, TRITON, DENSE, REFERENCE = "cpu", "triton", "dense", "reference"
-DECODE, SEGMENTED = "decode", "segmented"
+DECODE, SEGMENTED, ATTENTION = "decode", "segmented", "attention"
 """Choices: the C++ kernels, Triton's products, torch's product of the dequantized weight, the torch
-reference; the CUDA kernels (or their emulation) for few tokens and for rounded inputs."""
+reference; the CUDA kernels (or their emulation) for few tokens, for rounded inputs, and for
+attention."""
 FEW_TOKENS, MANY_TOKENS = 64, 256
 """Tokens up to which the CUDA kernel, and then Triton, multiply packed weights by inputs that are
 not rounded."""
@@ -76,6 +80,8 @@ def choose(product: Product, machine: Machine) -> str:
     """Which kernel computes the product. Raises UsageError when what is forced is not there."""
     if machine.forced is not None:
         return _forced(product, machine, machine.forced)
+    if product.layout and not has_kernels(parse_layout(product.layout)[1]):
+        return REFERENCE
     if machine.kind == "cpu":
         return CPU if machine.cpu else REFERENCE
     if machine.kind != "cuda":
@@ -99,6 +105,8 @@ def _forced(product: Product, machine: Machine, name: str) -> str:
         raise UsageError(f"{VARIABLE}={name}, but {missing}: unset it")
     if name in ("cuda", "emulator"):
         return cuda_kernel(product) or REFERENCE
+    if product.layout and not has_kernels(parse_layout(product.layout)[1]):
+        return REFERENCE
     return {"cpu": CPU, "triton": TRITON}.get(name, REFERENCE)
 
 
@@ -111,6 +119,17 @@ def choose_rows(machine: Machine) -> str:
         return _forced(Product(1, torch.float32, ""), machine, machine.forced)
     if machine.kind == "cuda" and not machine.triton:
         return TRITON
+    return CPU if machine.cpu else REFERENCE
+
+
+def choose_attention(taken: bool, machine: Machine) -> str:
+    """Who attends to a packed KV cache: CPU, ATTENTION or REFERENCE. taken: whether CUDA's kernel
+    takes the cache and the queries. Raises UsageError when what is forced is not there."""
+    if machine.forced in ("cuda", "emulator"):
+        _forced(Product(1, torch.float32, ""), machine, machine.forced)
+        return ATTENTION if taken else REFERENCE
+    if machine.kind == "cuda":
+        return ATTENTION if taken and machine.forced is None and not machine.cuda else REFERENCE
     return CPU if machine.cpu else REFERENCE
 
 
@@ -171,9 +190,10 @@ def machine(device: torch.device) -> Machine:
 
         without_cuda, without_triton = loading.why_not(device), launch.why_not(device)
     if device.type == "cuda" and asked is None:
-        for missing, instead in ((without_cuda, "Triton"), (without_triton, "the torch reference")):
-            if missing:
-                say_once(f"{missing}; {instead} computes in its place")
+        last = "the torch reference"
+        instead = {without_cuda: last if without_triton else "Triton", without_triton: last}
+        for missing in filter(None, instead):
+            say_once(f"{missing}; {instead[missing]} computes in its place")
     return Machine(device.type, has_cpu, without_cuda, without_triton, asked)
 
 

@@ -1,9 +1,10 @@
 """The KV cache: past keys and values of every layer, packed, and attention that reads them so.
 
 The cache is static: room for `capacity` positions of `batch` sequences is set aside once, and the
-system gives memory to what is written. Every sequence of every layer has a length of its own. The
-compiled kernels compute where there are any, else the torch reference, with the same codes and the
-same results within the rounding of float32.
+system gives memory to what is written. Every sequence of every layer has a length of its own. In
+main memory the compiled kernels compute where there are any; on a GPU (or in the emulator, with
+QUANTLIB_KERNELS) CUDA's kernel attends for one new token of 16 bits; else the torch reference, with
+the same codes and the same results within the rounding of float32 (on a GPU, of the queries' type).
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import torch
 from torch import Tensor
 
 from quantlib.errors import DataError, FormatError, UsageError
-from quantlib.kernels import kv_reference
+from quantlib.kernels import dispatch, kv_reference
 from quantlib.kernels.cpu import attention_library
+from quantlib.kernels.cpu.build import BuildError
+from quantlib.kernels.cuda import attend as cuda
+from quantlib.kernels.cuda import launch
 from quantlib.kernels.kv_format import BLOCK, KvFormat, SideFormat, padded_columns
 
 MAX_QUERY_GROUP = 96
@@ -43,8 +47,10 @@ class KVCache:
         *,
         isa: str = "best",
         threads: int | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         """`isa` and `threads` (default: torch's) are for the kernels; threads never change a bit.
+        `device` is where keys and values are kept.
 
         Raises FormatError for a format that is unknown or does not fit the heads, UsageError for
         sizes below 1.
@@ -59,28 +65,32 @@ class KVCache:
         for side in (self.form.key, self.form.value):
             side.check(head_dim)
         self.lengths = torch.zeros(layers, batch, dtype=torch.int64, device="cpu")
+        self.device = torch.empty(0, device=device).device
         self._keys = self._allocate(self.form.key)
         self._values = self._allocate(self.form.value)
         self._sink_keys = self._allocate_sinks(self.form.key)
         self._sink_values = self._allocate_sinks(self.form.value)
         self._isa, self._threads = isa, threads
-        self._library = attention_library.load()
-        self._layers = [
-            attention_library.describe_layer(self.form, head_dim, *tensors)
+        self._library = attention_library.load() if self.device.type == "cpu" else None
+        self._layers = self._described()
+
+    def _described(self) -> list[attention_library.Layer]:
+        return [
+            attention_library.describe_layer(self.form, self.head_dim, *tensors)
             for tensors in zip(self._keys, self._values, self._sink_keys, self._sink_values)
         ]
 
     def _allocate(self, side: SideFormat) -> Tensor:
         block = BLOCK * side.bytes_per_position(self.head_dim)
         shape = (len(self.lengths), self.batch, self.kv_heads, self.capacity // BLOCK, block)
-        return torch.zeros(shape, dtype=torch.uint8, device="cpu")
+        return torch.zeros(shape, dtype=torch.uint8, device=self.device)
 
     def _allocate_sinks(self, side: SideFormat) -> Tensor:
         """float32 [layers, batch, kv_heads, floats]: padded columns x positions in whole vectors,
         keys column by column, values position by position."""
         floats = padded_columns(self.head_dim) * padded_columns(self.form.sinks)
         shape = (len(self.lengths), self.batch, self.kv_heads, 0 if side.bits == 32 else floats)
-        return torch.zeros(shape, dtype=torch.float32, device="cpu")
+        return torch.zeros(shape, dtype=torch.float32, device=self.device)
 
     @property
     def stored(self) -> tuple[Tensor, Tensor]:
@@ -127,7 +137,7 @@ class KVCache:
                 f"the KV cache holds {self.capacity} positions of a sequence, and one would have "
                 f"{longest}: create it with a larger capacity, or truncate"
             )
-        keys, values = _floats(keys), _floats(values)
+        keys, values = self._floats(keys), self._floats(values)
         if self._library is None:
             self._append_reference(layer, rows, firsts, keys, values)
         else:
@@ -163,7 +173,12 @@ class KVCache:
             scale = 1 / math.sqrt(self.head_dim)
         if window < 0 or softcap < 0:
             raise UsageError(f"window and softcap are 0 or more, not {window} and {softcap}")
-        query = _floats(query)
+        if query.shape[1] == 1 and not softcap and self._by_cuda(query):
+            try:
+                return self._attend_by_cuda(layer, rows, query, scale, window)
+            except BuildError as error:
+                dispatch.say_once(f"the CUDA kernel cannot be loaded ({error}); torch attends")
+        query = self._floats(query)
         if self._library is None:
             outputs = [
                 kv_reference.attend(one, *self.dequantize(layer, int(row)), scale, window, softcap)
@@ -183,6 +198,41 @@ class KVCache:
             self._isa,
             self._threads,
         )
+
+    def _by_cuda(self, query: Tensor) -> bool:
+        group = query.shape[2] // self.kv_heads
+        taken = cuda.takes(self.form, self.head_dim, group, query.dtype)
+        machine = dispatch.machine(self.device)
+        return dispatch.choose_attention(taken, machine) == dispatch.ATTENTION
+
+    def _attend_by_cuda(
+        self, layer: int, rows: Tensor, query: Tensor, scale: float, window: int
+    ) -> Tensor:
+        """Of one token of each sequence: all of them at once, or one after the other some of them,
+        so that no cache is copied. Raises BuildError when the kernel cannot be had."""
+        runner = launch.runner(self.device, emulated=dispatch.forced() == "emulator")
+        numbers = rows.tolist()
+        together = numbers == list(range(self.batch))
+        pieces = [(0, numbers)] if together else [(at, [row]) for at, row in enumerate(numbers)]
+        outputs = []
+        for at, piece in pieces:
+            own = slice(piece[0], piece[-1] + 1)
+            outputs.append(
+                cuda.attend(
+                    runner,
+                    query[at : at + len(piece), 0].to(self.device),
+                    self._keys[layer, own],
+                    self._values[layer, own],
+                    self.form,
+                    self.lengths[layer, own].tolist(),
+                    scale,
+                    window,
+                )
+            )
+        return torch.cat(outputs)[:, None]
+
+    def _floats(self, x: Tensor) -> Tensor:
+        return x.detach().to(device=self.device, dtype=torch.float32).contiguous()
 
     def dequantize(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a sequence as attention sees them: float32 [length, kv_heads, d]."""
@@ -221,6 +271,17 @@ class KVCache:
         """Forget all sequences."""
         self.lengths.zero_()
 
+    def reserve(self, capacity: int) -> None:
+        """Have room for so many positions of each sequence; what is there stays."""
+        if capacity <= self.capacity:
+            return
+        before, blocks = (self._keys, self._values), self.capacity // BLOCK
+        self.capacity = -(-capacity // BLOCK) * BLOCK
+        self._keys, self._values = map(self._allocate, (self.form.key, self.form.value))
+        for stored, old in zip((self._keys, self._values), before, strict=True):
+            stored[:, :, :, :blocks] = old
+        self._layers = self._described()
+
     def truncate(self, sequence: int, length: int) -> None:
         """Forget the positions of a sequence from `length` on, in all layers."""
         if not 0 <= sequence < self.batch or length < 0:
@@ -239,11 +300,12 @@ class KVCache:
             )
         blocks = -(-int(self.lengths.max()) // BLOCK)
         order = torch.tensor(origins, device="cpu")
+        there = order.to(self.device)
         for stored in (self._keys, self._values):
             for layer in stored:
-                layer[:, :, :blocks] = layer[order, :, :blocks]
+                layer[:, :, :blocks] = layer[there, :, :blocks]
         for sinks in (self._sink_keys, self._sink_values):
-            sinks.copy_(sinks[:, order])
+            sinks.copy_(sinks[:, there])
         self.lengths.copy_(self.lengths[:, order])
 
     def _rows(self, layer: int, sequences: Sequence[int] | None) -> Tensor:
@@ -294,10 +356,6 @@ class KVCache:
                 if len(others):
                     first += len(kept)
                     kv_reference.store(stored[row], side, is_key, first, others)
-
-
-def _floats(x: Tensor) -> Tensor:
-    return x.detach().to(device="cpu", dtype=torch.float32).contiguous()
 
 
 def _in_basis(x: Tensor, side: SideFormat) -> Tensor:

@@ -1,10 +1,10 @@
 """The operators that quantized modules call: `linear`, `embedding` and `dequantize` on a weight,
 packed or tiled.
 
-`linear` and `embedding` are operators of `torch.library` (`quantlib::linear`,
-`quantlib::embedding`) with fake kernels, so they pass through `torch.compile` and export as one
-opaque node. They take a weight's tensors as a list (one of them, for a tiled weight) and everything
-else about it as a layout string.
+They are operators of `torch.library` (`quantlib::linear`, `quantlib::embedding`,
+`quantlib::dequantize`) with fake kernels, so they pass through `torch.compile` and export as one
+opaque node each. They take a weight's tensors as a list (one of them, for a tiled weight) and
+everything else about it as a layout string.
 
 Which kernel computes, `dispatch` decides. On the CPU these are the C++ kernels, on tiles: a packed
 weight is tiled at its first use, and its tiles live as long as its first tensor does. Whoever holds
@@ -43,6 +43,7 @@ from quantlib.kernels.layouts import MAX_PIECE, TILES, TiledWeight, is_traced
 from quantlib.kernels.packed import (
     PackedWeight,
     activations_of,
+    has_kernels,
     parse_activations,
     parse_layout,
     suffixes_of,
@@ -94,14 +95,7 @@ def embedding(ids: Tensor, weight: Weight, dtype: torch.dtype = torch.float32) -
 def dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The whole weight [N, K] in `dtype`, on its device: what `formats.dequantize` gives, up to one
     float32 rounding of two-level scales."""
-    tensors = _tensors(weight)
-    if _rows_by_triton(tensors[0], weight.layout):
-        return accelerated.rows(tensors, weight.layout, dtype, None)
-    library = _library(tensors)
-    if library is None:
-        assert isinstance(weight, PackedWeight)  # a tiled one has a library
-        return formats.dequantize(weight.to_quantized(), dtype)
-    return library.dequantize(_describe(library, tensors, weight.layout)).to(dtype)
+    return torch.ops.quantlib.dequantize(_tensors(weight), weight.layout, dtype)
 
 
 def backend() -> str:
@@ -126,7 +120,7 @@ def _compute_linear(
     _check_linear(x, layout, bias, mode, act_group, activations)
     if _on_accelerator(x, layout):
         return _accelerated_linear(x, weight, layout, bias, mode, act_group, activations)
-    library = _library([x, *weight])
+    library = _library([x, *weight], layout)
     if library is None:
         bits = 8 if mode == "int8" else 16
         quantized = _packed(weight, layout).to_quantized()
@@ -233,7 +227,7 @@ def _embedding(ids: Tensor, weight: list[Tensor], layout: str, dtype: torch.dtyp
             _check_rows(flat, rows)  # a GPU would have to be waited for
         out = accelerated.rows(weight, layout, dtype, flat)
         return out.view(*ids.shape, columns)
-    library = _library([ids, *weight])
+    library = _library([ids, *weight], layout)
     if library is None:
         _check_rows(flat, rows)
         out = formats.dequantize(_packed(weight, layout).select_rows(flat).to_quantized())
@@ -246,6 +240,22 @@ def _embedding(ids: Tensor, weight: list[Tensor], layout: str, dtype: torch.dtyp
 def _embedding_fake(ids: Tensor, weight: list[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
     (_, columns), _ = parse_layout(layout.removeprefix(TILES))
     return ids.new_empty(*ids.shape, columns, dtype=dtype)
+
+
+@torch.library.custom_op("quantlib::dequantize", mutates_args=())
+def _dequantize(weight: list[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
+    if _rows_by_triton(weight[0], layout):
+        return accelerated.rows(weight, layout, dtype, None)
+    library = _library(weight, layout)
+    if library is None:
+        return formats.dequantize(_packed(weight, layout).to_quantized(), dtype)
+    return library.dequantize(_describe(library, weight, layout)).to(dtype)
+
+
+@_dequantize.register_fake
+def _dequantize_fake(weight: list[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
+    (rows, columns), _ = parse_layout(layout.removeprefix(TILES))
+    return weight[0].new_empty(rows, columns, dtype=dtype)
 
 
 def _is_plain(x: Tensor, bias: Tensor | None) -> bool:
@@ -289,16 +299,23 @@ def _on_accelerator(tensor: Tensor, layout: str) -> bool:
 
 
 def _rows_by_triton(tensor: Tensor, layout: str) -> bool:
-    if not _on_accelerator(tensor, layout):
+    if not _on_accelerator(tensor, layout) or not _has_kernels(layout):
         return False
     return dispatch.choose_rows(dispatch.machine(tensor.device)) == dispatch.TRITON
 
 
-def _library(tensors: list[Tensor]) -> cpu.Library | None:
-    """The C++ kernels, if they are to be had, may be used, and all tensors lie in main memory."""
+def _library(tensors: list[Tensor], layout: str) -> cpu.Library | None:
+    """The C++ kernels, if they are to be had, may be used, know the weight's formats, and all
+    tensors lie in main memory."""
+    if not _has_kernels(layout):
+        return None
     if not dispatch.tiles_allowed() or not all(tensor.is_cpu for tensor in tensors):
         return None
     return cpu.load()
+
+
+def _has_kernels(layout: str) -> bool:
+    return layout.startswith(TILES) or has_kernels(parse_layout(layout)[1])
 
 
 def _packed(tensors: list[Tensor], layout: str) -> PackedWeight:

@@ -13,6 +13,7 @@ and, for the counts, nvdisasm; no GPU.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,7 +38,7 @@ _TOKENS = tuple(segmented.TOKEN_TILE * t for t in (*segmented.DECODE_TILES, segm
 class Compiled:
     """What a compiler made of one case for one architecture.
 
-    products, arithmetic and issued are instructions of a warp for one step, 32 rows by 64 columns:
+    products, arithmetic and issued are instructions of a warp for one step, 32 rows by `columns`:
     matrix products and arithmetic where the kernel multiplies (`machine_code`), and all of them
     there, where it scales (counted with every step, though large groups need it seldom) and where
     it fetches.
@@ -50,26 +51,31 @@ class Compiled:
     blocks_per_sm: int
     stages: int
     shared_bytes: int
+    columns: int
     products: int
     arithmetic: int
     issued: int
 
 
 def name_of(case: decode.DecodeCase) -> str:
-    """For example `w4z-g64-f16-m16`: width and zero points, groups, inputs, tokens."""
-    groups = {0: "channel", 1: "g16", 2: "g32", 4: "g64"}[case.period]
+    """For example `w4z-g64-f16-m16`: width and zero points, groups, inputs, tokens; `w4sparse-...`
+    where two of every four columns are kept."""
+    groups = f"g{case.period * case.step_columns // 4}" if case.period else "channel"
     dtype = next(name for name, dtype in DTYPES.items() if dtype == case.dtype)
     tokens = case.token_tiles * decode.TOKEN_TILE
-    return f"w{case.bits}{'z' if case.zeros else ''}-{groups}-{dtype}-m{tokens}"
+    form = "sparse" if case.sparse else "z" if case.zeros else ""
+    return f"w{case.bits}{form}-{groups}-{dtype}-m{tokens}"
 
 
 def cases(bits: Sequence[int] = tuple(WIDTHS)) -> Iterator[decode.DecodeCase]:
-    """Those that are built ahead: groups of 64 and more, or none, in every width."""
-    for width in bits:
-        for dtype in DTYPES.values():
-            for tiles in decode.TOKEN_TILES:
-                for period, zeros in ((0, False), (4, False), (4, True)):
-                    yield decode.DecodeCase(width, dtype, tiles, period, zeros)
+    """Those that are built ahead: groups of 64 and more, or none, in every width; of 4 bits sparse
+    ones too, whose groups have 32 columns and more."""
+    for width, dtype, tiles in itertools.product(bits, DTYPES.values(), decode.TOKEN_TILES):
+        for period, zeros in ((0, False), (4, False), (4, True)):
+            yield decode.DecodeCase(width, dtype, tiles, period, zeros)
+        if width == decode.MOST_SPARSE_BITS:
+            for period in (0, 1, 2, 4):
+                yield decode.DecodeCase(width, dtype, tiles, period, zeros=False, sparse=True)
 
 
 def build(case: decode.DecodeCase, architecture: int) -> tuple[bytes, Compiled]:
@@ -87,6 +93,7 @@ def build(case: decode.DecodeCase, architecture: int) -> tuple[bytes, Compiled]:
         planned.blocks_per_sm,
         planned.stages,
         planned.shared_bytes,
+        planned.step_columns,
         code.products,
         code.arithmetic,
         code.around("HMMA|FFMA") + fetching,

@@ -16,14 +16,19 @@ from torch import Tensor
 
 from quantlib.errors import FormatError
 from quantlib.formats.scheme import WeightFormat
+from quantlib.formats.sparse import SparseCodes
 from quantlib.formats.weight import QuantizedSegment, QuantizedWeight, decode_scales
+from quantlib.kernels.cuda import fragments
 from quantlib.kernels.cuda.layout import SLAB_COLUMNS, STRIP_ROWS, pack_codes, pack_meta
+from quantlib.kernels.cuda.sparse_layout import PLACE_WORDS, kept_of, pack_sparse
 
 SOURCE = Path(__file__).with_name("src") / "decode_gemm.cu"
 NAME = "decode_gemm"
 THREADS, WARPS, TOKEN_TILE = 256, 8, 8
 TOKEN_TILES = (1, 2, 4, 8)
 MOST_TOKENS = TOKEN_TILE * TOKEN_TILES[-1]
+MOST_SPARSE_BITS = 4
+"""Of sparse weights: a step has twice the inputs, which wider ones leave no room for."""
 
 LEAST_STAGES, MOST_STAGES = 3, 5
 SHARED_KB = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
@@ -42,6 +47,7 @@ class DecodeCase:
 
     token_tiles: tokens / 8, rounded up to one of TOKEN_TILES.
     period:      scales come in after so many 16 columns (1, 2, 4), or 0: at the end only.
+                 Of a sparse weight these are columns that are kept, half of all.
     stages:      of the ring; blocks_per_sm: what registers and shared memory are planned for.
     """
 
@@ -52,6 +58,7 @@ class DecodeCase:
     zeros: bool
     stages: int = 4
     blocks_per_sm: int = 1
+    sparse: bool = False
 
     def macros(self) -> dict[str, int]:
         """Names and values, without the prefix -D."""
@@ -61,6 +68,7 @@ class DecodeCase:
             "QL_TOKEN_TILES": self.token_tiles,
             "QL_PERIOD": self.period,
             "QL_ZEROS": int(self.zeros),
+            "QL_SPARSE": int(self.sparse),
             "QL_STAGES": self.stages,
             "QL_BLOCKS_PER_SM": self.blocks_per_sm,
         }
@@ -76,10 +84,16 @@ class DecodeCase:
         return WARPS // self.warps_along_k * STRIP_ROWS
 
     @property
+    def step_columns(self) -> int:
+        """Of the inputs, that a warp multiplies in a step."""
+        return SLAB_COLUMNS * (2 if self.sparse else 1)
+
+    @property
     def stage_bytes(self) -> int:
         """Of shared memory: weights, inputs and scales of one step."""
-        weights = WARPS * STRIP_ROWS * SLAB_COLUMNS * self.bits // 8
-        inputs = self.warps_along_k * self.token_tiles * TOKEN_TILE * SLAB_COLUMNS * 2
+        bits = self.bits + (PLACE_WORDS if self.sparse else 0)
+        weights = WARPS * STRIP_ROWS * SLAB_COLUMNS * bits // 8
+        inputs = self.warps_along_k * self.token_tiles * TOKEN_TILE * self.step_columns * 2
         groups = 4 // self.period if self.period else 0
         meta = self.warps_along_k * groups * self.tile_rows * (4 if self.zeros else 2)
         return weights + inputs + meta
@@ -100,7 +114,8 @@ class DecodeCase:
 class DecodeWeight:
     """A weight [N, K] in the kernel's layout (`kernels/cuda/layout.py`).
 
-    codes: uint8 [slabs, strips, 2, 128 * bits]. meta: float16 [groups, N padded, 1 or 2], empty
+    codes: uint8 [slabs, strips, 2, 128 * bits], of a sparse weight (`sparse_layout.py`) 128 *
+    (bits + 2). meta: float16 [groups, N padded, 1 or 2], empty
     without groups. row_factors: float32 [N padded]: what the sum of a row is multiplied by.
     """
 
@@ -113,6 +128,7 @@ class DecodeWeight:
     codes: Tensor
     meta: Tensor
     row_factors: Tensor
+    sparse: bool = False
 
     @property
     def most_tokens(self) -> int:
@@ -132,7 +148,8 @@ class DecodeWeight:
         if not 1 <= tokens <= self.most_tokens:
             raise FormatError(f"1 to {self.most_tokens} tokens at a time, not {tokens}")
         tiles = next(tiles for tiles in TOKEN_TILES if tiles * TOKEN_TILE >= tokens)
-        return plan(DecodeCase(self.bits, dtype, tiles, self.period, self.zeros), architecture)
+        found = DecodeCase(self.bits, dtype, tiles, self.period, self.zeros, sparse=self.sparse)
+        return plan(found, architecture)
 
 
 def plan(case: DecodeCase, architecture: int) -> DecodeCase:
@@ -167,7 +184,8 @@ def can_pack(weight: QuantizedWeight) -> bool:
 
 
 def pack(weight: QuantizedWeight) -> DecodeWeight:
-    """A weight in the kernel's layout. Raises FormatError unless `can_pack`."""
+    """A weight in the kernel's layout: a sparse one without its zeros (`sparse_codes`). Raises
+    FormatError unless `can_pack`."""
     if not can_pack(weight):
         formats = [str(part.segment.format) for part in weight.segments]
         raise FormatError(
@@ -176,12 +194,13 @@ def pack(weight: QuantizedWeight) -> DecodeWeight:
         )
     part = weight.segments[0]
     form, (rows, columns) = part.segment.format, weight.shape
+    sparse = sparse_codes(part)
     scale, factors = split_scales(part, rows)
-    period, group_shift = _period(form)
+    period, group_shift = _period(form, 1 if sparse is None else 2)
     meta = torch.empty(0, dtype=torch.float16)
     if period:
         zero = None if part.zero is None else part.zero.expand(rows, -1).to(torch.float16)
-        slabs = -(-columns // SLAB_COLUMNS)
+        slabs = -(-columns // (SLAB_COLUMNS * (1 if sparse is None else 2)))
         groups = slabs * 4 // period if period < 4 else scale.shape[1]
         meta = pack_meta(_widened(scale, groups), None if zero is None else _widened(zero, groups))
     padded = torch.zeros(-(-rows // STRIP_ROWS) * STRIP_ROWS)
@@ -193,10 +212,25 @@ def pack(weight: QuantizedWeight) -> DecodeWeight:
         part.zero is not None,
         group_shift,
         form.zero_step,
-        pack_codes(part.codes, form.bits),
+        pack_codes(part.codes, form.bits) if sparse is None else pack_sparse(sparse, form.bits),
         meta,
         padded,
+        sparse is not None,
     )
+
+
+def sparse_codes(part: QuantizedSegment) -> SparseCodes | None:
+    """What is kept of a weight of 2 to 4 bits that is zero in two of every four columns, as
+    SparseGPT leaves it; None for any other. Whether it was pruned, its codes say: no scheme has to.
+
+    Zero points are for dense weights: what is left out would have one too. Scales are for 32
+    columns or more, 16 of which are kept.
+    """
+    form = part.segment.format
+    grouped = 0 < form.group_size < 2 * fragments.DEPTH
+    if form.bits > MOST_SPARSE_BITS or part.zero is not None or grouped:
+        return None
+    return kept_of(part.codes, 1 << form.bits - 1)
 
 
 def arguments(
@@ -242,13 +276,15 @@ def arguments(
     ]
 
 
-def _period(form: WeightFormat) -> tuple[int, int]:
-    """(period, group_shift) of a format: see the head of the kernel."""
+def _period(form: WeightFormat, depth: int) -> tuple[int, int]:
+    """(period, group_shift) of a format of which one in `depth` columns is kept: see the head of
+    the kernel."""
     if form.group_size <= 0:
         return (0, 0) if form.symmetric else (4, _ONE_GROUP)
-    if form.group_size < SLAB_COLUMNS:
-        return form.group_size // 16, 0
-    return 4, (form.group_size // SLAB_COLUMNS).bit_length() - 1
+    kept = form.group_size // depth
+    if kept < SLAB_COLUMNS:
+        return kept // 16, 0
+    return 4, (kept // SLAB_COLUMNS).bit_length() - 1
 
 
 def split_scales(part: QuantizedSegment, rows: int) -> tuple[Tensor, Tensor]:

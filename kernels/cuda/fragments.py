@@ -1,6 +1,7 @@
 """Who holds what in a tensor core instruction: PTX ISA manual, "Matrix Fragments for
-mma.m16n8k16 with floating point type", 16-bit elements, and those for mma.m16n8k32 (bytes) and
-mma.m16n8k64 (nibbles).
+mma.m16n8k16 with floating point type", 16-bit elements, those for mma.m16n8k32 (bytes) and
+mma.m16n8k64 (nibbles), and those for the sparse mma.m16n8k32 of 16-bit elements, whose left operand
+is that of mma.m16n8k16 in the columns that are kept.
 
 A matrix is spread over the 32 lanes of a warp: each holds some registers of 32 bits, each register
 two elements that are neighbours along k (the left operand's columns, the right operand's rows).
@@ -67,3 +68,19 @@ def right_integer(lane: int, register: int, index: int, bits: int) -> tuple[int,
     """
     group, member, each = lane // 4, lane % 4, 32 // bits
     return member * each + index + (4 * each if register else 0), group
+
+
+PLACES = 16
+"""Of kept columns, two bits each, in a lane's register of `place_element`."""
+
+
+def place_element(lane: int, index: int) -> tuple[int, int, int]:
+    """(pair, row, kept column of 16) whose place among its four columns a lane's register holds at
+    bit `2 index`, for a sparse mma.m16n8k32 that takes places from this pair of every four lanes.
+
+    The manual ("Sparse matrix storage", "Sparse MMA metadata layout for m16n8k32"): the selector
+    names lanes 0 and 1 of every four, or 2 and 3; the first of them has the columns 0 to 15, the
+    second 16 to 31, in the low half of row `group`, in the high half of `group + 8`.
+    """
+    group, member = lane // 4, lane % 4
+    return member // 2, group + 8 * (index // 8), 8 * (member % 2) + index % 8

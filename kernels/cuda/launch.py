@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from quantlib.errors import FormatError
 from quantlib.formats.activation import ActivationSegment
 from quantlib.formats.weight import QuantizedSegment, QuantizedWeight
 from quantlib.kernels import workspace
-from quantlib.kernels.cuda import decode, quantizer, segmented, tokens
+from quantlib.kernels.cuda import decode, quantizer, segmented
 from quantlib.kernels.cuda.loading import Loader, Number, loader_for
 from quantlib.kernels.emulator.build import compile_kernel
 from quantlib.kernels.emulator.machine import Kernel, Writable
@@ -39,24 +39,32 @@ _QUANTIZER_BLOCKS = 4
 """Of a processor: tokens in float32 are small, and a block waits for memory most of its time."""
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One start of a kernel: what is compiled, what it is given, how large its grid is.
+
+    name:      of the kernel in `source`, compiled with `macros`.
+    arguments: in the kernel's order; `written` are the places of those that it writes to.
+    """
+
+    source: Path
+    name: str
+    macros: Mapping[str, int]
+    arguments: Sequence[Argument]
+    written: Collection[int]
+    blocks: int
+    threads: int
+    shared_bytes: int
+
+
 class Runner(Protocol):
     """Who runs kernels: a GPU, or the emulator. architecture: what they are planned for."""
 
     architecture: int
     processors: int
 
-    def run(
-        self,
-        source: Path,
-        name: str,
-        macros: Mapping[str, int],
-        arguments: Sequence[Argument],
-        written: Collection[int],
-        blocks: int,
-        threads: int,
-        shared_bytes: int,
-    ) -> None:
-        """Launch the kernel `name` of a source. `written`: places of the arguments it writes to."""
+    def run(self, launch: Launch) -> None:
+        """Start it on the current stream."""
 
 
 class GpuRunner:
@@ -66,23 +74,15 @@ class GpuRunner:
         self.architecture, self.processors = loader.architecture, processors
         self._loader, self._device = loader, device
 
-    def run(
-        self,
-        source: Path,
-        name: str,
-        macros: Mapping[str, int],
-        arguments: Sequence[Argument],
-        written: Collection[int],
-        blocks: int,
-        threads: int,
-        shared_bytes: int,
-    ) -> None:
+    def run(self, launch: Launch) -> None:
         """See `Runner`."""
+        shared = launch.shared_bytes
         with _on(self._device):
-            kernel = self._loader.kernel(source, name, macros, shared_bytes)
-            given = [number(argument) for argument in arguments]
+            kernel = self._loader.kernel(launch.source, launch.name, launch.macros, shared)
+            given = [number(argument) for argument in launch.arguments]
             stream = _stream(self._device)
-            self._loader.driver.launch(kernel, blocks, threads, shared_bytes, stream, given)
+            driver = self._loader.driver
+            driver.launch(kernel, launch.blocks, launch.threads, shared, stream, given)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -100,27 +100,16 @@ class EmulatedRunner:
     architecture = 80
     processors = 2
 
-    def run(
-        self,
-        source: Path,
-        name: str,
-        macros: Mapping[str, int],
-        arguments: Sequence[Argument],
-        written: Collection[int],
-        blocks: int,
-        threads: int,
-        shared_bytes: int,
-    ) -> None:
+    def run(self, launch: Launch) -> None:
         """See `Runner`."""
         given = [
             Writable(argument)
-            if index in written and isinstance(argument, Tensor)
+            if index in launch.written and isinstance(argument, Tensor)
             else _whole_rows(argument)
-            for index, argument in enumerate(arguments)
+            for index, argument in enumerate(launch.arguments)
         ]
-        _emulated(source, tuple(sorted(macros.items()))).launch(
-            given, blocks, threads, shared_bytes
-        )
+        kernel = _emulated(launch.source, tuple(sorted(launch.macros.items())))
+        kernel.launch(given, launch.blocks, launch.threads, launch.shared_bytes)
 
 
 def _whole_rows(argument: Argument) -> Argument:
@@ -215,14 +204,16 @@ def _launch(
     flags = workspace.flags(x.device)[:blocks]
     arguments = decode.arguments(weight, x, bias, out, partials, flags)
     runner.run(
-        decode.SOURCE,
-        decode.NAME,
-        case.macros(),
-        arguments,
-        _DECODE_WRITES,
-        blocks,
-        decode.THREADS,
-        case.shared_bytes,
+        Launch(
+            decode.SOURCE,
+            decode.NAME,
+            case.macros(),
+            arguments,
+            _DECODE_WRITES,
+            blocks,
+            decode.THREADS,
+            case.shared_bytes,
+        )
     )
 
 
@@ -232,9 +223,12 @@ def segmented_linear(
     weight: segmented.SegmentedWeight,
     activations: Sequence[ActivationSegment],
     bias: Tensor | None = None,
+    turn: quantizer.Turn = quantizer.NO_TURN,
+    order: Tensor | None = None,
 ) -> Tensor:
-    """x [M, K] (float16 or bfloat16), rounded as `activations` say, times the transposed weight
-    [N, K], by kernel (b): [M, N], for any number of tokens.
+    """x [M, K] (float16 or bfloat16), rotated, put in `order` (int32 [K]) and rounded as
+    `activations` say, times the transposed weight [N, K], by kernel (b): [M, N], for any number of
+    tokens.
 
     The weight is in the layout for these activations on the runner's architecture.
     """
@@ -242,42 +236,51 @@ def segmented_linear(
     out = torch.empty(len(x), weight.shape[0], dtype=x.dtype, device=x.device)
     if not len(x):
         return out
-    rounded = _rounded(runner, x, weight.layout, activations)
+    rounded = _rounded(runner, x, weight.layout, activations, turn, order)
     own = None if bias is None else bias.to(x.dtype).contiguous()
     case = segmented.case(weight.layout, len(x), x.dtype, runner.architecture)
     blocks = runner.processors
     partials = workspace.partial_sums(x.device)[: blocks * case.partial_floats]
     flags = workspace.flags(x.device)[:blocks]
     runner.run(
-        segmented.SOURCE,
-        segmented.NAME,
-        case.macros(),
-        segmented.arguments(weight, rounded, own, out, partials, flags),
-        _SEGMENTED_WRITES,
-        blocks,
-        segmented.THREADS,
-        case.shared_bytes,
+        Launch(
+            segmented.SOURCE,
+            segmented.NAME,
+            case.macros(),
+            segmented.arguments(weight, rounded, own, out, partials, flags),
+            _SEGMENTED_WRITES,
+            blocks,
+            segmented.THREADS,
+            case.shared_bytes,
+        )
     )
     return out
 
 
 def _rounded(
-    runner: Runner, x: Tensor, layout: segmented.Layout, activations: Sequence[ActivationSegment]
+    runner: Runner,
+    x: Tensor,
+    layout: segmented.Layout,
+    activations: Sequence[ActivationSegment],
+    turn: quantizer.Turn,
+    order: Tensor | None,
 ) -> segmented.Tokens:
     """By the fused quantizer, or by torch what that does not take (then no graph can be captured):
-    the bits are the same."""
+    the bits are the same, but for sums of a turn's dense part, whose order differs."""
     if not quantizer.takes(layout, activations, runner.architecture):
-        return tokens.pack(x, layout, activations)
+        return quantizer.reference(x, layout, activations, turn, order)
     found = quantizer.empty(layout, len(x), x.device)
     runner.run(
-        quantizer.SOURCE,
-        quantizer.NAME,
-        quantizer.macros(layout, x.dtype),
-        quantizer.arguments(x.contiguous(), layout, found),
-        _QUANTIZER_WRITES,
-        min(len(x), _QUANTIZER_BLOCKS * runner.processors),
-        quantizer.THREADS,
-        quantizer.shared_bytes(layout),
+        Launch(
+            quantizer.SOURCE,
+            quantizer.NAME,
+            quantizer.macros(layout, x.dtype, turn, order is not None),
+            quantizer.arguments(x.contiguous(), layout, found, turn, order),
+            _QUANTIZER_WRITES,
+            min(len(x), _QUANTIZER_BLOCKS * runner.processors),
+            quantizer.THREADS,
+            quantizer.shared_bytes(layout),
+        )
     )
     return found
 

@@ -97,15 +97,16 @@ def planes(bits: int) -> tuple[range, ...]:
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """uint8 [N, K], each below 2^bits -> uint8 [slabs, strips, 2, 128 * bits]. Padding has code
     0."""
+    return in_planes(code_words(codes, bits))
+
+
+def code_words(codes: Tensor, bits: int) -> Tensor:
+    """The same as words by lane: uint8 [slabs, strips, 2, lanes, bits, 4 bytes]."""
     if codes.dim() != 2 or codes.dtype != torch.uint8 or not codes.numel():
         raise FormatError(f"codes are a uint8 matrix [N, K], not {codes.dtype} {list(codes.shape)}")
-    rows, columns = codes.shape
-    pad = (-columns % SLAB_COLUMNS, -rows % STRIP_ROWS)
-    padded = functional.pad(codes, (0, pad[0], 0, pad[1])).to(torch.int32)
-    units = padded.unflatten(0, (-1, STRIP_ROWS)).unflatten(2, (-1, 2, UNIT_COLUMNS))
-    units = units.permute(2, 0, 3, 1, 4)  # [slabs, strips, 2, 32 rows, 32 columns]
     at_rows, at_columns = unit_places()
-    own = units[..., at_rows, at_columns]  # [slabs, strips, 2, lanes, pairs, sides]
+    # [slabs, strips, 2, lanes, pairs, sides]
+    own = units_of(codes)[..., at_rows, at_columns].to(torch.int32)
     halves = own.new_zeros(*own.shape[:-2], bits, 2)
     for pair, parts in enumerate(pieces(bits)):
         for piece in parts:
@@ -113,31 +114,58 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
             halves[..., piece.word, :] |= field << piece.position
     # Little end first: byte 0 and 1 of a word are its low half.
     split = torch.stack([halves & 0xFF, halves >> 8], -1).to(torch.uint8)
-    words = split.flatten(-2)  # [..., lanes, bits, 4 bytes]
-    parts_of_unit = [words[..., plane.start : plane.stop, :].flatten(-3) for plane in planes(bits)]
-    return torch.cat(parts_of_unit, -1).contiguous()
+    return split.flatten(-2)
+
+
+def units_of(codes: Tensor) -> Tensor:
+    """A matrix [N, K] in units, padded with zeros: [slabs, strips, 2, 32 rows, 32 columns]."""
+    rows, columns = codes.shape
+    padded = functional.pad(codes, (0, -columns % SLAB_COLUMNS, 0, -rows % STRIP_ROWS))
+    units = padded.unflatten(0, (-1, STRIP_ROWS)).unflatten(2, (-1, 2, UNIT_COLUMNS))
+    return units.permute(2, 0, 3, 1, 4)
+
+
+def matrix_of(units: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The inverse of `units_of`."""
+    matrix = units.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
+    return matrix[: shape[0], : shape[1]].contiguous()
+
+
+def in_planes(words: Tensor) -> Tensor:
+    """Words of lanes [..., lanes, count, 4 bytes] as they lie in memory: [..., 128 * count]."""
+    own = planes(words.shape[-2])
+    return torch.cat([words[..., p.start : p.stop, :].flatten(-3) for p in own], -1).contiguous()
+
+
+def from_planes(memory: Tensor, count: int) -> Tensor:
+    """The inverse of `in_planes`."""
+    parts, start = [], 0
+    for plane in planes(count):
+        size = fragments.LANES * len(plane) * 4
+        part = memory[..., start : start + size]
+        parts.append(part.unflatten(-1, (fragments.LANES, len(plane), 4)))
+        start += size
+    return torch.cat(parts, -2)
 
 
 def unpack_codes(memory: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
     """The inverse of `pack_codes`: uint8 [N, K]."""
-    own = memory.new_zeros(*memory.shape[:3], fragments.LANES, PAIRS, 2, dtype=torch.int32)
-    halves = memory.new_zeros(*memory.shape[:3], fragments.LANES, bits, 2, dtype=torch.int32)
-    start = 0
-    for plane in planes(bits):
-        size = fragments.LANES * len(plane) * 4
-        part = memory[..., start : start + size].to(torch.int32)
-        split = part.unflatten(-1, (fragments.LANES, len(plane), 2, 2))
-        halves[..., plane.start : plane.stop, :] = split[..., 0] | split[..., 1] << 8
-        start += size
-    for pair, parts in enumerate(pieces(bits)):
+    return codes_of(from_planes(memory, bits), shape)
+
+
+def codes_of(words: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The inverse of `code_words`: uint8 [N, K]."""
+    bytes_ = words.to(torch.int32).unflatten(-1, (2, 2))
+    halves = bytes_[..., 0] | bytes_[..., 1] << 8  # [..., lanes, bits, 2]
+    own = words.new_zeros(*words.shape[:3], fragments.LANES, PAIRS, 2, dtype=torch.int32)
+    for pair, parts in enumerate(pieces(words.shape[-2])):
         for piece in parts:
             field = halves[..., piece.word, :] >> piece.position & (1 << piece.count) - 1
             own[..., pair, :] |= field << piece.first
     at_rows, at_columns = unit_places()
-    units = torch.empty(*memory.shape[:3], STRIP_ROWS, UNIT_COLUMNS, dtype=torch.uint8)
+    units = words.new_empty(*words.shape[:3], STRIP_ROWS, UNIT_COLUMNS)
     units[..., at_rows, at_columns] = own.to(torch.uint8)
-    matrix = units.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
-    return matrix[: shape[0], : shape[1]].contiguous()
+    return matrix_of(units, shape)
 
 
 def pack_meta(scale: Tensor, zero: Tensor | None) -> Tensor:

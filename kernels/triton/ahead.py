@@ -7,7 +7,8 @@ The kernels become machine code for compute capability 80, 89, 90, 100 and 120; 
 fit is an error. Every configuration is compiled for every architecture in the forms of EVERYWHERE;
 every other form (width, scales, zero points, floats, inputs) in one configuration, for one
 architecture after another. `--all` crosses everything with everything, which takes hours; `--quick`
-is a handful. Run it without TRITON_INTERPRET.
+is a handful; `--architectures` takes the part of either that is for those. Run it without
+TRITON_INTERPRET. What was compiled is found again in Triton's own cache.
 """
 
 from __future__ import annotations
@@ -92,14 +93,12 @@ EVERYWHERE = ("w4g64z", "mxfp4")
 """Formats whose products are compiled in every configuration for every architecture."""
 
 
-def matrix(
-    architectures: Sequence[int] = ARCHITECTURES, quick: bool = False, whole: bool = False
-) -> Iterator[tuple[Program, int]]:
+def matrix(quick: bool = False, whole: bool = False) -> Iterator[tuple[Program, int]]:
     """Which programs are compiled for which architectures."""
     for number, program in enumerate(programs(quick, whole)):
         everywhere = whole or quick or program.everywhere
-        turn = architectures[number % len(architectures)]
-        yield from ((program, one) for one in (architectures if everywhere else (turn,)))
+        turn = ARCHITECTURES[number % len(ARCHITECTURES)]
+        yield from ((program, one) for one in (ARCHITECTURES if everywhere else (turn,)))
 
 
 def weights(quick: bool = False) -> list[WeightFormat]:
@@ -182,7 +181,7 @@ def _weight_pointers(form: WeightFormat) -> dict[str, str]:
 
 def _rows(form: WeightFormat, case: plan.Case) -> Program:
     pointers = {"ids": "*i64", **_weight_pointers(form), "out": "*fp16"}
-    sizes = ("count", "row_count", "columns", "start", "out_stride", "tiles")
+    sizes = ("first", "count", "row_count", "columns", "start", "out_stride", "tiles")
     numbers = {**dict.fromkeys(sizes, "i32"), "zero_step": "fp32"}
     own = weight_constants(case) | {"CHOSEN": True, "BLOCK": 32}
     return Program(f"{form} rows", "rows.dequantize_rows", {**pointers, **numbers}, own, 4, 3)
@@ -266,13 +265,12 @@ def _read(name: str, architecture: int, cubin: bytes, shared: int) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        usage = _tool("-res-usage", path)
-        listing = _tool("-sass", path)
-    registers = re.search(r"REG:(\d+)", usage)
-    stack = re.search(r"STACK:(\d+)", usage)
-    local = re.search(r"LOCAL:(\d+)", usage)
+        listing = _cuobjdump("-res-usage", "-sass", str(path))
+    registers = re.search(r"REG:(\d+)", listing)
+    stack = re.search(r"STACK:(\d+)", listing)
+    local = re.search(r"LOCAL:(\d+)", listing)
     if registers is None or stack is None or local is None:
-        raise QuantlibError(f"cuobjdump does not say what {name} uses: {usage.strip()}")
+        raise QuantlibError(f"cuobjdump does not say what {name} uses: {listing[:500].strip()}")
     instructions = Counter(_INSTRUCTION.findall(listing))
     return Compiled(
         name,
@@ -285,12 +283,12 @@ def _read(name: str, architecture: int, cubin: bytes, shared: int) -> Compiled:
     )
 
 
-def _tool(option: str, path: Path) -> str:
-    """What cuobjdump, which comes with Triton, says."""
+def _cuobjdump(*arguments: str) -> str:
+    """What this tool, which comes with Triton, says."""
     import triton
 
-    program = triton.knobs.nvidia.cuobjdump.path
-    done = subprocess.run([program, option, str(path)], capture_output=True, text=True, timeout=120)
+    command = [triton.knobs.nvidia.cuobjdump.path, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if done.returncode != 0:
         raise QuantlibError(f"cuobjdump failed: {done.stderr.strip()}")
     return done.stdout
@@ -307,8 +305,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     given = parser.parse_args(arguments)
     failed = 0
-    for program, architecture in matrix(given.architectures, given.quick, given.all):
-        if given.only not in program.name:
+    for program, architecture in matrix(given.quick, given.all):
+        if given.only not in program.name or architecture not in given.architectures:
             continue
         try:
             made = compile_for(program, architecture)

@@ -22,8 +22,11 @@ from quantlib.kernels.triton.configurations import Configuration, Shape
 from quantlib.kernels.triton.layout import SplitSegment, SplitWeight
 
 INTERPRET = "TRITON_INTERPRET"
+LEAST_CAPABILITY = (8, 0)
+"""Of the GPUs that Triton supports, and that have the kernels' copies and products."""
 _TOKENS_AT_ONCE = 1 << 13
 _ROWS_AT_ONCE = 32
+_DENSE_ROWS = 256
 _SUM_BLOCK = 1024
 Launch = tuple[SplitSegment, plan.Case, Tensor | None]
 """A segment, what its product is compiled for, and which scale of its inputs each stretch takes."""
@@ -38,7 +41,13 @@ def why_not(device: torch.device) -> str:
     except ImportError:
         return "Triton is not installed: pip install 'quantlib-torch[triton]'"
     if device.type == "cuda":
-        return ""
+        own, least = torch.cuda.get_device_capability(device), LEAST_CAPABILITY
+        if own >= least:
+            return ""
+        return (
+            f"Triton's kernels need compute capability {least[0]}.{least[1]}, and "
+            f"{torch.cuda.get_device_name(device)} has {own[0]}.{own[1]}"
+        )
     if device.type != "cpu" or not triton.knobs.runtime.interpret:
         return (
             "Triton's kernels run on NVIDIA GPUs, or on the CPU in its interpreter: set "
@@ -140,7 +149,7 @@ def _in_pieces(
     """The product, so many tokens at a time that partial sums fit the workspace."""
     tokens, rows = len(x), weight.shape[0]
     bfloat = dtype == torch.bfloat16 and interpreted()
-    out = x.new_empty(tokens, rows, dtype=torch.float32 if bfloat else dtype)
+    out = x.new_empty(tokens, rows, dtype=_written(dtype))
     if bias is not None and bfloat:
         bias = bias.float()
     room = workspace.BYTES // (4 * rows * len(launches))
@@ -272,13 +281,54 @@ def dequantize(
 ) -> Tensor:
     """The weight [N, K], or its rows `ids` (int64 [count]), in `dtype`. A number that is no row
     gives nan."""
+    count = weight.shape[0] if ids is None else len(ids)
+    device = weight.segments[0].codes.device
+    out = torch.empty(count, weight.shape[1], dtype=_written(dtype), device=device)
+    if count:
+        _dequantize(weight, out, ids)
+    return out.to(dtype)
+
+
+def dense_linear(x: Tensor, weight: SplitWeight, bias: Tensor | None = None) -> Tensor:
+    """x [M, K] times the transposed weight [N, K], by torch's own product: [M, N] in x's dtype.
+
+    Each row of the weight becomes numbers of that dtype once, in the stream's workspace, so many
+    rows at a time as fit it: for many tokens, which pay for that, without memory for a second
+    weight. Raises FormatError when not one row fits.
+    """
+    rows, columns = weight.shape
+    written = _written(x.dtype)
+    room = workspace.BYTES // (written.itemsize * columns)
+    if room < 1:
+        raise FormatError(f"a weight of {columns} columns is beyond what one launch can hold")
+    # Whole tiles of torch's product.
+    at_once = min(rows, room // _DENSE_ROWS * _DENSE_ROWS or room)
+    out = x.new_empty(len(x), rows)
+    for first in range(0, rows, at_once):
+        count = min(at_once, rows - first)
+        numbers = workspace.partial_sums(x.device).view(written)[: count * columns]
+        numbers = numbers.view(count, columns)
+        _dequantize(weight, numbers, None, first)
+        piece = slice(first, first + count)
+        own = numbers.to(x.dtype).t()
+        if bias is None:
+            torch.mm(x, own, out=out[:, piece])
+        else:
+            torch.addmm(bias[piece].to(x.dtype), x, own, out=out[:, piece])
+    return out
+
+
+def _written(dtype: torch.dtype) -> torch.dtype:
+    """What a kernel writes that is asked for a dtype."""
+    return torch.float32 if dtype == torch.bfloat16 and interpreted() else dtype
+
+
+def _dequantize(weight: SplitWeight, out: Tensor, ids: Tensor | None, first: int = 0) -> None:
+    """Rows `ids`, or those from `first` on, into all of out [count, K]."""
     from quantlib.kernels.triton import rows
 
-    count = weight.shape[0] if ids is None else len(ids)
-    wanted = torch.float32 if dtype == torch.bfloat16 and interpreted() else dtype
-    device = weight.segments[0].codes.device
-    out = torch.empty(count, weight.shape[1], dtype=wanted, device=device)
-    for part in weight.segments if count else ():
+    count, device = len(out), out.device
+    for part in weight.segments:
         case = plan.numbers(part.format, torch.float32)
         with on(device):
             rows.dequantize_rows[(-(-count // _ROWS_AT_ONCE), part.tiles)](
@@ -288,6 +338,7 @@ def dequantize(
                 _or(part.zero, part.codes),
                 part.factors,
                 out,
+                first,
                 count,
                 weight.shape[0],
                 part.length,
@@ -299,7 +350,6 @@ def dequantize(
                 CHOSEN=ids is not None,
                 BLOCK=_ROWS_AT_ONCE,
             )
-    return out.to(dtype)
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:

@@ -11,13 +11,14 @@ from quantlib.kernels.triton.device import as_operand, column_of, group_scale, r
 
 @triton.jit(do_not_specialize=["count"])
 def dequantize_rows(
-    ids, codes, scale, zero, factor, out, count, row_count, columns, start, out_stride, tiles,
-    zero_step, BITS: tl.constexpr, MANTISSA: tl.constexpr, PARTS: tl.constexpr,
+    ids, codes, scale, zero, factor, out, first, count, row_count, columns, start, out_stride,
+    tiles, zero_step, BITS: tl.constexpr, MANTISSA: tl.constexpr, PARTS: tl.constexpr,
     DEPTH: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr, ZEROS: tl.constexpr,
     E8M0: tl.constexpr, CHOSEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows `ids` (int64 [count]; all of them, unless CHOSEN) of one segment, into the columns from
-    `start` on of out [count, out_stride]. Program (block of rows, tile).
+    """Rows `ids` (int64 [count]), or, unless CHOSEN, `count` of them from `first` on, of one
+    segment, into the columns from `start` on of out [count, out_stride]. Program (block of rows,
+    tile).
 
     A number that is none of the rows gives nan: whoever asks cannot wait for a GPU's complaint.
     """
@@ -29,7 +30,7 @@ def dequantize_rows(
         known = (rows >= 0) & (rows < row_count)
         rows = tl.where(known, rows, 0).to(tl.int32)
     else:
-        rows, known = place, wanted
+        rows, known = first + place, wanted
     depth = tl.arange(0, DEPTH)
     row_factor = tl.load(factor + rows, mask=wanted, other=0.0)
     for step in tl.static_range(128 // DEPTH):

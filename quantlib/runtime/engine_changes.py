@@ -21,6 +21,7 @@ from quantlib.errors import CheckpointError
 from quantlib.kernels.cpu import forms
 from quantlib.kernels.cpu.forms import BlockRotation
 from quantlib.kernels.kv_format import MAX_SINKS, KvFormat
+from quantlib.kernels.packed import has_kernels
 from quantlib.runtime.engine_spec import EngineSpec
 from quantlib.transforms import hadamard
 
@@ -178,6 +179,8 @@ def unsupported_changes(checkpoint: PackedCheckpoint, spec: EngineSpec) -> str |
     for name, scheme in checkpoint.schemes.items():
         if scheme.is_composite:
             return f"{name} is stored as several matrices ({scheme})"
+        if scheme.weight is not None and not has_kernels(checkpoint.segments(name)):
+            return f"the compiled kernels do not know {scheme} of {name}"
         activations = checkpoint.activations(name)
         if scheme.weight is None and activations:
             return f"the inputs of {name}, which is not packed, are rounded"

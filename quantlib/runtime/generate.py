@@ -32,7 +32,8 @@ class Texts(Protocol):
 
 
 class TransformersTexts:
-    """The plain way: a transformers model, and a cache of its own for every text."""
+    """The plain way: a transformers model, and a cache of its own for every text, packed where
+    `packed_cache` makes one."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -48,7 +49,11 @@ class TransformersTexts:
 
     def _extend(self, text: int, tokens: Sequence[int]) -> Tensor:
         ids = torch.tensor([list(tokens)], dtype=torch.int64, device=self._model.device)
-        options = {"past_key_values": self._caches.get(text), "use_cache": True}
+        if text not in self._caches:
+            from quantlib.runtime.packed_cache import packed_cache  # imports transformers
+
+            self._caches[text] = packed_cache(self._model)
+        options = {"past_key_values": self._caches[text], "use_cache": True}
         with torch.no_grad():
             output = self._model(input_ids=ids, logits_to_keep=1, **options)
         self._caches[text] = output.past_key_values

@@ -28,9 +28,10 @@ from quantlib.errors import UsageError
 from quantlib.formats.activation import ActivationSegment
 from quantlib.formats.scheme import Scheme
 from quantlib.formats.weight import ORDER, TensorLayout, dequantize, packed_layout, unpack
-from quantlib.kernels import ops
+from quantlib.kernels import ops, turned
 from quantlib.kernels.layouts import TiledWeight, can_tile, tile
 from quantlib.kernels.packed import PackedWeight, activations_of
+from quantlib.runtime.fused_turn import InputTurn
 from quantlib.runtime.row_blocks import Segments, join_row_blocks, row_block
 
 __all__ = ["MODES", "SCHEME", "Activations", "PackedModule", "Segments", "multiply"]
@@ -77,6 +78,7 @@ class PackedModule(nn.Module):
         super().__init__()
         check_mode(mode)
         self.mode = mode
+        self.turn: InputTurn | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._segments: dict[str, Segments] = {}
         self._activations: dict[str, Activations] = {}
@@ -129,10 +131,17 @@ class PackedModule(nn.Module):
 
     def multiply(self, name: str, x: Tensor, bias: Tensor | None = None, matrix: int = 0) -> Tensor:
         """x [..., K] times the transposed matrix (of a stack: the one of this number) `name`, with
-        its inputs put in order and rounded as the mode says: [..., N] in x's dtype."""
-        order = self.order(name)
+        its inputs rotated, put in order and rounded as the mode says: [..., N] in x's dtype."""
+        order, rounding, turn = self.order(name), self.rounding(name), self.turn
+        weight = self.handles(name)[matrix]
+        if turn is not None:
+            if self.mode == SCHEME and isinstance(weight, PackedWeight):
+                fused = turn.fused(x.device)
+                if turned.fuses(x, x.shape[-1], rounding, fused):
+                    return turned.linear(x, weight, rounding, fused, order, bias)
+            x = turn(x)
         x = x if order is None else x.index_select(-1, order)
-        return multiply(x, self.handles(name)[matrix], bias, self.mode, self.rounding(name))
+        return multiply(x, weight, bias, self.mode, rounding)
 
     def exchange_packed(self, name: str, segments: Segments, tensors: Mapping[str, Tensor]) -> None:
         """Put `tensors` (by suffix) in the place of the packed weight `name`, maybe in new formats.
@@ -202,7 +211,7 @@ class PackedModule(nn.Module):
         tiles = self._tiles.get(name)
         if tiles is not None:
             return tiles
-        if can_tile(list(self._present(name).values())):
+        if can_tile(list(self._present(name).values()), self._segments[name]):
             return self._tile(name)
         cached = self._handles.get(name)
         if cached is None or any(

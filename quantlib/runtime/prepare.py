@@ -24,7 +24,9 @@ from quantlib.errors import CheckpointError
 from quantlib.runtime import nonlinear
 from quantlib.runtime.assemble import Inputs, replace_modules
 from quantlib.runtime.describe import states_of
+from quantlib.runtime.fused_turn import take_turn
 from quantlib.runtime.modality_hooks import attach_caches
+from quantlib.runtime.modules import QuantizedLinear
 from quantlib.runtime.packed_module import PackedModule
 from quantlib.transforms.attention import attach_attention
 from quantlib.transforms.binding import wire
@@ -79,6 +81,9 @@ def prepare(model: Any, folder: str | os.PathLike[str]) -> None:
     if rotation is not None and wiring is not None:
         with torch.device("cpu"):  # transformers builds on `meta`, and bases have values
             attach(model, wiring, rotation)
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.turn = take_turn(module)
         _ignore(model, PREFIX)
 
 

@@ -14,7 +14,8 @@ alike, because nothing here asks where keys come from.
 
 With a cache of transformers, keys and values come here as the cache returns them: it keeps them
 unrounded, and all of them are rounded again at every step. Since every token and head is rounded on
-its own, the numbers are those of a packed cache; the memory and the time are not. The first
+its own, the numbers are those of a packed cache; the memory and the time are not. Keys that come
+from a packed cache (`PACKED`) are attended to by that. The first
 positions of a sequence (`sinks`) are taken to be the first keys given, so batches must not be
 padded on the left, and caches that forget (sliding windows) must hold the whole sequence.
 """
@@ -42,6 +43,8 @@ from quantlib.transforms.wiring import Wiring
 
 NAME, EAGER_NAME = "quantlib", "quantlib_eager"
 ATTRIBUTE = "quantlib_attention"
+PACKED = "quantlib_packed"
+"""Attribute of keys whose cache packs them and attends by itself (`runtime.packed_cache`)."""
 
 Observer = Callable[[Tensor, Tensor, Tensor], None]
 """Called with queries [B, H, T, d], keys and values [B, H_kv, L, d] before anything is done."""
@@ -225,6 +228,9 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention contract, ending in sdpa."""
+    packed = getattr(key, PACKED, None)
+    if packed is not None:
+        return packed.attend(module, query, key, value, **kwargs), None
     query, key, value = _stated(module, query, key, value)
     softmax = _softmax(module)
     if softmax is not None:
@@ -245,6 +251,9 @@ def _eager_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention contract, ending in the eager function of the model's own file."""
+    packed = getattr(key, PACKED, None)
+    if packed is not None:
+        return packed.attend(module, query, key, value, **kwargs), None
     query, key, value = _stated(module, query, key, value)
     softmax = _softmax(module)
     if softmax is not None:

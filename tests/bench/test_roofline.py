@@ -1,5 +1,7 @@
 """The model of speed: a launch takes as long as the longest of what it must do."""
 
+from dataclasses import replace
+
 import pytest
 
 from quantlib.bench import roofline
@@ -8,7 +10,7 @@ from quantlib.kernels.cuda.cubins import Compiled
 
 
 def compiled(products: int = 16, issued: int = 150) -> Compiled:
-    return Compiled("w4-g64-f16-m16", 80, 111, 0, 2, 5, 68224, products, 95, issued)
+    return Compiled("w4-g64-f16-m16", 80, 111, 0, 2, 5, 68224, 64, products, 95, issued)
 
 
 def test_bytes_of_a_launch():
@@ -30,6 +32,14 @@ def test_the_longest_limit_is_the_prediction():
     slow = roofline.predict(gpu, compiled(16, 4_000_000), 64, 128, moved=2e6)
     assert slow.total == slow.issue == pytest.approx(40.0)
     assert slow.of_bandwidth == pytest.approx(0.05)
+
+
+def test_a_step_of_a_sparse_weight_has_twice_the_columns():
+    gpu = roofline.Gpu(80, 100, 1.0, 1000, 100)
+    dense, sparse = compiled(), replace(compiled(), columns=128)
+    limits = [roofline.predict(gpu, own, 64, 128, moved=2e6) for own in (dense, sparse)]
+    assert limits[0].products == pytest.approx(2 * limits[1].products)
+    assert limits[0].issue == pytest.approx(2 * limits[1].issue)
 
 
 def test_what_is_not_known_is_not_a_limit():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quantlib.formats import QuantizedSegment, QuantizedWeight, Scheme, Segment, pack
+from quantlib.kernels import dispatch
 from quantlib.kernels.cpu import build
 from quantlib.kernels.cpu import library as cpu
 from quantlib.kernels.packed import PackedWeight
@@ -41,6 +42,27 @@ def isa(request: pytest.FixtureRequest, library: cpu.Library) -> str:
     if not library.supports(request.param):
         pytest.skip(f"this processor has no {request.param}")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """A C++ compiler, which the emulator needs."""
+    try:
+        build.find_compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """`use(name)`: what QUANTLIB_KERNELS=name does, in this process."""
+
+    def force(name: str) -> None:
+        monkeypatch.setattr(dispatch, "forced", lambda: name)
+        dispatch.machine.cache_clear()
+
+    yield force
+    dispatch.machine.cache_clear()
 
 
 @pytest.fixture

@@ -9,17 +9,18 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quantlib.errors import UsageError
 from quantlib.formats.activation import ActivationFormat, ActivationSegment
-from quantlib.kernels import accelerated, dispatch, ops, reference
+from quantlib.kernels import accelerated, dispatch, ops, reference, turned
 from quantlib.kernels.cpu import build
+from quantlib.kernels.cuda import loading, quantizer
 from quantlib.kernels.dispatch import (
     CPU,
     DECODE,
@@ -30,10 +31,9 @@ from quantlib.kernels.dispatch import (
     Machine,
     Product,
 )
+from quantlib.kernels.packed import activations_of
 from quantlib.kernels.triton import launch
-from quantlib.pipeline.compress import compress
-
-from .greedy import greedy
+from quantlib.transforms.hadamard import signs
 
 W4, MIXED = "64x128|0:128:int4:64:0:f16", "64x128|0:96:int4:32:0:f16|96:32:int8:32:0:f16"
 FLOAT, SHARED = "64x128|0:128:e2m1:32:0:e8m0", "64x128|0:128:int4:64:0:e8m0"
@@ -174,6 +174,30 @@ def test_a_product_of_integers_that_cannot_be_compiled_is_passed_over_too(draw, 
         accelerated.multiply_rounded(SEGMENTED, *given, rounding)
 
 
+@pytest.mark.parametrize("without_triton", ["", "Triton is not installed"])
+def test_what_a_gpu_lacks_is_said_once(monkeypatch, without_triton):
+    monkeypatch.setattr(loading, "why_not", lambda device: "CuPy is not installed")
+    monkeypatch.setattr(launch, "why_not", lambda device: without_triton)
+    monkeypatch.setattr(dispatch, "forced", lambda: None)
+    dispatch.machine.cache_clear()
+    dispatch.say_once.cache_clear()
+    gpu = torch.device("cuda")
+    with pytest.warns(RuntimeWarning) as said:
+        machine = dispatch.machine(gpu)
+    instead = "the torch reference" if without_triton else "Triton"
+    wanted = [f"CuPy is not installed; {instead} computes in its place"]
+    if without_triton:
+        wanted.append("Triton is not installed; the torch reference computes in its place")
+    assert [str(one.message) for one in said] == wanted
+    assert dispatch.choose(Product(1, F16, W4), machine) == (
+        REFERENCE if without_triton else TRITON
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dispatch.machine(torch.device("cuda", 1))  # another GPU of the same machine
+    dispatch.machine.cache_clear()
+
+
 def test_an_unknown_name_is_a_sentence(monkeypatch):
     monkeypatch.setenv("QUANTLIB_KERNELS", "fast")
     with pytest.raises(UsageError, match=r"is 'fast': use one of cpu, cuda, emulator, reference"):
@@ -186,7 +210,6 @@ def test_triton_without_a_gpu_wants_its_interpreter(monkeypatch):
 
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     assert "set TRITON_INTERPRET=1 before Python starts" in launch.why_not(torch.device("cpu"))
-    assert launch.why_not(torch.device("cuda")) == ""
 
 
 def test_without_triton_there_is_a_sentence(monkeypatch):
@@ -197,36 +220,20 @@ def test_without_triton_there_is_a_sentence(monkeypatch):
 OPERATOR = """
 import torch
 from quantlib.formats import Scheme, pack, quantize_rtn
-from quantlib.kernels import dispatch, ops
-from quantlib.kernels.packed import PackedWeight
 from quantlib.formats.activation import ActivationFormat, ActivationSegment
+from quantlib.kernels import ops, reference
+from quantlib.kernels.packed import PackedWeight
 
 torch.manual_seed(0)
 segments = Scheme.parse("w4g64z").segments(128)
 weight = quantize_rtn(torch.randn(32, 128), segments)
 packed = PackedWeight.from_tensors(pack(weight), (32, 128), segments)
 x, bias = torch.randn(2, 3, 128), torch.randn(32)
-tensors = list(packed.tensors.values())
-opcheck, op = torch.library.opcheck, torch.ops.quantlib
-for dtype in (torch.float32, torch.bfloat16):
-    given = x.to(dtype), tensors, packed.layout, bias.to(dtype)
-    for mode in ("exact", "int8"):
-        opcheck(op.linear, (*given, mode))
-opcheck(op.embedding, (torch.tensor([[0, 31], [5, 5]]), tensors, packed.layout, torch.bfloat16))
-
-
-def layer(x):
-    return ops.linear(x, packed, bias).relu()
-
-
-compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-assert torch.equal(compiled(x), layer(x))
 dense = ops.dequantize(packed)
-torch.testing.assert_close(layer(x), (x @ dense.T + bias).relu(), rtol=1e-4, atol=1e-4)
+torch.testing.assert_close(ops.linear(x, packed, bias), x @ dense.T + bias, rtol=1e-4, atol=1e-4)
 assert torch.equal(ops.embedding(torch.tensor([3, 31]), packed), dense[[3, 31]])
 assert ops.linear(x[:0], packed).shape == (0, 3, 32)
 rounding = (ActivationSegment(0, 128, ActivationFormat.parse("4zg64")),)
-from quantlib.kernels import reference
 found = ops.linear(x, packed, bias, activations=rounding)
 wanted = reference.linear(x, weight, bias, activations=rounding)
 torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
@@ -239,31 +246,81 @@ print("all right", ops.backend())
 
 
 @needs_triton
-def test_torch_accepts_the_operators_on_tritons_kernels():
-    """opcheck, torch.compile with one graph, every mode, leading dimensions, embeddings."""
+def test_the_variable_sends_the_operators_to_tritons_kernels():
+    """Inputs as they are and rounded to integers and to floats, leading dimensions, embeddings."""
     said = run(OPERATOR, QUANTLIB_KERNELS="triton", TRITON_INTERPRET="1")
     assert said.endswith("all right triton")
 
 
+@pytest.mark.parametrize("name", ["emulator", pytest.param("triton", marks=needs_triton)])
+def test_every_operator_is_accepted_and_is_one_node_of_a_graph(draw, compiler, use, name):
+    """torch.library.opcheck (fake tensors, schemas, dynamic shapes), and torch.compile without a
+    break, with whoever computes."""
+    use(name)
+    _, packed = draw(24, [("w4g64z", 128)])
+    tensors, layout = list(packed.tensors.values()), packed.layout
+    x, ids = (
+        torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).to(F16),
+        torch.arange(4),
+    )
+    rounding = activations_of(INT8)
+    check, op = torch.library.opcheck, torch.ops.quantlib
+    check(op.linear, (x, tensors, layout, None, "exact"))
+    check(op.linear, (x, tensors, layout, None, "exact", 0, rounding))
+    check(op.embedding, (ids, tensors, layout, F16))
+    check(op.dequantize, (tensors, layout, F16))
+
+    def model(x, ids):
+        x = x + ops.embedding(ids, packed, F16).sum(0) * 2**-6
+        x = ops.linear(x, packed).relu() * 2**-10 @ ops.dequantize(packed, F16)
+        return ops.linear(x, packed, activations=rounding)
+
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, ids), model(x, ids))
+
+
+@needs_triton
+@pytest.mark.parametrize("ordered", [False, True])
+def test_triton_rotates_inputs_that_it_rounds(draw, use, ordered):
+    """In one pass, or (columns in another order) before: what a rotation and a product give."""
+    use("triton")
+    _, packed = draw(24, [("w4g64z", 192)])
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 192, generator=generator)
+    turn, text = quantizer.hadamard(signs(12), 16), activations_of(rounded((192, "8")))
+    order = torch.randperm(192, generator=generator).int() if ordered else None
+    assert turned.fuses(x, 192, text, turn)
+    found = turned.linear(x, packed, text, turn, order)
+    rotated = quantizer.rotate(x, turn)
+    wanted = ops.linear(rotated if order is None else rotated[:, order], packed, activations=text)
+    # A rotated number between two codes may be rounded to either: of 192, one by a 127th.
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.02 * float(wanted.std()))
+    parts = turn.sylvester, turn.dense, turn.factor, order
+    given = x, list(packed.tensors.values()), packed.layout, None, text, *parts
+    torch.library.opcheck(torch.ops.quantlib.turned_linear, given)
+
+
+def test_fake_tensors_of_a_gpu_need_no_gpu(draw):
+    _, packed = draw(24, [("w4g64z", 128)])
+    with FakeTensorMode():
+        x = torch.empty(2, 5, 128, dtype=BF16, device="cuda")
+        tensors = [
+            torch.empty(own.shape, dtype=own.dtype, device="cuda")
+            for own in packed.tensors.values()
+        ]
+        for mode in ops.MODES:
+            out = torch.ops.quantlib.linear(x, tensors, packed.layout, None, mode)
+            assert (out.shape, out.dtype, out.device.type) == ((2, 5, 24), BF16, "cuda")
+        rows = torch.ops.quantlib.dequantize(tensors, packed.layout, F16)
+        assert (rows.shape, rows.dtype, rows.device.type) == ((24, 128), F16, "cuda")
+        ids = torch.empty(7, dtype=torch.int64, device="cuda")
+        rows = torch.ops.quantlib.embedding(ids, tensors, packed.layout, F32)
+        assert (rows.shape, rows.dtype, rows.device.type) == ((7, 128), F32, "cuda")
+
+
 @pytest.fixture
-def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """`use(name)`: what QUANTLIB_KERNELS does, in this process."""
-
-    def force(name: str) -> None:
-        monkeypatch.setattr(dispatch, "forced", lambda: name)
-        dispatch.machine.cache_clear()
-
-    yield force
-    dispatch.machine.cache_clear()
-
-
-@pytest.fixture
-def emulated(use: Callable[[str], None]) -> None:
+def emulated(compiler: None, use: Callable[[str], None]) -> None:
     """This process on the emulator."""
-    try:
-        build.find_compiler()
-    except build.BuildError as error:
-        pytest.skip(str(error))
     use("emulator")
 
 
@@ -314,76 +371,6 @@ def test_what_the_cuda_kernel_does_not_take_the_reference_computes(draw, emulate
         weight, packed = draw(8, parts)
         x = torch.ones(2, 64, dtype=F16)
         assert torch.equal(ops.linear(x, packed), reference.linear(x, weight))
-
-
-REQUEST: dict[str, Any] = {
-    "seqlen": 32,
-    "windows": 2,
-    "probes": 0,
-    "passes": 1,
-    "report": False,
-    "refine": False,
-}
-PLAIN = REQUEST | {"schemes": ["w4g64z", "w3g32z4s4", "w8g64"], "bits": 7.0}
-RESQ = REQUEST | {"schemes": ["w4g32zs4a4zh8/8", "w8g32zs8"], "bits": 14.0, "rotation": "pca"}
-TOKENS = 3
-
-
-@pytest.fixture(scope="module")
-def checkpoints(
-    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Path], sample_text: str
-) -> Callable[[str], Path]:
-    """A folder of a tiny model, compressed: "plain" by issue A's pipeline in mixed precision,
-    "resq" rotated, with 4-bit inputs and wider columns. Each is made once."""
-    made: dict[str, Path] = {}
-
-    def make(kind: str) -> Path:
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(kind)
-            text = folder / "text.txt"
-            text.write_text(sample_text)
-            model = tiny_llama(folder / "model", head_dim=32)
-            asked = {"plain": PLAIN, "resq": RESQ}[kind]
-            made[kind] = compress(model, out=folder / "out", data=str(text), **asked).path
-        return made[kind]
-
-    return make
-
-
-@needs_triton
-@pytest.mark.parametrize(
-    ("kind", "most"),
-    [("plain", TRITON), pytest.param("resq", "multiply_rounded", marks=pytest.mark.slow)],
-)
-def test_a_compressed_model_says_the_same_through_tritons_interpreter(checkpoints, kind, most, use):
-    if reason := launch.why_not(torch.device("cpu")):
-        pytest.skip(reason)
-    folder = checkpoints(kind)
-    tokens, logits, launched = greedy(folder, F32, TOKENS)
-    assert not launched
-    use("triton")
-    found, near, launched = greedy(folder, F32, TOKENS)
-    assert launched[most] >= 14 * TOKENS  # two blocks of seven linears
-    assert launched["rows"] == TOKENS  # the embedding
-    assert found == tokens
-    # Inputs that lie between two codes may be rounded to either.
-    torch.testing.assert_close(near, logits, rtol=0, atol=0.02 * float(logits.std()))
-
-
-@pytest.mark.parametrize(
-    ("kind", "most"), [("plain", DECODE), pytest.param("resq", SEGMENTED, marks=pytest.mark.slow)]
-)
-def test_a_compressed_model_says_the_same_through_the_emulated_cuda_kernels(
-    checkpoints, kind, most, emulated, use
-):
-    folder = checkpoints(kind)
-    found, near, launched = greedy(folder, F16, TOKENS)
-    assert launched[most] >= 14 * TOKENS
-    use("cpu")
-    tokens, logits, launched = greedy(folder, F16, TOKENS)
-    assert not launched
-    assert found == tokens
-    torch.testing.assert_close(near, logits, rtol=0, atol=0.02 * float(logits.std()))
 
 
 def run(script: str, **environment: str) -> str:

@@ -1,6 +1,8 @@
-"""The kernels on a real GPU: `TRITON_INTERPRET=0 pytest -m gpu`. Skipped, with a reason, elsewhere.
+"""What only a real GPU can show: `TRITON_INTERPRET=0 pytest -m gpu`. Skipped, with a reason,
+elsewhere.
 
-What is exact in the emulator and in the interpreter must be the same bits here.
+What is exact in the emulator and in the interpreter must be the same bits here. The tests of
+Triton's kernels (`triton/`) and of whole models (`test_dispatch_models.py`) run here too.
 """
 
 import os
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from quantlib.formats import dequantize
-from quantlib.formats.activation import ActivationFormat, ActivationSegment, quantize
+from quantlib.formats.activation import ActivationFormat, ActivationSegment
 from quantlib.kernels import dispatch, ops
 from quantlib.kernels.cpu.forms import BlockRotation
 from quantlib.kernels.cuda import decode, loading, segmented
@@ -19,7 +21,7 @@ from quantlib.kernels.packed import PackedWeight
 from quantlib.kernels.triton import inputs, launch, layout
 
 from .cuda.emulated_segmented import linear
-from .triton.bounds import assert_close, expected
+from .triton.bounds import assert_close, expected, moved
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,6 +34,8 @@ pytestmark = [
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 SCHEMES = ["w2g64z4s4", "w3z", "w4g128", "w5g32z", "w6", "w7g256", "w8g16zs8", "fp8", "mxfp4"]
 GPU = torch.device("cuda")
+_A_WHILE = 200_000_000
+"""Cycles: a tenth of a second."""
 
 
 def needs(reason: str) -> None:
@@ -61,43 +65,18 @@ def test_tritons_products(draw, scheme, dtype, tokens):
 
 @pytest.mark.parametrize("scheme", ["w3g16", "w4g128", "w5", "w8g64"])
 def test_tritons_integers_are_the_references_bits(draw, scheme):
+    """Scales of 1: sums of integers, that any order gives."""
     needs(launch.why_not(GPU))
     weight, _ = draw(200, [(scheme, 640)], unit_scales=True)
     activations = (ActivationSegment(0, 640, ActivationFormat(8)),)
     codes = torch.randint(-127, 128, (9, 640), generator=torch.Generator().manual_seed(0))
-    split = layout.pack(weight)
-    moved = layout.SplitWeight(
-        split.shape,
-        tuple(
-            layout.SplitSegment(
-                part.start,
-                part.length,
-                part.format,
-                part.codes.to(GPU),
-                None if part.scale is None else part.scale.to(GPU),
-                None if part.zero is None else part.zero.to(GPU),
-                part.factors.to(GPU),
-            )
-            for part in split.segments
-        ),
-    )
     ones = torch.ones(9, 1, device=GPU)
-    found = launch.integer_linear(codes.to(GPU, torch.int8), ones, moved, activations)
+    split = layout.pack(moved(weight, GPU))
+    found = launch.integer_linear(codes.to(GPU, torch.int8), ones, split, activations)
     assert torch.equal(found.cpu().double(), codes.double() @ dequantize(weight).double().T)
 
 
-@pytest.mark.parametrize("form", ["8", "4z", "8g128", "4zg64"])
-def test_rounding_gives_the_formats_own_bits(form):
-    needs(launch.why_not(GPU))
-    x = torch.randn(33, 1024, generator=torch.Generator().manual_seed(0))
-    activations = (ActivationSegment(0, 1024, ActivationFormat.parse(form)),)
-    codes, scales = inputs.quantize(x.to(GPU), activations)
-    wanted, wanted_scales = quantize(x, activations)
-    assert torch.equal(codes.cpu(), wanted)
-    assert torch.equal(scales.cpu(), wanted_scales)
-
-
-def test_rotation():
+def test_rotating_twice_gives_back_what_was_rotated():
     needs(launch.why_not(GPU))
     x = torch.randn(5, 4096, generator=torch.Generator().manual_seed(0)).to(GPU)
     once = inputs.rotate(x, BlockRotation(4096))
@@ -178,13 +157,47 @@ def test_the_operator_in_a_captured_graph(draw, tokens, mode):
     assert torch.equal(out, wanted)
 
 
-def test_the_operator_is_accepted_and_compiled(draw):
+@pytest.mark.parametrize("tokens", [1, 100, 400])
+@pytest.mark.parametrize("mode", ops.MODES)
+def test_the_operator_waits_for_its_own_stream(draw, tokens, mode):
+    """Inputs come late on a stream: a kernel launched on another one would read zeros."""
+    needs(launch.why_not(GPU))
+    _, packed, x = sample(draw, "w4g64z", tokens, F16)
+    given, late = x.to(GPU), torch.zeros(x.shape, dtype=F16, device=GPU)
+    wanted = ops.linear(given, packed, None, mode)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(_A_WHILE)
+        late.copy_(given)
+        found = ops.linear(late, packed, None, mode)
+    stream.synchronize()
+    assert torch.equal(found, wanted)
+
+
+def test_rows_in_a_captured_graph(draw):
+    needs(launch.why_not(GPU))
+    weight, packed, _ = sample(draw, "w4g64z", 1, F16)
+    ids = torch.tensor([3, 199, 0], device=GPU)
+    graph, fed = torch.cuda.CUDAGraph(), torch.zeros_like(ids)
+    ops.embedding(fed, packed, F32)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = ops.embedding(fed, packed, F32)
+    fed.copy_(ids)
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(out.cpu(), dequantize(weight)[ids.cpu()], rtol=1e-6, atol=0)
+
+
+def test_every_operator_is_accepted_and_compiled(draw):
     needs(launch.why_not(GPU))
     _, packed, x = sample(draw, "w4g64z", 3, F16)
     given, tensors = x.to(GPU), list(packed.tensors.values())
+    check, op = torch.library.opcheck, torch.ops.quantlib
     for mode in ops.MODES:
-        torch.library.opcheck(
-            torch.ops.quantlib.linear, (given, tensors, packed.layout, None, mode)
-        )
+        check(op.linear, (given, tensors, packed.layout, None, mode))
+    check(op.embedding, (torch.tensor([5, 7], device=GPU), tensors, packed.layout, F16))
+    check(op.dequantize, (tensors, packed.layout, F16))
     compiled = torch.compile(lambda x: ops.linear(x, packed).relu(), fullgraph=True)
     assert torch.equal(compiled(given), ops.linear(given, packed).relu())

@@ -9,6 +9,10 @@
 // weights as long as there are few tokens, and rounds nothing to 16 bits. A zero point is applied
 // to sums too: the same inputs are multiplied with ones, which gives their sums.
 //
+// Of a sparse weight (QL_SPARSE) two of every four columns are kept: K counts all of them, codes
+// and groups only the kept ones, so a step of 64 columns of codes has 128 of inputs. Its words come
+// with the places of the kept columns, which mma.sp takes beside them.
+//
 // A block has 8 warps and computes kTileRows output rows in steps of kWarpsK slabs of 64 columns.
 // Each step's weights, inputs and scales are one stage of a ring of kStages in shared memory,
 // filled by cp.async; the ring does not drain between tiles. Each warp multiplies 32 rows by 64
@@ -20,267 +24,23 @@
 //   QL_BITS 2..8, QL_BFLOAT 0, 1, QL_TOKEN_TILES 1, 2, 4, 8 (tokens / 8), QL_STAGES >= 3
 //   QL_PERIOD  how often sums are scaled. 0: at the end, by the row factor alone; 1, 2, 4: after so
 //              many 16 columns, 4 meaning groups of 64 << group_shift columns
-//   QL_ZEROS   0, 1 (with a period)
+//   QL_ZEROS   0, 1 (with a period, of dense weights)
+//   QL_SPARSE  0, 1
 //   QL_BLOCKS_PER_SM  what registers are limited for
 //
 // Layouts are in kernels/cuda/layout.py, sizes and arguments in kernels/cuda/decode.py.
-#include "device.h"
-#include "dequantize.h"
+#include "decode_tile.h"
+#include "element.h"
 #include "finish.h"
 #include "work.h"
 
 namespace {
 
-#if QL_BFLOAT
-using Element = ptx::BFloat;
-#else
-using Element = ptx::Half;
-#endif
-using ptx::Shared;
-
-constexpr int kBits = QL_BITS, kTokenTiles = QL_TOKEN_TILES, kStages = QL_STAGES;
-constexpr int kPeriod = QL_PERIOD;
-constexpr bool kGrouped = kPeriod > 0, kZeros = QL_ZEROS;
-static_assert(kBits >= 2 && kBits <= 8 && kStages >= 3 && (kGrouped || !kZeros), "see above");
-
-constexpr int kThreads = 256, kWarps = 8;
-constexpr int kStripRows = 32, kSlab = 64;  // rows of a warp, columns of a step of it
-constexpr int kWarpsK = kTokenTiles <= 2 ? 2 : 1, kWarpsN = kWarps / kWarpsK;
-constexpr int kTileRows = kWarpsN * kStripRows;
-constexpr int kTokens = 8 * kTokenTiles;
-constexpr int kRows16 = kStripRows / 16;
-// Whether there are registers for more than sums: to load a unit's words before the one before it
-// is multiplied, and to keep what follows from the thread's number. With 64 tokens there are none,
-// but products take longer than all that.
-constexpr bool kAhead = kTokenTiles < 8;
-
-constexpr int kStripBytes = kStripRows * kSlab * kBits / 8, kUnitBytes = kStripBytes / 2;
-constexpr int kWeightBytes = kWarps * kStripBytes;
-constexpr int kInputSlabBytes = kTokens * kSlab * 2, kInputBytes = kWarpsK * kInputSlabBytes;
-// Scales, each with its zero point where there are any: of a slab of a tile, kGroups times.
-constexpr int kGroups = kGrouped ? 4 / kPeriod : 0, kMetaRowBytes = kZeros ? 4 : 2;
-constexpr int kMetaGroupBytes = kTileRows * kMetaRowBytes;
-constexpr int kMetaSlabBytes = kGroups * kMetaGroupBytes, kMetaBytes = kWarpsK * kMetaSlabBytes;
-constexpr int kInputsAt = kWeightBytes, kMetaAt = kInputsAt + kInputBytes;
-constexpr int kStageBytes = kMetaAt + kMetaBytes;
-// At the end of a tile, sums change hands 8 tokens at a time. Four floats beside each token's rows
-// keep the lanes of a warp in different banks.
-constexpr int kSumsAt = kStages * kStageBytes, kSumStride = kTileRows + 4;
-constexpr int kPassVectors = 8 * kTileRows / 4 / kThreads;  // float4 of a thread
-
-struct Problem {
-  const unsigned char *inputs, *weights, *meta;
-  const float* row_factors;
-  const unsigned char* bias;
-  unsigned char* output;
-  int M, N, K, input_stride, output_stride, group_shift;
-  float zero_step;
-  int slabs, strips;  // of the packed weight
-
-  __device__ int group_of(int slab) const { return slab >> group_shift; }
-  // A warp's last slab may not exist; what it has summed up before still needs its group's scales.
-  __device__ bool has_meta(int slab) const {
-    return kPeriod == 4 ? group_of(slab) <= group_of(slabs - 1) : slab < slabs;
-  }
-  // Whether sums are scaled after `slab`: the warp's next slab is of another group, or not its own.
-  __device__ bool scales_after(int slab, bool ends_part) const {
-    return ends_part || group_of(slab) != group_of(slab + kWarpsK);
-  }
-};
-
-// Where the running thread stands, and its places in every stage.
-struct Place {
-  int thread, lane, warp_n, warp_k;
-  int row, pair;        // of a fragment: lane / 4 and lane % 4
-  Shared strip;         // the warp's words
-  Shared inputs, meta;  // the lane's row of ldmatrix for the first 16 columns; the lane's scales
-
-  __device__ Place() {
-    thread = ptx::thread_index();
-    lane = thread % 32;
-    const int warp = thread / 32;
-    warp_n = warp % kWarpsN;
-    warp_k = warp / kWarpsN;
-    row = lane / 4;
-    pair = lane % 4;
-    strip = warp * kStripBytes;
-    const int token = (kTokenTiles == 1 ? 0 : lane / 16 * 8) + lane % 8;
-    inputs = kInputsAt + warp_k * kInputSlabBytes + token * 128 +
-             swizzled(token, lane / 8 % 2) * 16;
-    meta = kMetaAt + warp_k * kMetaSlabBytes + (warp_n * kStripRows + row * 2) * kMetaRowBytes;
-  }
-
-  // Where chunk `column` (of 8 columns) of a token's slab lies: the chunks that ldmatrix reads
-  // together, one of each of 8 tokens, are in different banks.
-  static __device__ __forceinline__ int swizzled(int token, int column) {
-    return column ^ (token & 7);
-  }
-};
-
-// A lane's words of one unit. They lie in planes of 4, 2 and 1 words, as many as the width has, so
-// that every load is as wide as it can be and no two lanes meet in a bank.
-struct Words {
-  uint32_t word[kBits];
-
-  __device__ __forceinline__ void load(Shared unit, int lane) {
-    int at = 0;
-    Shared plane = unit;
-#pragma unroll
-    for (int quad = 0; quad < kBits / 4; ++quad) {
-      const uint4 four = ptx::load_shared<uint4>(plane + lane * 16);
-      word[at] = four.x;
-      word[at + 1] = four.y;
-      word[at + 2] = four.z;
-      word[at + 3] = four.w;
-      at += 4;
-      plane += 32 * 16;
-    }
-    if constexpr (kBits % 4 >= 2) {
-      const uint2 two = ptx::load_shared<uint2>(plane + lane * 8);
-      word[at] = two.x;
-      word[at + 1] = two.y;
-      at += 2;
-      plane += 32 * 8;
-    }
-    if constexpr (kBits % 2 == 1) word[at] = ptx::load_shared<uint32_t>(plane + lane * 4);
-  }
-};
-
-// What a warp sums up: 16 rows by 8 tokens a time. `group` is since the last scaling.
-struct Sums {
-  float total[kRows16][kTokenTiles][4];
-  float group[kGrouped ? kRows16 : 1][kGrouped ? kTokenTiles : 1][4];
-  float inputs[kZeros ? kTokenTiles : 1][4];
-
-  __device__ __forceinline__ void clear() {
-    set_zero(total);
-    set_zero(group);
-    set_zero(inputs);
-  }
-
-  template <int a, int b>
-  static __device__ __forceinline__ void set_zero(float (&sums)[a][b][4]) {
-#pragma unroll
-    for (int i = 0; i < a; ++i) set_zero(sums[i]);
-  }
-  template <int a>
-  static __device__ __forceinline__ void set_zero(float (&sums)[a][4]) {
-#pragma unroll
-    for (int i = 0; i < a; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) sums[i][j] = 0.f;
-    }
-  }
-
-  // 32 rows by 8 tokens by 16 columns.
-  __device__ __forceinline__ void add(int tokens, const uint32_t (&a)[kRows16][4],
-                                      const uint32_t (&b)[2]) {
-#pragma unroll
-    for (int rows = 0; rows < kRows16; ++rows) {
-      if constexpr (kGrouped) {
-        ptx::multiply<Element>(group[rows][tokens], a[rows], b);
-      } else {
-        ptx::multiply<Element>(total[rows][tokens], a[rows], b);
-      }
-    }
-    if constexpr (kZeros) {
-      constexpr uint32_t one = dequantize::twice(dequantize::float_bits<Element>(1, 0));
-      const uint32_t ones[4] = {one, one, one, one};
-      ptx::multiply<Element>(inputs[tokens], ones, b);
-    }
-  }
-
-  // total += scale * (group - zero * inputs), and a new group begins. `meta` is of the lane's rows:
-  // for each 16, scales of the row and the one 8 below, then their zero points, as they are stored:
-  // units of `zero_step` codes. Codes have lost 2^(bits-1) (dequantize.h).
-  __device__ __forceinline__ void scale(Shared meta, float zero_step) {
-#pragma unroll
-    for (int rows = 0; rows < kRows16; ++rows) {
-      const Shared at = meta + rows * 16 * kMetaRowBytes;
-      uint32_t scales;
-      float zero[2] = {0.f, 0.f};
-      if constexpr (kZeros) {
-        constexpr float kMiddle = 1 << (kBits - 1);
-        const uint2 both = ptx::load_shared<uint2>(at);
-        scales = both.x;
-        zero[0] = ptx::to_float<ptx::Half>(both.y) * zero_step - kMiddle;
-        zero[1] = ptx::to_float<ptx::Half>(both.y >> 16) * zero_step - kMiddle;
-      } else {
-        scales = ptx::load_shared<uint32_t>(at);
-      }
-      const float scale[2] = {ptx::to_float<ptx::Half>(scales),
-                              ptx::to_float<ptx::Half>(scales >> 16)};
-#pragma unroll
-      for (int tokens = 0; tokens < kTokenTiles; ++tokens) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          float sum = group[rows][tokens][j];
-          if constexpr (kZeros) sum -= zero[j / 2] * inputs[tokens][j];
-          total[rows][tokens][j] += scale[j / 2] * sum;
-        }
-      }
-    }
-    set_zero(group);
-    set_zero(inputs);
-  }
-};
-
-// The right operands of 16 columns and the tokens of tile `tokens` and, if there is one, the next.
-// `inputs` is the lane's row for the first 16 columns, in a stage: chunks of 16 bytes are swizzled
-// within 128, to which stages are aligned, so other columns are an exclusive or away.
-__device__ __forceinline__ void load_inputs(uint32_t (&b)[2][2], Shared inputs, int sixteen,
-                                            int tokens) {
-  uint32_t r[4];
-  ptx::load_matrices(r, (inputs ^ (sixteen * 32)) + tokens * 8 * 128);
-  b[0][0] = r[0];
-  b[0][1] = r[1];
-  b[1][0] = r[2];
-  b[1][1] = r[3];
-}
-static_assert(kStageBytes % 128 == 0 && kInputsAt % 128 == 0, "see above");
-
-// The left operand of 16 rows and 16 columns: pairs `first` .. `first` + 3 of a unit.
-template <int first>
-__device__ __forceinline__ void load_weights(uint32_t (&a)[4], const Words& words) {
-  using Codes = dequantize::Codes<Element, kBits>;
-  a[0] = Codes::template pair<first>(words.word);
-  a[1] = Codes::template pair<first + 1>(words.word);
-  a[2] = Codes::template pair<first + 2>(words.word);
-  a[3] = Codes::template pair<first + 3>(words.word);
-}
-
-// 32 rows by 16 columns, number `sixteen` of the slab.
-template <int sixteen>
-__device__ __forceinline__ void multiply_sixteen(Sums& sums, const Words& words, Shared inputs) {
-  constexpr int kFirst = sixteen % 2 * 8;
-  uint32_t a[kRows16][4];
-  load_weights<kFirst>(a[0], words);
-  load_weights<kFirst + 4>(a[1], words);
-#pragma unroll
-  for (int tokens = 0; tokens < kTokenTiles; tokens += 2) {
-    uint32_t b[2][2];
-    load_inputs(b, inputs, sixteen, tokens);
-#pragma unroll
-    for (int i = 0; i < (kTokenTiles == 1 ? 1 : 2); ++i) sums.add(tokens + i, a, b[i]);
-  }
-}
-
-// A unit: 32 rows by 32 columns, `half` 0 or 1 of the slab.
-template <int half>
-__device__ __forceinline__ void multiply_unit(Sums& sums, const Words& words, Shared stage,
-                                              const Place& place, float zero_step) {
-  const Shared inputs = stage + place.inputs;
-  const Shared group = stage + place.meta + half * (kGroups / 2) * kMetaGroupBytes;
-  multiply_sixteen<2 * half>(sums, words, inputs);
-  if constexpr (kPeriod == 1) sums.scale(group, zero_step);
-  multiply_sixteen<2 * half + 1>(sums, words, inputs);
-  if constexpr (kPeriod == 1) sums.scale(group + kMetaGroupBytes, zero_step);
-  if constexpr (kPeriod == 2) sums.scale(group, zero_step);
-}
+using namespace tile;
 
 // A finished tile, for finish.h.
 struct Tile {
-  static constexpr int kThreads = ::kThreads, kPasses = kTokenTiles;
+  static constexpr int kThreads = tile::kThreads, kPasses = kTokenTiles;
   static constexpr int kVectors = kPassVectors;
 
   const Problem& p;
@@ -323,19 +83,10 @@ struct Tile {
   __device__ __forceinline__ void store(int pass, int vector, float4 four) const {
     const int at = (vector * kThreads + ptx::thread_index()) * 4;
     const int token = pass * 8 + at / kTileRows, n = number * kTileRows + at % kTileRows;
-    if (token >= p.M || n >= p.N) return;
+    if (token >= p.M || n >= p.out.N) return;
     const float4 factors = ptx::load_global<float4>(p.row_factors + n);
-    float value[4] = {four.x * factors.x, four.y * factors.y, four.z * factors.z,
-                      four.w * factors.w};
-    if (p.bias != nullptr) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (n + i >= p.N) continue;
-        value[i] += ptx::to_float<Element>(ptx::load_global<uint16_t>(p.bias + (n + i) * 2));
-      }
-    }
-    unsigned char* to = p.output + (static_cast<int64_t>(token) * p.output_stride + n) * 2;
-    finish::store_rows<Element>(to, n, p.N, p.output_stride % 4 == 0, value);
+    p.out.store<Element>(token, n, {four.x * factors.x, four.y * factors.y, four.z * factors.z,
+                                    four.w * factors.w});
   }
 };
 
@@ -346,7 +97,10 @@ struct Ring {
   static constexpr int kWeightChunks = kWeightBytes / 16, kInputChunks = kInputBytes / 16;
   static constexpr int kWeightCopies = (kWeightChunks + kThreads - 1) / kThreads;
   static constexpr int kInputCopies = (kInputChunks + kThreads - 1) / kThreads;
-  static constexpr int kStepBytes = kWarpsK * kSlab * 2;  // of a token
+  static constexpr int kInputSlabChunks = kInputSlabBytes / 16;
+  static constexpr int kStepColumns = kInputSlabs * kSlab;  // of the inputs
+  // A thread's later copies are of later slabs, and of later tokens where a slab has more than one.
+  static constexpr bool kManyTokens = kInputSlabChunks > kThreads;
 
   const Problem& p;
   const work::Plan& plan;
@@ -373,10 +127,10 @@ struct Ring {
     step = ahead.step;
     end = step + ahead.part_steps(plan);
     weights = p.weights + static_cast<int64_t>(step * kWarpsK) * slab_bytes();
-    const int k = step * kWarpsK * kSlab + thread / (kInputSlabBytes / 16) * kSlab + thread % 8 * 8;
+    const int k = step * kStepColumns + thread / kInputSlabChunks * kSlab + thread % 8 * 8;
     const int token = thread / 8 % kTokens;
     inputs = p.inputs + (static_cast<int64_t>(token) * p.input_stride + k) * 2;
-    input_bytes = token < p.M || kInputCopies > 1 ? (p.K - k) * 2 : 0;
+    input_bytes = token < p.M || kManyTokens ? (p.K - k) * 2 : 0;
     // Strips beyond the last have nothing to say: the last is read in their place.
     const int last = p.strips - 1;
 #pragma unroll
@@ -405,17 +159,17 @@ struct Ring {
   __device__ __forceinline__ void fetch_inputs(Shared to, int thread) {
 #pragma unroll
     for (int i = 0; i < kInputCopies; ++i) {
-      const int base = i * kThreads;
+      const int base = i * kThreads, slab = base / kInputSlabChunks;
+      const int later = base % kInputSlabChunks / 8;  // tokens
       if (kInputChunks % kThreads != 0 && base + thread >= kInputChunks) break;
-      int bytes = work::least(input_bytes, 16);
-      if (kInputCopies > 1 && base / 8 + thread / 8 >= p.M) bytes = 0;
-      ptx::copy_async(to + base * 16, inputs + static_cast<int64_t>(base / 8) * p.input_stride * 2,
-                      bytes > 0 ? bytes : 0);
+      int bytes = work::least(input_bytes - slab * kSlab * 2, 16);
+      if (kManyTokens && later + thread / 8 >= p.M) bytes = 0;
+      const unsigned char* from = inputs + static_cast<int64_t>(later) * p.input_stride * 2;
+      ptx::copy_async(to + base * 16, from + slab * kSlab * 2, bytes > 0 ? bytes : 0);
     }
-    inputs += kStepBytes;
-    input_bytes -= kStepBytes;
+    inputs += kStepColumns * 2;
+    input_bytes -= kStepColumns * 2;
   }
-  static_assert(kInputCopies == 1 || kWarpsK == 1, "later copies are of the same slab");
 
   __device__ __forceinline__ void fetch_meta(Shared stage, int thread) const {
     constexpr int kChunks = kMetaBytes / 16, kGroupChunks = kMetaGroupBytes / 16;
@@ -538,9 +292,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, QL_BLOCKS_PER_SM)
                 const unsigned char* __restrict__ bias, unsigned char* __restrict__ output,
                 float4* partials, int* flags, int M, int N, int K, int input_stride,
                 int output_stride, int group_shift, float zero_step) {
-  const int slabs = (K + kSlab - 1) / kSlab, strips = (N + kStripRows - 1) / kStripRows;
-  const Problem problem{inputs, weights, meta, row_factors, bias, output, M, N, K,
-                        input_stride, output_stride, group_shift, zero_step, slabs, strips};
+  const int slabs = (K + kDepth * kSlab - 1) / (kDepth * kSlab);
+  const int strips = (N + kStripRows - 1) / kStripRows;
+  const Problem problem{inputs, weights, meta, row_factors, {bias, output, N, output_stride},
+                        M, K, input_stride, group_shift, zero_step, slabs, strips};
   const work::Plan plan((strips + kWarpsN - 1) / kWarpsN, (slabs + kWarpsK - 1) / kWarpsK,
                         static_cast<int>(gridDim.x));
   Walker(problem, plan).run(partials, flags);

@@ -11,10 +11,14 @@
 //   load_matrices   ldmatrix.x4: lane 8m + r gives the address of row r (16 bytes) of matrix m;
 //                   lane 4r + c gets columns 2c and 2c + 1 of row r of matrix m in registers[m]
 //   multiply        c += a b, mma.m16n8k16 with float sums; fragments as the PTX manual has them
+//   multiply_sparse c += a b, mma.sp.m16n8k32 with float sums: a has two of every four columns, and
+//                   `places` says which, two bits each, ascending: of columns 0 to 15 in lane 0 of
+//                   every four and 16 to 31 in lane 1 (pair 0), or in lanes 2 and 3 (pair 1); low
+//                   half the row lane / 4, high half the one 8 below
 //   multiply_integers
 //                   d = a b + c, exact: mma.m16n8k32 of bytes, m16n8k64 of nibbles. Nibbles are for
 //                   sm_80 to sm_89: later tensor cores have none, and compilers emulate them
-//   load_shared, store_shared, load_matrices, multiply, multiply_integers
+//   load_shared, store_shared, load_matrices, multiply, multiply_sparse, multiply_integers
 //                   warp-wide: all 32 lanes come to the same one
 //   load_shared_alone, store_shared_alone
 //                   of one lane, whatever the others do
@@ -51,6 +55,10 @@ using Shared = uint32_t;
 
 struct Half {};
 struct BFloat {};
+template <class Element>
+constexpr bool is_half = false;
+template <>
+constexpr bool is_half<Half> = true;
 struct Int8 {};
 struct Int4 {};
 struct Uint4 {};
@@ -137,6 +145,24 @@ __device__ __forceinline__ void multiply<BFloat>(float (&c)[4], const uint32_t (
   QL_MULTIPLY("bf16");
 }
 #undef QL_MULTIPLY
+
+#define QL_MULTIPLY_SPARSE(name)                                                                   \
+  asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." name "." name                  \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"   \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                             \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),    \
+        "r"(places), "n"(pair))
+
+template <class Element, int pair>
+__device__ __forceinline__ void multiply_sparse(float (&c)[4], const uint32_t (&a)[4],
+                                                const uint32_t (&b)[4], uint32_t places) {
+  if constexpr (is_half<Element>) {
+    QL_MULTIPLY_SPARSE("f16");
+  } else {
+    QL_MULTIPLY_SPARSE("bf16");
+  }
+}
+#undef QL_MULTIPLY_SPARSE
 
 #define QL_MULTIPLY_INTEGERS(Left, Right, shape)                                                  \
   template <>                                                                                      \

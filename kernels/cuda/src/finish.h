@@ -80,23 +80,37 @@ __device__ __forceinline__ void part(const Tile& tile, const work::Plan& plan,
   }
 }
 
-// Four outputs of one token, rows n .. n + 3 of N, at `to`; with `whole`, 8 bytes may be written at
-// once.
-template <class Element>
-__device__ __forceinline__ void store_rows(unsigned char* to, int n, int N, bool whole,
-                                           const float (&value)[4]) {
-  const uint32_t pairs[2] = {ptx::to_pair<Element>(value[0], value[1]),
-                             ptx::to_pair<Element>(value[2], value[3])};
-  if (n + 4 <= N && whole) {
-    ptx::store_global<uint2>(to, {pairs[0], pairs[1]});
-    return;
-  }
+// Where finished sums go: bias [N] or null and output [M, stride >= N], of a 16-bit type.
+struct Output {
+  const unsigned char* bias;
+  unsigned char* output;
+  int N, stride;
+
+  // Rows n .. n + 3 of one token, as many as there are, with their bias.
+  template <class Element>
+  __device__ __forceinline__ void store(int token, int n, float4 sums) const {
+    float value[4] = {sums.x, sums.y, sums.z, sums.w};
+    if (bias != nullptr) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (n + i < N) {
-      ptx::store_global(to + 2 * i, static_cast<uint16_t>(pairs[i / 2] >> (16 * (i % 2))));
+      for (int i = 0; i < 4; ++i) {
+        if (n + i >= N) continue;
+        value[i] += ptx::to_float<Element>(ptx::load_global<uint16_t>(bias + (n + i) * 2));
+      }
+    }
+    unsigned char* to = output + (static_cast<int64_t>(token) * stride + n) * 2;
+    const uint32_t pairs[2] = {ptx::to_pair<Element>(value[0], value[1]),
+                               ptx::to_pair<Element>(value[2], value[3])};
+    if (n + 4 <= N && stride % 4 == 0) {
+      ptx::store_global<uint2>(to, {pairs[0], pairs[1]});
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (n + i < N) {
+        ptx::store_global(to + 2 * i, static_cast<uint16_t>(pairs[i / 2] >> (16 * (i % 2))));
+      }
     }
   }
-}
+};
 
 }  // namespace finish

@@ -16,16 +16,9 @@
 // Compiled by macros: QL_BFLOAT, the type of queries and output; QL_HEADS 1..8 query heads to a KV
 // head; QL_COLUMNS head_dim, a multiple of 16; of keys (K) and values (V): QL_K_BITS 8, 4,
 // QL_K_WIDE, QL_K_GROUP (columns of a group, or all that are not wide).
-#include "device.h"
+#include "element.h"
 
 namespace {
-
-#if QL_BFLOAT
-using Element = ptx::BFloat;
-#else
-using Element = ptx::Half;
-#endif
-using ptx::Shared;
 
 constexpr int kThreads = 256, kSplit = 256, kBlock = 64;
 constexpr int kHeads = QL_HEADS, kColumns = QL_COLUMNS;

@@ -14,17 +14,10 @@
 // QL_SYLVESTER s (both 1: no rotation); QL_ORDER 0, 1; of each segment QL_START_i and QL_LENGTH_i
 // (columns of the rotated inputs), QL_BITS_i, QL_ASYMMETRIC_i and QL_GROUP_i (columns that share a
 // scale, a multiple of 32 or all).
-#include "device.h"
+#include "element.h"
 #include "segments.h"
 
 namespace {
-
-#if QL_BFLOAT
-using Element = ptx::BFloat;
-#else
-using Element = ptx::Half;
-#endif
-using ptx::Shared;
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kDense = QL_DENSE, kSylvester = QL_SYLVESTER, kBlock = kDense * kSylvester;

@@ -23,7 +23,7 @@
 // Compiled for one case each, by macros: QL_SEGMENTS and, of each segment, QL_KIND_i, QL_STEPS_i,
 // QL_SPAN_STEPS_i, QL_ZEROS_i (segments.h); QL_TOKEN_TILES 1, 2, 4, 8 (decoding) or 16 (prompts);
 // QL_STAGES >= 3; QL_BFLOAT 0, 1: the output. Layouts: kernels/cuda/integer_layout.py.
-#include "device.h"
+#include "element.h"
 #include "finish.h"
 #include "segmented_tile.h"
 #include "segments.h"
@@ -31,11 +31,6 @@
 
 namespace {
 
-#if QL_BFLOAT
-using Element = ptx::BFloat;
-#else
-using Element = ptx::Half;
-#endif
 using namespace tile;
 
 // Copies of steps into the ring. Addresses run on from step to step; they are computed where a
@@ -220,17 +215,7 @@ struct Tile {
     const int at = (vector * kThreads + place.thread) * 4, slot = at / kRows;
     const int token = first_token + (slot / 8 * kTokenTiles + pass) * 8 + slot % 8;
     const int n = first_row + at % kRows;
-    if (token >= p.M || n >= p.N) return;
-    float value[4] = {four.x, four.y, four.z, four.w};
-    if (p.bias != nullptr) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (n + i >= p.N) continue;
-        value[i] += ptx::to_float<Element>(ptx::load_global<uint16_t>(p.bias + (n + i) * 2));
-      }
-    }
-    unsigned char* to = p.output + (static_cast<int64_t>(token) * p.output_stride + n) * 2;
-    finish::store_rows<Element>(to, n, p.N, p.output_stride % 4 == 0, value);
+    if (token < p.M && n < p.out.N) p.out.store<Element>(token, n, four);
   }
 };
 
@@ -353,10 +338,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
                    float middle_0, float zero_step_1, float middle_1, float zero_step_2,
                    float middle_2) {
   const int tiles_along_rows = (N + kRows - 1) / kRows;
-  const Problem problem{tokens, weights, token_meta, row_meta, units, bias, output, M, N,
-                        output_stride, padded_tokens, padded_rows, (N + 15) / 16,
-                        tiles_along_rows, {zero_step_0, zero_step_1, zero_step_2},
-                        {middle_0, middle_1, middle_2}};
+  const Problem problem{tokens, weights, token_meta, row_meta, units,
+                        {bias, output, N, output_stride}, M, padded_tokens, padded_rows,
+                        (N + 15) / 16, tiles_along_rows,
+                        {zero_step_0, zero_step_1, zero_step_2}, {middle_0, middle_1, middle_2}};
   const work::Plan plan(tiles_along_rows * ((M + kTokens - 1) / kTokens), segments::kSteps,
                         static_cast<int>(gridDim.x));
   Walker(problem, plan).run(partials, flags);

@@ -2,12 +2,12 @@
 // them. segmented_gemm.cu says what it is for.
 #pragma once
 
-#include "device.h"
+#include "element.h"
+#include "finish.h"
 #include "segments.h"
 
 namespace tile {
 
-using ptx::Shared;
 using segments::kStepBytes;
 using segments::kWholeStrip;
 
@@ -38,9 +38,8 @@ struct Problem {
   const unsigned char *tokens, *weights;
   const uint32_t *token_meta, *row_meta;
   const float* units;  // [2 * segments][padded_rows]: units, then ratios
-  const unsigned char* bias;
-  unsigned char* output;
-  int M, N, output_stride;
+  finish::Output out;
+  int M;
   int padded_tokens, padded_rows;  // multiples of 4 and of 128
   int row_tiles, tiles_along_rows;
   // Of each segment: what a stored zero point is worth, in codes, and the code that is stored as 0.

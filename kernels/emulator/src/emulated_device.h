@@ -117,6 +117,52 @@ void multiply_fragments(void* const* lanes) {
   }
 }
 
+struct SparseProduct {
+  const uint32_t *a, *b;
+  uint32_t places;
+  float* c;
+};
+
+// mma.sp.m16n8k32: a register of a holds two columns that are kept, at the places of mma.m16n8k16
+// in 16 x 16; b has rows 2t, 2t + 1, + 8 r in register r, of 32 x 8. Lane 2 pair + h of every four
+// has the places of the columns 8 h .. 8 h + 7 that are kept, of its row g and of g + 8.
+template <class Element, int pair>
+void multiply_sparse_fragments(void* const* lanes) {
+  ++emulator::counters.matrix_products;
+  const auto own = [lanes](int lane) -> const SparseProduct& {
+    return *static_cast<SparseProduct*>(lanes[lane]);
+  };
+  double a[16][32] = {}, b[32][8];
+  bool kept_at[16][32] = {};
+  for (int lane = 0; lane < 32; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 2; ++i) {
+      for (int r = 0; r < 4; ++r) {
+        const int row = g + 8 * (r % 2), kept = 2 * t + i + 8 * (r / 2);
+        const uint32_t places = own(4 * g + 2 * pair + kept / 8).places >> (row - g) * 2;
+        const uint32_t four = places >> kept % 8 / 2 * 4 & 15;
+        if ((four & 3) >= four >> 2) emulator::fault("mma.sp with places that do not ascend");
+        const int column = kept / 2 * 4 + static_cast<int>(four >> 2 * (kept % 2) & 3);
+        kept_at[row][column] = true;
+        a[row][column] = Element::decode(own(lane).a[r] >> (16 * i) & 0xffff);
+        b[2 * t + i + 8 * r][g] = Element::decode(own(lane).b[r] >> (16 * i) & 0xffff);
+      }
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    float* c = static_cast<SparseProduct*>(lanes[lane])->c;
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+      double sum = c[i];
+      // A column that is not kept is not multiplied, whatever its input is.
+      for (int k = 0; k < 32; ++k) {
+        if (kept_at[row][k]) sum += a[row][k] * b[k][column];
+      }
+      c[i] = static_cast<float>(sum);
+    }
+  }
+}
+
 struct IntegerProduct {
   const uint32_t *a, *b;
   const int* c;
@@ -212,6 +258,13 @@ template <class Element>
 void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   detail::Product own{a, b, c};
   emulator::collective("mma", &own, detail::multiply_fragments<Element>);
+}
+
+template <class Element, int pair>
+void multiply_sparse(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                     uint32_t places) {
+  detail::SparseProduct own{a, b, places, c};
+  emulator::collective("mma.sp", &own, detail::multiply_sparse_fragments<Element, pair>);
 }
 
 template <class Left, class Right>

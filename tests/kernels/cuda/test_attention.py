@@ -45,7 +45,8 @@ def stored(form, is_key, numbers, blocks):
     return torch.stack(packed)
 
 
-def run(case, seed=0, flags=(), launches=1):
+def run(case, seed=0, flags=(), launches=1, source=attention.SOURCE, offset=0.0):
+    """What the kernel and what the reference makes of random keys and values; offset: of values."""
     name, head_dim, kv_heads, heads, lengths, window, dtype = case
     form, generator = KvFormat.parse(name), torch.Generator().manual_seed(7)
     blocks = -(-max(lengths) // BLOCK) + 1
@@ -53,6 +54,7 @@ def run(case, seed=0, flags=(), launches=1):
         [torch.randn(length, kv_heads, head_dim, generator=generator) for length in lengths]
         for _ in range(2)
     ]
+    draw[1] = [values + offset for values in draw[1]]
     keys = stored(form.key, True, draw[0], blocks)
     values = stored(form.value, False, draw[1], blocks)
     query = torch.randn(len(lengths), kv_heads * heads, head_dim, generator=generator).to(dtype)
@@ -63,7 +65,7 @@ def run(case, seed=0, flags=(), launches=1):
     )
     waiting = torch.zeros(len(lengths) * kv_heads, splits, dtype=torch.int32)
     macros = attention.macros(form, head_dim, heads, dtype)
-    kernel = Kernel(build.compile_kernel(attention.SOURCE, macros, flags))
+    kernel = Kernel(build.compile_kernel(source, macros, flags))
     scale = head_dim**-0.5
     given = attention.arguments(
         query,
@@ -93,13 +95,23 @@ def run(case, seed=0, flags=(), launches=1):
     return output, torch.stack(expected)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
-def test_attention_is_the_references(case):
+def is_right(output, expected):
     """Scores are sums of up to 256 terms below 40 or so, each off by 2^-24: powers are off by some
     1e-4 at most. The output is a mean of values below 5, rounded to 16 bits."""
-    output, expected = run(case)
     last = torch.finfo(output.dtype).eps
-    assert ((output.double() - expected).abs() <= 5e-4 + expected.abs() * last).all()
+    return (output.double() - expected).abs() <= 5e-4 + expected.abs() * last
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_attention_is_the_references(case):
+    output, expected = run(case)
+    assert is_right(output, expected).all()
+
+
+def test_zero_points_may_be_negative():
+    """Where all numbers of a group are far above 0."""
+    output, expected = run(CASES[2], offset=8.0)
+    assert is_right(output, expected).all()
 
 
 def test_the_schedule_does_not_change_a_bit():

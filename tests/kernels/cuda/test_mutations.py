@@ -1,46 +1,42 @@
-"""The tests are not blind: each of these faults, put into the kernel's source, is noticed.
+"""The tests of kernel (a) are not blind: each of these faults, put into its source, is noticed."""
 
-A fault is a piece of the source (or several) and what stands there instead. It is noticed when the
-emulator refuses the kernel, when a result is not right, or, for those that only cost time, when
-there are bank conflicts.
-"""
-
-import shutil
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 
 from quantlib.kernels.cpu.build import BuildError, find_compiler
 from quantlib.kernels.cuda import decode
-from quantlib.kernels.emulator.machine import KernelFault
 
 from .emulated import expected, multiply
+from .faults import mutated, noticed, verdict
+from .test_sparse import pruned
 
+GEMM, TILE = "decode_gemm.cu", "decode_tile.h"
 # Name -> file, what stands there, what the fault is.
 FAULTS = {
     "a wait that lets one stage too many be on its way": (
-        "decode_gemm.cu",
+        GEMM,
         "ptx::wait_copies<kStages - 3>();",
         "ptx::wait_copies<kStages - 2>();",
     ),
     "no wait before the first stage": (
-        "decode_gemm.cu",
+        GEMM,
         "ptx::wait_copies<kStages - 2>();\n    __syncthreads();",
         "__syncthreads();",
     ),
     "no barrier between stages": (
-        "decode_gemm.cu",
+        GEMM,
         "ptx::wait_copies<kStages - 3>();\n    __syncthreads();",
         "ptx::wait_copies<kStages - 3>();",
     ),
     "the next stage is fetched before everybody has left it": (
-        "decode_gemm.cu",
+        GEMM,
         "ptx::wait_copies<kStages - 3>();\n    __syncthreads();\n    ring.fetch();",
         "ring.fetch();\n    ptx::wait_copies<kStages - 2>();\n    __syncthreads();",
     ),
     "no barrier between warps that add up": (
-        "decode_gemm.cu",
+        GEMM,
         "          }\n        }\n      }\n      __syncthreads();\n    }",
         "          }\n        }\n      }\n    }",
     ),
@@ -67,17 +63,17 @@ FAULTS = {
         "        const float4*",
     ),
     "only the reading side is swizzled": (
-        "decode_gemm.cu",
+        GEMM,
         "kInputsAt + (thread ^ (thread / 8 & 7)) * 16",
         "kInputsAt + thread * 16",
     ),
     "only the writing side is swizzled": (
-        "decode_gemm.cu",
+        TILE,
         "return column ^ (token & 7);",
         "return column;",
     ),
     "the zero point of a format one bit wider": (
-        "decode_gemm.cu",
+        TILE,
         "constexpr float kMiddle = 1 << (kBits - 1);",
         "constexpr float kMiddle = 1 << kBits;",
     ),
@@ -87,32 +83,31 @@ FAULTS = {
         "(1u << (bits - 1 - low)) + 1;",
     ),
     "scales of the row eight below": (
-        "decode_gemm.cu",
+        TILE,
         "total[rows][tokens][j] += scale[j / 2] * sum;",
         "total[rows][tokens][j] += scale[1 - j / 2] * sum;",
     ),
     "inputs are not swizzled at all": (
-        "decode_gemm.cu",
-        ("return column ^ (token & 7);", "kInputsAt + (thread ^ (thread / 8 & 7)) * 16"),
-        ("return column;", "kInputsAt + thread * 16"),
+        (TILE, "return column ^ (token & 7);", "return column;"),
+        (GEMM, "kInputsAt + (thread ^ (thread / 8 & 7)) * 16", "kInputsAt + thread * 16"),
     ),
     "scales of the group before": (
-        "decode_gemm.cu",
+        GEMM,
         "kPeriod == 4 ? p.group_of(slab) : slab * kGroups",
         "kPeriod == 4 ? p.group_of(slab) - (slab > 0) : slab * kGroups",
     ),
     "groups that run on": (
-        "decode_gemm.cu",
+        TILE,
         "    set_zero(group);\n    set_zero(inputs);\n  }\n};",
         "    set_zero(inputs);\n  }\n};",
     ),
     "tokens are masked one late": (
-        "decode_gemm.cu",
-        "token < p.M || kInputCopies > 1",
-        "token <= p.M || kInputCopies > 1",
+        GEMM,
+        "token < p.M || kManyTokens",
+        "token <= p.M || kManyTokens",
     ),
     "columns are masked in eights": (
-        "decode_gemm.cu",
+        GEMM,
         "bytes > 0 ? bytes : 0",
         "bytes > 0 ? 16 : 0",
     ),
@@ -122,7 +117,7 @@ FAULTS = {
         "if (n + i <= N) {",
     ),
     "a stripe of the weight beyond its end": (
-        "decode_gemm.cu",
+        GEMM,
         "work::least(ahead.tile * kWarpsN + chunk / kStripChunks, last)",
         "(ahead.tile * kWarpsN + chunk / kStripChunks)",
     ),
@@ -132,7 +127,7 @@ FAULTS = {
         "if (at - base + bits > kMantissa + 2) base = at;",
     ),
     "a slab of the weight beyond its end": (
-        "decode_gemm.cu",
+        GEMM,
         "kWarpsK == 2 && step * 2 + 1 < p.slabs ? weights",
         "kWarpsK == 2 ? weights",
     ),
@@ -147,8 +142,47 @@ FAULTS = {
         "left += plan.begin(run + 1) - plan.begin(run) + 1;",
     ),
 }
+# Of sparse weights alone.
+SPARSE_FAULTS = {
+    "places of the first columns for all": (
+        TILE,
+        "words.places[kSparse ? side : 0]",
+        "words.places[0]",
+    ),
+    "places of the other rows": (
+        TILE,
+        "ptx::multiply_sparse<Element, 0>",
+        "ptx::multiply_sparse<Element, 1>",
+    ),
+    "inputs of the first half for both": (
+        TILE,
+        "(kSparse ? half * kInputSlabBytes : 0)",
+        "0",
+    ),
+    "the same columns twice": (
+        TILE,
+        "load_inputs(b, inputs, side * 32, tokens);",
+        "load_inputs(b, inputs, 0, tokens);",
+    ),
+    "columns of 16 tokens for those of 8": (
+        TILE,
+        "kLong = kTokenTiles == 1 || kSparse;",
+        "kLong = kTokenTiles == 1;",
+    ),
+    "later slabs are masked like the first": (
+        GEMM,
+        "work::least(input_bytes - slab * kSlab * 2, 16)",
+        "work::least(input_bytes, 16)",
+    ),
+    "inputs go on as slowly as codes": (
+        GEMM,
+        "kStepColumns = kInputSlabs * kSlab;",
+        "kStepColumns = kWarpsK * kSlab;",
+    ),
+}
 # Formats with everything that the faults touch: groups that span slabs and groups inside of one.
 SCHEMES = ("w4g64z", "w3g128z5")
+SPARSE = "w4g128"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -159,52 +193,43 @@ def _compiler() -> None:
         pytest.skip(str(error))
 
 
-def put_in(sources: Path, file: str, here: str | tuple[str, ...], instead) -> None:
-    """Replaces a piece, or several, of a file."""
-    pairs = [(here, instead)] if isinstance(here, str) else zip(here, instead, strict=True)
-    text = (sources / file).read_text()
-    for old, new in pairs:
-        assert old in text, "the source has moved on: say the fault anew"
-        text = text.replace(old, new)
-    (sources / file).write_text(text)
-
-
-def mutated(folder: Path, name: str | None) -> Path:
-    """The kernel in a folder of its own, with the fault."""
-    sources = folder / "src"
-    shutil.copytree(decode.SOURCE.parent, sources)
-    if name is not None:
-        put_in(sources, *FAULTS[name])
-    return sources / decode.SOURCE.name
-
-
-def faults_of(draw, source: Path, scheme: str) -> str | None:
-    """What a run of the kernel is found to have done wrong; None: nothing."""
-    weight, _ = draw(141, [(scheme, 700)], seed=1)
-    generator = torch.Generator().manual_seed(2)
-    inputs = torch.randn(9, 700, generator=generator).half()
+def faults_of(weight, source):
+    """What runs of the kernel are found to have done wrong; None: nothing."""
+    inputs = torch.randn(9, 700, generator=torch.Generator().manual_seed(2)).half()
     exact, bound = expected(weight, inputs)
-    for seed in range(4):
-        try:
-            output, counters = multiply(
-                weight, inputs, blocks=3, seed=seed, stages=3, source=source, launches=2
-            )
-        except (KernelFault, AssertionError) as fault:
-            return str(fault)
-        if not ((output.double() - exact).abs() <= bound).all():
-            return "wrong numbers"
-        if counters.bank_conflicts:
-            return "bank conflicts"
-    return None
+
+    def run(seed):
+        given = {"blocks": 3, "seed": seed, "stages": 3, "source": source, "launches": 2}
+        output, counters = multiply(weight, inputs, **given)
+        return verdict((output.double() - exact).abs() <= bound, counters)
+
+    return noticed([partial(run, seed) for seed in range(4)])
+
+
+def dense(draw, scheme):
+    weight, _ = draw(141, [(scheme, 700)], seed=1)
+    return weight
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_kernel_itself_is_found_right(draw, tmp_path, scheme):
-    assert faults_of(draw, mutated(tmp_path, None), scheme) is None
+    assert faults_of(dense(draw, scheme), mutated(tmp_path, decode.SOURCE, None)) is None
+
+
+def test_the_sparse_kernel_itself_is_found_right(draw, tmp_path):
+    weight = pruned(draw, SPARSE, 141, 700, seed=1)
+    assert faults_of(weight, mutated(tmp_path, decode.SOURCE, None)) is None
 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_noticed(draw, tmp_path, name):
-    source = mutated(tmp_path, name)
-    assert any(faults_of(draw, source, scheme) for scheme in SCHEMES)
+    source = mutated(tmp_path, decode.SOURCE, FAULTS[name])
+    assert any(faults_of(dense(draw, scheme), source) for scheme in SCHEMES)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", SPARSE_FAULTS)
+def test_a_fault_of_sparse_products_is_noticed(draw, tmp_path, name):
+    source = mutated(tmp_path, decode.SOURCE, SPARSE_FAULTS[name])
+    assert faults_of(pruned(draw, SPARSE, 141, 700, seed=1), source)

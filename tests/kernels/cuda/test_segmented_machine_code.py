@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from quantlib.formats import Scheme
+from quantlib.kernels.cuda import cache, loading, machine_code, quantizer, segmented, toolkit
 from quantlib.kernels.cuda import compile as compilers
-from quantlib.kernels.cuda import machine_code, quantizer, segmented, toolkit
 
 F16 = torch.float16
 SCHEMES = (
@@ -87,13 +87,54 @@ def test_sums_of_long_spans_are_scaled_outside_of_the_loop(scheme, architecture)
     assert machine_code.read(cubin).multiplying()["FFMA"] == 0
 
 
+needs_nvrtc = pytest.mark.skipif(
+    toolkit.find_nvrtc() is None, reason="needs NVRTC: nvidia-cuda-nvrtc"
+)
+
+
 @pytest.mark.kernels
-@pytest.mark.skipif(toolkit.find_nvrtc() is None, reason="needs NVRTC: nvidia-cuda-nvrtc")
+@needs_nvrtc
 @pytest.mark.parametrize("architecture", compilers.ARCHITECTURES)
-def test_nvrtc_takes_the_same_source(architecture):
-    case = case_of("w4a4zh8/8", 16, architecture)
+@pytest.mark.parametrize("scheme", ["w4a4zh8/8", "w2a4zh4/4h8/8"])
+def test_nvrtc_bakes_the_segments_in(scheme, architecture):
+    """The machine code of one, two or three segments has the matrix instructions of just those, and
+    their lengths are constants: no argument of the kernel is one of them."""
+    case = case_of(scheme, 16, architecture)
     cubin = compilers.with_nvrtc(segmented.SOURCE, case.macros(), architecture)
     assert cubin.startswith(b"\x7fELF")
+    if toolkit.find_nvdisasm() is not None:
+        assert_fit_for_a_gpu(machine_code.read(cubin), case)
+
+
+@needs_nvrtc
+def test_nvrtc_compiles_a_segment_table_once(tmp_path, monkeypatch):
+    """Another table, another cubin: by the hash of the macros and of all sources."""
+    monkeypatch.setattr(cache, "user_folder", lambda: tmp_path / "cubins")
+
+    class Driver:
+        def load(self, cubin, name, shared_bytes):
+            return cubin
+
+        def launch(self, *_):
+            raise AssertionError("nothing is launched here")
+
+    found = []
+    for scheme in ("w4a4h8/8", "w4a4h8/16", "w4a4h8/8"):
+        case = case_of(scheme, 1, 80)
+        loader = loading.Loader(Driver(), 80)  # as in another process
+        found.append(loader.kernel(segmented.SOURCE, segmented.NAME, case.macros(), 0))
+    assert found[0] == found[2] != found[1]
+    assert len(list((tmp_path / "cubins").iterdir())) == 2
+
+
+@pytest.mark.kernels
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", compilers.ARCHITECTURES)
+def test_nvrtc_takes_the_quantizer(architecture):
+    own = Scheme.parse("w4a4zh8/8")
+    layout = segmented.layout(own.segments(4096), own.activations(4096), architecture)
+    macros = quantizer.macros(layout, F16, quantizer.hadamard(None, 4096))
+    assert compilers.with_nvrtc(quantizer.SOURCE, macros, architecture).startswith(b"\x7fELF")
 
 
 @pytest.mark.kernels

@@ -1,4 +1,6 @@
-"""What a product is in float64, and how far from it a kernel may be."""
+"""What a product is in float64, how far from it a kernel may be, and weights on other devices."""
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -49,7 +51,26 @@ def expected(
     return exact, steps * UNIT * mass * (1 + info.eps) + last
 
 
+def moved(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
+    """The weight on another device."""
+
+    def there(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device)
+
+    parts = [
+        replace(
+            part,
+            codes=part.codes.to(device),
+            scale=part.scale.to(device),
+            row_scale=there(part.row_scale),
+            zero=there(part.zero),
+        )
+        for part in weight.segments
+    ]
+    return QuantizedWeight(weight.shape, tuple(parts))
+
+
 def assert_close(found: Tensor, exact: Tensor, bound: Tensor) -> None:
-    """Within the bound everywhere; NaN is not."""
-    error = (found.double() - exact).abs()
+    """Within the bound everywhere, wherever it was computed; NaN is not."""
+    error = (found.cpu().double() - exact).abs()
     assert (error <= bound).all(), f"off by {(error / bound).max()} times what it may be"

@@ -29,7 +29,7 @@ def compiled(*arguments: str) -> list[ahead.Compiled]:
         env=os.environ | {"TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
-        timeout=3000,
+        timeout=1400,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [ahead.Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
@@ -37,8 +37,9 @@ def compiled(*arguments: str) -> list[ahead.Compiled]:
 
 def assert_fit(made: ahead.Compiled) -> None:
     assert made.shared_bytes <= ahead.SHARED_BYTES[made.architecture], made
-    # A few registers that live across the loop may be kept in memory meanwhile; a sum may not.
-    assert made.stack <= FEW_REGISTERS, made
+    # Integers and rotations may keep a few registers in memory meanwhile; a sum may not.
+    few = made.name.startswith("rotate") or "a8 " in made.name
+    assert made.stack <= (FEW_REGISTERS if few else 0), made
     if made.name.startswith("rotate") or made.name.endswith("rows") or made.name == "sum":
         return
     # Hopper and Blackwell's warp groups multiply; elsewhere warps do.
@@ -62,12 +63,15 @@ def test_products_of_four_bits_for_hopper():
 
 
 @pytest.mark.kernels
-@pytest.mark.timeout(3000)
-def test_every_form_and_every_configuration_for_every_architecture():
-    found = compiled()
-    assert len(found) == len(list(ahead.matrix()))
-    assert {made.architecture for made in found} == set(ahead.ARCHITECTURES)
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("architecture", ahead.ARCHITECTURES)
+def test_every_form_and_every_configuration(architecture):
+    """Some are compiled for every architecture, the others for one after another."""
+    found = compiled("--architectures", str(architecture))
+    wanted = [program.name for program, own in ahead.matrix() if own == architecture]
+    assert [made.name for made in found] == wanted
     for made in found:
+        assert made.architecture == architecture
         assert_fit(made)
 
 

@@ -1,5 +1,5 @@
-"""Products in Triton's interpreter: every width, ragged shapes, floats within a bound that follows
-from float32, integers exactly."""
+"""Products in Triton's interpreter, or on a GPU: every width, ragged shapes, floats within a bound
+that follows from float32, integers exactly."""
 
 import pytest
 import torch
@@ -12,9 +12,7 @@ from quantlib.kernels import workspace
 from quantlib.kernels.triton import launch, layout
 from quantlib.kernels.triton.configurations import Configuration
 
-from .bounds import assert_close, expected
-
-pytestmark = pytest.mark.usefixtures("interpreter")
+from .bounds import assert_close, expected, moved
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 SMALL = Configuration(block_rows=16, block_tokens=16, warps=4, stages=2)
@@ -51,21 +49,23 @@ def inputs(tokens, columns, dtype=F32, seed=1):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
-def test_every_format_and_ragged_shapes(draw, case):
+def test_every_format_and_ragged_shapes(draw, device, case):
     scheme, tokens, rows, columns, dtype = case
     weight, _ = draw(rows, [(scheme, columns)])
     x, bias = inputs(tokens, columns, dtype), inputs(1, rows, dtype, 2)[0]
-    found = launch.linear(x, layout.pack(weight), bias, SMALL)
+    packed = layout.pack(moved(weight, device))
+    found = launch.linear(x.to(device), packed, bias.to(device), SMALL)
     assert found.dtype == dtype
     assert_close(found, *expected(weight, x, bias))
 
 
 @pytest.mark.parametrize("parts", SEGMENTS, ids=len)
 @pytest.mark.parametrize("splits", [1, 2])
-def test_segments_and_splits_are_added_up(draw, parts, splits):
+def test_segments_and_splits_are_added_up(draw, device, parts, splits):
     weight, _ = draw(21, parts)
     x, bias = inputs(3, weight.shape[1], F16), inputs(1, 21, F16)[0]
-    found = launch.linear(x, layout.pack(weight), bias, Configuration(16, 16, 4, 2, splits))
+    packed, split = layout.pack(moved(weight, device)), Configuration(16, 16, 4, 2, splits)
+    found = launch.linear(x.to(device), packed, bias.to(device), split)
     assert_close(found, *expected(weight, x, bias))
 
 
@@ -78,10 +78,11 @@ def test_segments_and_splits_are_added_up(draw, parts, splits):
     splits=st.integers(0, 5),
     seed=st.integers(0, 99),
 )
-def test_any_shape_in_any_number_of_splits(draw, bits, tokens, rows, columns, splits, seed):
+def test_any_shape_in_any_number_of_splits(draw, device, bits, tokens, rows, columns, splits, seed):
     weight, _ = draw(rows, [(f"w{bits}g128z", columns)], seed=seed)
     x = inputs(tokens, columns, F16, seed)
-    found = launch.linear(x, layout.pack(weight), None, Configuration(32, 16, 4, 2, splits))
+    packed, split = layout.pack(moved(weight, device)), Configuration(32, 16, 4, 2, splits)
+    found = launch.linear(x.to(device), packed, None, split)
     assert found.shape == (tokens, rows)
     assert_close(found, *expected(weight, x))
 
@@ -100,7 +101,7 @@ ROUNDED = [
 
 
 @pytest.mark.parametrize(("scheme", "form"), ROUNDED)
-def test_integers_are_multiplied_exactly(draw, scheme, form):
+def test_integers_are_multiplied_exactly(draw, device, scheme, form):
     """Scales that are powers of two make the result an integer: not a bit may differ."""
     columns = 331
     weight, _ = draw(23, [(scheme, columns)], unit_scales=True)
@@ -114,18 +115,17 @@ def test_integers_are_multiplied_exactly(draw, scheme, form):
         * scales.repeat_interleave(activations[0].format.group or columns, dim=1)[:, :columns]
     )
     exact, _ = expected(weight, numbers)
-    found = launch.integer_linear(
-        codes, scales, layout.pack(weight), activations, dtype=F32, configuration=SMALL
-    )
+    given = codes.to(device), scales.to(device), layout.pack(moved(weight, device))
+    found = launch.integer_linear(*given, activations, dtype=F32, configuration=SMALL)
     if weight.segments[0].segment.format.two_level or weight.segments[0].zero is not None:
         # Fractional zero points and two-level scales round, as float32 does.
         _, bound = expected(weight, numbers.float())
         assert_close(found, exact, bound)
     else:
-        assert torch.equal(found.double(), exact)
+        assert torch.equal(found.cpu().double(), exact)
 
 
-def test_the_form_of_resq_with_wider_columns(draw):
+def test_the_form_of_resq_with_wider_columns(draw, device):
     """4-bit asymmetric activations in groups, and a slice of 8 bits, of weights of 4 and 8 bits."""
     weight, _ = draw(37, [("w4g64z5s5", 448), ("w8g64z5s5", 64)])
     activations = (
@@ -135,8 +135,8 @@ def test_the_form_of_resq_with_wider_columns(draw):
     x = inputs(6, 512)
     codes, scales = quantize(x, activations)
     rounded = codes.float() * scales[:, [0] * 128 + [1] * 128 + [2] * 128 + [3] * 64 + [4] * 64]
-    found = launch.integer_linear(codes, scales, layout.pack(weight), activations)
-    assert_close(found, *expected(weight, rounded))
+    given = codes.to(device), scales.to(device), layout.pack(moved(weight, device))
+    assert_close(launch.integer_linear(*given, activations), *expected(weight, rounded))
 
 
 def test_scales_that_change_within_16_columns_have_no_integer_kernel(draw):
@@ -153,34 +153,37 @@ def test_scales_that_change_within_16_columns_have_no_integer_kernel(draw):
         )
 
 
-def test_partial_sums_that_do_not_fit_are_made_for_fewer_tokens_at_a_time(draw, monkeypatch):
+def test_partial_sums_that_do_not_fit_are_made_for_fewer_tokens_at_a_time(
+    draw, device, monkeypatch
+):
     weight, _ = draw(21, SEGMENTS[0])
-    x, packed = inputs(7, 256, F16), layout.pack(weight)
+    x, packed = inputs(7, 256, F16).to(device), layout.pack(moved(weight, device))
     whole = launch.linear(x, packed, None, SMALL)
     monkeypatch.setattr(workspace, "BYTES", 4 * 21 * 2 * 3)  # two segments, three tokens
     assert torch.equal(launch.linear(x, packed, None, SMALL), whole)
 
 
-def test_splits_do_not_depend_on_the_run(draw):
+def test_splits_do_not_depend_on_the_run(draw, device):
     weight, _ = draw(16, [("w4g64", 1024)])
-    x, packed = inputs(2, 1024, F16), layout.pack(weight)
+    x, packed = inputs(2, 1024, F16).to(device), layout.pack(moved(weight, device))
     split = Configuration(16, 16, 4, 2, 4)
     first = launch.linear(x, packed, None, split)
-    assert all(torch.equal(launch.linear(x, packed, None, split), first) for _ in range(3))
+    again = 3 if device.type == "cpu" else 20
+    assert all(torch.equal(launch.linear(x, packed, None, split), first) for _ in range(again))
 
 
 @pytest.mark.parametrize("scheme", ["w4g64zs6", "w3", "w5g16z4", "w8t", "fp8e5m2", "nvfp4"])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_rows_are_dequantized(draw, scheme, dtype):
+def test_rows_are_dequantized(draw, device, scheme, dtype):
     from quantlib.formats import dequantize
 
     weight, _ = draw(37, [(scheme, 150)])
-    packed, dense = layout.pack(weight), dequantize(weight)
+    packed, dense = layout.pack(moved(weight, device)), dequantize(weight)
     # Two-level scales are rounded in another order: three float32 roundings, and the last one.
     tolerance = {"rtol": 4 * 2.0**-24 + (2.0**-8 if dtype == BF16 else 0), "atol": 0}
     found = launch.dequantize(packed, dtype)
-    torch.testing.assert_close(found.float(), dense, **tolerance)
-    ids = torch.tensor([36, 0, 5, 5])
+    torch.testing.assert_close(found.cpu().float(), dense, **tolerance)
+    ids = torch.tensor([36, 0, 5, 5], device=device)
     assert torch.equal(launch.dequantize(packed, dtype, ids), found[ids])
-    assert launch.dequantize(packed, dtype, torch.tensor([37, -1])).isnan().all()
+    assert launch.dequantize(packed, dtype, torch.tensor([37, -1], device=device)).isnan().all()
     assert launch.dequantize(packed, dtype, ids[:0]).shape == (0, 150)

@@ -1,5 +1,5 @@
-"""Rotation and rounding of inputs in Triton's interpreter: the reference's numbers, and its very
-codes."""
+"""Rotation and rounding of inputs in Triton's interpreter, or on a GPU: the reference's numbers,
+and its very codes."""
 
 import pytest
 import torch
@@ -10,8 +10,6 @@ from quantlib.kernels.cpu.forms import BlockRotation
 from quantlib.kernels.triton import inputs as kernels
 from quantlib.transforms import hadamard
 
-pytestmark = pytest.mark.usefixtures("interpreter")
-
 
 def inputs(tokens, columns, seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -21,6 +19,12 @@ def inputs(tokens, columns, seed=0):
 def rotation(size, still=0):
     rows, _ = hadamard.split(size)
     return BlockRotation(size, hadamard._dense(rows).float() if rows > 1 else None, still)
+
+
+def quantized(x, activations, device, rotation=None):
+    """Codes and scales, as the kernel of a device makes them."""
+    codes, scales = kernels.quantize(x.to(device), activations, rotation)
+    return codes.cpu(), scales.cpu()
 
 
 def segments(*parts):
@@ -36,9 +40,9 @@ def segments(*parts):
     [(64, 64, 0), (16, 96, 16), (128, 300, 8), (96, 96, 0), (192, 400, 16), (24, 48, 0)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_blocks_are_rotated_as_the_reference_does(size, columns, still, dtype):
+def test_blocks_are_rotated_as_the_reference_does(device, size, columns, still, dtype):
     x = inputs(3, columns).to(dtype)
-    found = kernels.rotate(x, rotation(size, still))
+    found = kernels.rotate(x.to(device), rotation(size, still)).cpu()
     turned = columns - still
     wide = hadamard.rotate(x[:, :turned].double(), size)
     assert found.dtype == dtype
@@ -52,24 +56,24 @@ def test_blocks_are_rotated_as_the_reference_does(size, columns, still, dtype):
 
 
 @pytest.mark.parametrize("form", ["8", "4z", "8g128", "4zg64", "3g48", "7zg16"])
-def test_codes_and_scales_are_the_formats_own_bits(form):
+def test_codes_and_scales_are_the_formats_own_bits(device, form):
     x = inputs(6, 200)
     x[1] = 0
     x[2, 3] = torch.inf
     x[3, 199] = torch.nan
     x[4] *= 1e-42  # subnormal
     activations = segments((form, 136), ("8", 64))
-    codes, scales = kernels.quantize(x, activations)
+    codes, scales = quantized(x, activations, device)
     wanted, wanted_scales = quantize(x, activations)
     torch.testing.assert_close(scales, wanted_scales, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(codes, wanted)
 
 
-def test_clipping_and_16_bit_inputs():
+def test_clipping_and_16_bit_inputs(device):
     x = inputs(4, 96).to(torch.bfloat16)
     form = ActivationFormat(4, symmetric=False, clip=0.9)
     activations = (ActivationSegment(0, 96, form),)
-    codes, scales = kernels.quantize(x, activations)
+    codes, scales = quantized(x, activations, device)
     wanted, wanted_scales = quantize(x, activations)
     assert torch.equal(codes, wanted)
     assert torch.equal(scales, wanted_scales)
@@ -86,11 +90,11 @@ CASES = [
 
 
 @pytest.mark.parametrize(("size", "still", "parts"), CASES)
-def test_rotating_and_rounding_at_once(size, still, parts):
+def test_rotating_and_rounding_at_once(device, size, still, parts):
     """Codes differ by one where the rotated number lies between two, and scales by rounding."""
     activations = segments(*parts)
     x = inputs(4, sum(length for _, length in parts))
-    codes, scales = kernels.quantize(x, activations, rotation(size, still))
+    codes, scales = quantized(x, activations, device, rotation(size, still))
     turned = x.clone()
     last = x.shape[1] - still
     turned[:, :last] = hadamard.rotate(x[:, :last].double(), size).float()
@@ -100,7 +104,17 @@ def test_rotating_and_rounding_at_once(size, still, parts):
     assert (codes != wanted).float().mean() < 0.01
 
 
-def test_what_is_too_large_for_a_program_is_a_sentence():
+def test_blocks_on_a_device_are_the_rotation_they_are_made_of(device):
+    """As dispatch gives them: with parts that lie on the device, and a factor of their own."""
+    x, dense = inputs(3, 192), hadamard._dense(12).float()
+    own = kernels.Blocks(dense.to(device), 8, 96**-0.5)
+    found = kernels.rotate(x.to(device), own).cpu()
+    assert torch.equal(found, kernels.rotate(x.to(device), BlockRotation(96, dense)).cpu())
+    twice = kernels.Blocks(dense.to(device), 8, 2 * 96**-0.5)
+    assert torch.equal(kernels.rotate(x.to(device), twice).cpu(), 2 * found)
+
+
+def test_what_is_too_large_for_a_program_is_a_sentence(interpreter):
     with pytest.raises(FormatError, match="rotate in torch"):
         kernels.rotate(torch.zeros(1, 1 << 15), BlockRotation(1 << 15))
     with pytest.raises(FormatError, match="do not divide 100 columns"):
