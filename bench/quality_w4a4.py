@@ -26,8 +26,10 @@ doubles the time.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import importlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -59,6 +61,7 @@ Row = dict[str, Any]
 
 OURS: dict[str, Run] = {
     "quantlib": ours.quantlib,
+    "quantlib_refined": ours.quantlib_refined,
     "quantlib_strict": ours.quantlib_strict,
     "quantlib_floats": ours.quantlib_floats,
 }
@@ -178,16 +181,25 @@ class Results:
     def __init__(self, name: str, settings: Row, fresh: bool) -> None:
         self.name = name
         self.settings = settings
-        path = record.RESULTS / f"{name}.json"
-        found = path.is_file() and not fresh
-        before = json.loads(path.read_text(encoding="utf-8")) if found else {}
-        if found and before["settings"] != settings:
+        self.path = record.RESULTS / f"{name}.json"
+        self.rows: list[Row] = []
+        self.models: Row = {}
+        self.fresh = fresh
+        if not fresh:
+            self.read()
+
+    def read(self) -> None:
+        """Take the file's rows, where there is one: those of a process beside this one, too."""
+        if not self.path.is_file():
+            return
+        found = json.loads(self.path.read_text(encoding="utf-8"))
+        if found["settings"] != self.settings:
             raise SystemExit(
-                f"{path.name} was measured with {before['settings']}, and these are {settings}: "
-                "name another file with --out, or forget that one with --fresh"
+                f"{self.path.name} was measured with {found['settings']}, and these are "
+                f"{self.settings}: name another file with --out, or forget that one with --fresh"
             )
-        self.rows: list[Row] = list(before.get("rows", []))
-        self.models: Row = dict(before.get("models", {}))
+        self.rows = list(found["rows"])
+        self.models = {**found["models"], **self.models}
 
     def has(self, model: str, method: str, seed: int) -> bool:
         """Whether the row is there."""
@@ -195,9 +207,18 @@ class Results:
         return any((row["model"], row["method"], row["seed"]) == key for row in self.rows)
 
     def add(self, row: Row) -> None:
-        """Keep a row, and write the file."""
-        self.rows.append(row)
-        self.write()
+        """Keep a row beside those that are there by now, and write the file."""
+        self.path.parent.mkdir(exist_ok=True)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            if not self.fresh:
+                self.read()
+            self.fresh = False
+            self.rows.append(row)
+            self.write()
+        finally:
+            os.close(folder)
 
     def write(self) -> Path:
         """The file as it stands."""
@@ -229,12 +250,12 @@ def runs(
         yield from ((name, seed, plugs[name]) for name in chosen if name in plugs)
 
 
-def tidy(results: Results, model: str, seed: int) -> None:
-    """Remove what quantlib measured of a model and seed, once all rows that share it are there."""
+def tidy(results: Results, model: str, seeds: int) -> None:
+    """Remove what quantlib measured of a model, once all rows that share it are there."""
     for folder in set(ours.FOLDERS.values()):
         rows = [name for name, own in ours.FOLDERS.items() if own == folder]
-        if all(results.has(model, name, seed) for name in rows):
-            ours.forget(model, folder, seed)
+        if all(results.has(model, name, seed) for name in rows for seed in range(seeds)):
+            ours.forget(model, folder)
 
 
 def _quantize(method: Method, prefix: bool, subject: Subject, seed: int) -> Quantized:
@@ -303,9 +324,13 @@ def main() -> None:
         if model not in results.models:
             results.models[model] = full_precision(subject)
         for name, seed, run in todo:
+            if not results.fresh:
+                results.read()
+            if results.has(model, name, seed):  # by a process beside this one
+                continue
             row = measure(subject, name, seed, run)
             results.add(row)
-            tidy(results, model, seed)
+            tidy(results, model, options.seeds)
             print(f"{model} {name} seed {seed}: KL {row['kl']:.4f}  {row['seconds']}", flush=True)
     print(table(summarise(results.rows)))
 

@@ -1,6 +1,6 @@
-"""quantlib itself beside the baselines: the pipeline of `quantlib compress --scheme resq --refine`,
-on the same calibration windows, under ResQ's own true bits; of Whisper, its parts put together in
-memory (`ours_speech.py`).
+"""quantlib itself beside the baselines: the stages of `quantlib measure --scheme resq --predict
+rows`, `search` and `apply`, on the same calibration windows, under ResQ's own true bits; of
+Whisper, its parts put together in memory (`ours_speech.py`).
 
 The solver may spend as many bits of weights, of activations and of the KV cache as ResQ's slices
 and scales take in the same model, and not one more. Embeddings and head, which the baselines keep,
@@ -8,8 +8,10 @@ have 8 bits here: they belong to the checkpoint.
 
 The result is the dense model in memory that rounds what the packed checkpoint would, as
 `pipeline.dense` measures plans. What was measured is kept in the benchmarks' cache folder, some
-3 GB for a model and a seed: a killed run goes on there, and the strict point begins there
-(`FOLDERS`). `forget` removes it.
+3 GB for a model: a killed run goes on there, and so do the strict point and other seeds. Seeds are
+of the mixing of directions, as the baselines' are of their rotations; what was calibrated, the
+directions, and the plan, which is the first seed's, are the same for all. `forget` removes the
+folder.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +32,18 @@ from quantlib.bench.w4a4.bits import Bits, count
 from quantlib.bench.w4a4.methods import Quantized, resq_slices
 from quantlib.bench.w4a4.sites import weight
 from quantlib.bench.w4a4.subjects import Language, Speech, Subject
+from quantlib.errors import UsageError
 from quantlib.formats.scheme import Scheme
 from quantlib.formats.size import payload_bytes
 from quantlib.kernels.kv_format import KvFormat, SideFormat
 from quantlib.models.rows import Weight
 from quantlib.pipeline.calibrate import calibrate
-from quantlib.pipeline.dense import DenseTrial
-from quantlib.pipeline.inputs import cache_settings
-from quantlib.pipeline.measure import measure
+from quantlib.pipeline.dense import DensePlan
+from quantlib.pipeline.inputs import cache_settings, round_cache
+from quantlib.pipeline.measure import measure_plan
 from quantlib.pipeline.opening import open_run
 from quantlib.pipeline.plan import Budget, allocation_problem
+from quantlib.pipeline.predict import predicted_table
 from quantlib.pipeline.reround import reround
 from quantlib.pipeline.rotate import rotated
 from quantlib.pipeline.run import Run
@@ -51,15 +56,29 @@ STRICT, STRICT_KV = 4.0, 4.5
 smallest format has codes of 4 bits and 0.5 for scales in heads of 64."""
 OUTSIDE = "w8g64zs6"
 """Embeddings and head."""
-FOLDERS = {"quantlib": "resq", "quantlib_strict": "resq", "quantlib_floats": "resq-fp"}
+TABLE_PASSES = 0
+"""Of coordinate descent, for the table that a plan is found by: they take every candidate down by
+nearly the same factor, and half of the table's time."""
+FOLDERS = {
+    "quantlib": "resq",
+    "quantlib_refined": "resq",
+    "quantlib_strict": "resq",
+    "quantlib_floats": "resq-fp",
+}
 """Row -> what its work directory is named after: its candidates. Equal ones share what is measured
-of a model and seed."""
+of a model."""
 
 
 def quantlib(subject: Subject, seed: int) -> Quantized:
     """At no more bits than ResQ, scales and zero points counted."""
     allowed = resq_bits(subject)
     return compressed(subject, seed, allowed.weights, allowed.activations, allowed.kv)
+
+
+def quantlib_refined(subject: Subject, seed: int) -> Quantized:
+    """The same plan, re-rounded block by block behind what was rounded before (`--refine`)."""
+    allowed = resq_bits(subject)
+    return compressed(subject, seed, allowed.weights, allowed.activations, allowed.kv, refine=True)
 
 
 def quantlib_strict(subject: Subject, seed: int) -> Quantized:
@@ -73,14 +92,14 @@ def quantlib_floats(subject: Subject, seed: int) -> Quantized:
     return compressed(subject, seed, allowed.weights, allowed.activations, allowed.kv, "resq-fp")
 
 
-def work_folder(model: str, method: str, seed: int) -> Path:
+def work_folder(model: str, method: str) -> Path:
     """Where the pipeline keeps what it measured."""
-    return default_cache() / "bench" / f"w4a4-{model}-{method}-{seed}"
+    return default_cache() / "bench" / f"w4a4-{model}-{method}"
 
 
-def forget(model: str, method: str, seed: int) -> None:
+def forget(model: str, method: str) -> None:
     """Remove that, if it is there."""
-    shutil.rmtree(work_folder(model, method, seed), ignore_errors=True)
+    shutil.rmtree(work_folder(model, method), ignore_errors=True)
 
 
 def resq_bits(subject: Subject) -> Bits:
@@ -90,19 +109,31 @@ def resq_bits(subject: Subject) -> Bits:
 
 
 def compressed(
-    subject: Subject, seed: int, weights: float, activations: float, kv: float, method: str = "resq"
+    subject: Subject,
+    seed: int,
+    weights: float,
+    activations: float,
+    kv: float,
+    method: str = "resq",
+    refine: bool = False,
 ) -> Quantized:
     """A model of a folder by the whole pipeline, within mean true bits of its linears and their
-    inputs."""
+    inputs.
+
+    Raises UsageError for what cannot be refined: a model that is no chain of blocks.
+    """
     fields = method_fields(method, activations)
     if isinstance(subject, Speech):
+        if refine:
+            raise UsageError(f"{subject.name} cannot be re-rounded: it is no chain of blocks")
         spoken = ours_speech.rounded(subject, seed, fields["schemes"], weights, activations, kv)
-        return Quantized(spoken.model, speech_bits(subject, spoken), {})
+        told = {"predicted": {name: round(kl, 4) for name, kl in spoken.predicted.items()}}
+        return Quantized(spoken.model, speech_bits(subject, spoken), told)
     if not isinstance(subject, Language) or subject.folder is None:
         raise ValueError(f"{subject.name} is no language model in a folder")
     # Embeddings and head are pinned: no other scheme of theirs has to be measured.
     inside = [name for name in fields["schemes"] if rounds_inputs([name])]
-    fields |= {"schemes": (*inside, OUTSIDE), "kv": f"{kv:g}", "seed": seed}
+    fields |= {"schemes": (*inside, OUTSIDE), "kv": f"{kv:g}"}
     recipe = Recipe.create(
         data=str(assets.wikipedia_text("calibration")),
         windows=len(subject.calibration),
@@ -111,29 +142,33 @@ def compressed(
         probe_windows=1,
         **fields,
     )
-    work = work_folder(subject.name, method, seed)
+    work = work_folder(subject.name, method)
     started = time.monotonic()
     with open_run(subject.folder, work, recipe) as run:
         # The first window is the probes', of which there are none.
         run.all_windows = torch.cat([subject.calibration[:1], subject.calibration])
-        run = rotated(run)
-        schemes = allocate(run, weights, activations)
-        keys = reround(run, schemes)
-        trial = DenseTrial(run)
-        trial.load(schemes, keys)
+        first = rotated(run, 0)
+        schemes, caches = allocate(first, weights, activations), cache_settings(first)
+        run = first if seed == 0 else rotated(run, seed)
+        measure_plan(run, schemes)
+        plan = DensePlan(run)
+        round_cache(plan.model, run, caches)
+        plan.load(schemes, reround(run, schemes, caches) if refine else None)
         notes = {
             "minutes": round((time.monotonic() - started) / 60, 1),
             "seconds": {name: round(spent) for name, spent in run.seconds.items()},
         }
-        found = bits_of(run, schemes, [one.kv for one in cache_settings(run).values()])
-    return Quantized(trial.model, found, notes)
+        found = bits_of(run, schemes, [one.kv for one in caches.values()])
+    return Quantized(plan.model, found, notes)
 
 
 def allocate(run: Run, weights: float, activations: float) -> dict[str, str]:
     """Weight -> scheme of least predicted loss within mean true bits of the blocks' linears and of
     their inputs."""
     calibrate(run)
-    table = measure(run)
+    quick = replace(run, recipe=run.recipe.model_copy(update={"passes": TABLE_PASSES}))
+    quick.all_windows = run.all_windows
+    table = predicted_table(quick, "rows")
     outside = [weight.name for weight in run.model_map.weights_in(None)]
     pins = tuple(f"{name}={OUTSIDE}" for name in outside)
     problem = allocation_problem(run.model_map, table, Budget(pins=pins))

@@ -2,11 +2,13 @@
 block by block, and an encoder-decoder model is no chain of blocks.
 
 The parts are the pipeline's, in its order: gradients on labels sampled from the model; weighted
-bases, with prices from those gradients; every linear in every candidate scheme, rounded in the
-rotated basis; losses of weights and inputs predicted from Fisher information; the exact solver
-under mean true bits of weights and of inputs, and another one for the KV cache. Re-rounding behind
-rounded layers, and clip factors with it, are left out. A cache's losses are measured instead of
-predicted: the decoder's KL with one side of one attention rounded.
+bases, with prices from those gradients; a sample of the rows of every linear in every candidate
+scheme, rounded in the rotated basis; losses of weights and inputs predicted from Fisher
+information; the exact solver under mean true bits of weights and of inputs, and another one for the
+KV cache; then all rows in the schemes that were chosen, and clip factors. As of other models of
+several parts, tokens weigh by the root of their gradients and the damping is STREAM_DAMPING.
+Re-rounding behind rounded layers is left out. A cache's losses are measured instead of predicted:
+the decoder's KL with one side of one attention rounded.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -25,16 +27,22 @@ from torch import Tensor, nn
 from quantlib.bench.w4a4.sites import Site, cached, linear, weight
 from quantlib.bench.w4a4.subjects import Speech, divergence
 from quantlib.calibration.observe import Accumulator
-from quantlib.calibration.statistics import GroupStatistics
+from quantlib.calibration.statistics import GroupStatistics, MatrixStatistics
+from quantlib.formats.activation import ActivationSegment, fake_quantize, with_clips
+from quantlib.formats.rtn import quantize_rtn
 from quantlib.formats.scheme import Scheme
 from quantlib.formats.size import payload_bytes
-from quantlib.formats.weight import QuantizedWeight, dequantize
+from quantlib.formats.weight import dequantize
 from quantlib.kernels.kv_format import KvFormat, SideFormat
 from quantlib.pipeline.caches import EXACT, SIDES, Losses, allocate
 from quantlib.pipeline.inputs import round_inputs
-from quantlib.pipeline.scoring import Part, matrix_of, scored
-from quantlib.rounding import round_group
+from quantlib.pipeline.predict import ROWS
+from quantlib.recipe import STREAM_DAMPING
+from quantlib.rounding import Layout, RoundingOptions, round_group
+from quantlib.rounding.clips import choose_clips
+from quantlib.search import scores
 from quantlib.search.activations import ACTIVATION_BITS, mean_bits
+from quantlib.search.predict_rows import draw_rows, linear_rows
 from quantlib.search.problem import Choice, Item, Problem
 from quantlib.search.solve import solve
 from quantlib.transforms.attention import (
@@ -43,36 +51,52 @@ from quantlib.transforms.attention import (
     attach_attention,
     changed_attention,
 )
-from quantlib.transforms.bases import Source, hidden_orders, high_columns, weighted_bases
+from quantlib.transforms.bases import (
+    Bases,
+    Source,
+    hidden_orders,
+    high_columns,
+    weighted_bases,
+)
+from quantlib.transforms.changes import changes
 from quantlib.transforms.energies import fisher_of
 from quantlib.transforms.mixing import head_cuts, output_order, rotation_of
 from quantlib.transforms.moments import moments_of
 from quantlib.transforms.rotation import Rotation
+from quantlib.transforms.turned import turned_group, turned_outputs
 
-TASK = "kl"
 CACHE_CLIPS = 6
 """Of calibration, that losses of KV formats are measured on."""
 FINEST = SideFormat.parse("int4g16h16")
 """Key and value bases are made for the finest groups that a cache can get."""
+OPTIONS = RoundingOptions(damping=STREAM_DAMPING)
 
 
 @dataclass(frozen=True)
 class Rounded:
     """A model that computes what its packed form would; the scheme of every rounded weight, by
-    name; and the format of every cache."""
+    name; the format of every cache; and the KL that linears and caches are expected to cost."""
 
     model: Any
     schemes: Mapping[str, str]
     caches: Mapping[str, KvFormat]
+    predicted: Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A site in one scheme: what the solver is told, and its readers rounded, in the columns'
-    packed order."""
+class Measured:
+    """What every budget is served from.
 
-    choice: Choice
-    weights: Mapping[str, QuantizedWeight]
+    rotation:   of the model. orders: weight -> the order in which it reads its input.
+    statistics: of every site of the rotated model, in its own order of columns.
+    choices:    every site in all schemes. caches: what formats of the KV cache lose.
+    """
+
+    rotation: Rotation
+    orders: Mapping[str, Tensor]
+    statistics: Mapping[str, MatrixStatistics]
+    choices: Mapping[str, Sequence[Choice]]
+    caches: Losses
 
 
 def rounded(
@@ -87,46 +111,62 @@ def rounded(
 
     names: candidate schemes. Raises SearchError when none of them has so few bits.
     """
+    known = measured(subject, seed, tuple(names))
+    model = subject.copy(known.rotation)
+    attentions = {a.module: a for a in subject.wiring.attentions}
+    caches = allocate(known.caches, attentions, kv)
+    chosen = _solved(subject, known.choices, weights, activations)
+    for site in subject.sites:
+        order = known.orders.get(site.name)
+        _put(model, site, Scheme.parse(chosen[site.name]), known.statistics[site.name], order)
+    states = {name: replace(_state(model, name), kv=form) for name, form in caches.items()}
+    attach_attention(model, states)
+    found = {reader.weight: chosen[site.name] for site in subject.sites for reader in site.readers}
+    linears = (c.loss for n, own in known.choices.items() for c in own if c.scheme == chosen[n])
+    sides = (
+        known.caches[name][side][str(getattr(form, side))]
+        for name, form in caches.items()
+        for side in ("key", "value")
+    )
+    predicted = {"linears": math.fsum(linears), "caches": math.fsum(sides)}
+    return Rounded(model, found, caches, predicted)
+
+
+@lru_cache(maxsize=1)  # the next budget of the same seed
+def measured(subject: Speech, seed: int, names: tuple[str, ...]) -> Measured:
+    """Everything that no budget changes. seed: of the mixing of directions."""
     schemes = [name for name in names if Scheme.parse(name).activation.rounds]
-    shares = sorted({high.share for name in schemes if (high := Scheme.parse(name).high)})
+    shares = tuple(sorted({high.share for name in schemes if (high := Scheme.parse(name).high)}))
     rotation = find_rotation(subject, seed, shares)
-    model = subject.copy(rotation)
+    model, changed = subject.copy(rotation), changes(subject.wiring, rotation)
     orders = {
         a.output.weight: output_order(a, head_cuts(a.head_dim, shares))
         for a in subject.wiring.attentions
     }
-    statistics, terms = gradient_statistics(model, subject, seed)
-    candidates = {
-        site.name: _candidates(
-            model, site, statistics[site.name], terms, schemes, orders.get(site.name), seed
-        )
-        for site in subject.sites
-    }
-    caches = _caches(model, subject, kv)
-    chosen = _solved(subject, candidates, weights, activations)
+    found, terms = _folded_statistics(subject)
+    statistics, choices = {}, {}
     for site in subject.sites:
-        _put(model, site, chosen[site.name], orders.get(site.name))
-    states = {name: replace(_state(model, name), kv=form) for name, form in caches.items()}
-    attach_attention(model, states)
-    found = {
-        reader.weight: chosen[site.name].choice.scheme
-        for site in subject.sites
-        for reader in site.readers
-    }
-    return Rounded(model, found, caches)
+        (own,) = turned_group(found[site.name], changed).matrices
+        order = orders.get(site.name)
+        statistics[site.name] = own if order is None else own.reordered(order)
+        choices[site.name] = _choices(
+            model, site, statistics[site.name], own.tokens / terms, schemes, order
+        )
+    return Measured(rotation, orders, statistics, choices, _cache_losses(model, subject))
 
 
 # -- calibration ---------------------------------------------------------------------------------
 
 
-def gradient_statistics(
-    model: Any, subject: Speech, seed: int
-) -> tuple[dict[str, GroupStatistics], int]:
+def gradient_statistics(model: Any, subject: Speech) -> tuple[dict[str, GroupStatistics], int]:
     """Statistics of every site, weighted by gradients of the loss on labels that the model samples
     itself, and how many labels there were."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
+    turned = turned_outputs(subject.wiring)
     sums = {
-        site.name: Accumulator(tuple(r.weight for r in site.readers), True, generator)
+        site.name: Accumulator(
+            tuple(r.weight for r in site.readers), True, generator, torch.sqrt, turned
+        )
         for site in subject.sites
     }
     terms = 0
@@ -167,25 +207,15 @@ def _watched(
             handle.remove()
 
 
-def find_rotation(subject: Speech, seed: int, shares: Sequence[Fraction]) -> Rotation:
+def find_rotation(subject: Speech, seed: int, shares: tuple[Fraction, ...]) -> Rotation:
     """Weighted bases of both residual streams, values and keys, and the order of hidden channels,
     as `pipeline.rotate` finds them."""
-    folded, wiring = subject.folded, subject.wiring
-    statistics, _ = gradient_statistics(folded, subject, seed)
-    source = Source(
-        moments_of(folded, wiring, subject.batches()),
-        wiring,
-        lambda name: folded.get_parameter(name).detach(),
-        fisher=fisher_of(statistics.values()),
-        rounded={reader.weight for site in subject.sites for reader in site.readers},
-    )
-    bases = weighted_bases(source, max(shares), FINEST.wide, FINEST.wide)
-    orders = hidden_orders(source, shares[0])
-    head_dim = wiring.attentions[0].head_dim
+    bases, orders = _directions(subject, shares)
+    head_dim = subject.wiring.attentions[0].head_dim
     starts = [group.start for group in FINEST.groups(head_dim)]
     return rotation_of(
         bases,
-        wiring,
+        subject.wiring,
         seed,
         shares,
         value_cuts=[*head_cuts(head_dim, shares), *starts],
@@ -196,77 +226,139 @@ def find_rotation(subject: Speech, seed: int, shares: Sequence[Fraction]) -> Rot
     )
 
 
+@lru_cache(maxsize=1)
+def _folded_statistics(subject: Speech) -> tuple[dict[str, GroupStatistics], int]:
+    """Of the folded model; those of every seed's rotation are turned from them. What gradients have
+    along the mean, one of 384 directions, norms that subtract it do not tell (`turned.turns`)."""
+    return gradient_statistics(subject.folded, subject)
+
+
+@lru_cache(maxsize=1)  # they are the same for every seed
+def _directions(subject: Speech, shares: tuple[Fraction, ...]) -> tuple[Bases, dict[str, Tensor]]:
+    folded, wiring = subject.folded, subject.wiring
+    statistics, _ = _folded_statistics(subject)
+    source = Source(
+        moments_of(folded, wiring, subject.batches()),
+        wiring,
+        lambda name: folded.get_parameter(name).detach(),
+        fisher=fisher_of(statistics.values()),
+        rounded={reader.weight for site in subject.sites for reader in site.readers},
+    )
+    bases = weighted_bases(source, max(shares), FINEST.wide, FINEST.wide)
+    return bases, hidden_orders(source, shares[0])
+
+
 # -- weights and inputs --------------------------------------------------------------------------
 
 
-def _candidates(
+def _choices(
     model: Any,
     site: Site,
-    statistics: GroupStatistics,
-    terms: int,
+    statistics: MatrixStatistics,
+    tokens: float,
     schemes: Sequence[str],
     order: Tensor | None,
-    seed: int,
-) -> list[Candidate]:
-    """A site's readers in every scheme. They share an input, hence a scheme."""
-    originals = {r.weight: _ordered(weight(model, r), order).clone() for r in site.readers}
-    (own,) = statistics.matrices
-    own = own if order is None else own.reordered(order)
-    part = Part(TASK, GroupStatistics(site.name, [own]), terms)
-    layouts: dict[Any, list[str]] = {}
-    for name in schemes:
-        layouts.setdefault(Scheme.parse(name).segments(site.width), []).append(name)
-    found = round_group(originals, own.hessian, list(layouts))
-    matrices = {
-        name: matrix_of(original, [part], 0, name, seed) for name, original in originals.items()
-    }
-    candidates = []
-    for index, (layout, alike) in enumerate(layouts.items()):
-        quantized = {name: found[name, index] for name in originals}
-        losses = {name: scored(value, [matrices[name]], alike) for name, value in quantized.items()}
+) -> list[Choice]:
+    """A site's readers in every scheme. They share an input, hence a scheme. tokens: for every term
+    of the loss, of those that the site sees."""
+    originals = {r.weight: _ordered(weight(model, r), order) for r in site.readers}
+    parsed = {name: Scheme.parse(name) for name in schemes}
+    layouts = list(dict.fromkeys(scheme.segments(site.width) for scheme in parsed.values()))
+    losses = _weight_losses(originals, statistics, layouts)
+    inputs = {scheme.activations(site.width) for scheme in parsed.values()}
+    added = {segments: _input_loss(originals, statistics, segments) for segments in inputs}
+    numbers = sum(value.numel() for value in originals.values())
+    found = []
+    for name, scheme in parsed.items():
+        layout = scheme.segments(site.width)
         size = sum(payload_bytes(value.shape, layout) for value in originals.values())
-        numbers = sum(value.numel() for value in originals.values())
-        for scheme in alike:
-            loss = math.fsum(losses[name][scheme][TASK][0] for name in originals)
-            costs = {ACTIVATION_BITS: numbers * mean_bits(Scheme.parse(scheme), site.width)}
-            candidates.append(Candidate(Choice(scheme, size, loss, costs), quantized))
-    return candidates
+        loss = losses[layouts.index(layout)] + added[scheme.activations(site.width)]
+        costs = {ACTIVATION_BITS: numbers * mean_bits(scheme, site.width)}
+        found.append(Choice(name, size, loss * tokens, costs))
+    return found
+
+
+def _weight_losses(
+    originals: Mapping[str, Tensor], statistics: MatrixStatistics, layouts: Sequence[Layout]
+) -> list[float]:
+    """What the weights lose in each layout, from a sample of their rows (`search.predict_rows`)."""
+    generator = torch.Generator().manual_seed(0)
+    diagonal = statistics.hessian.diagonal()
+    samples = {}
+    for name, value in originals.items():
+        plain = dequantize(quantize_rtn(value, layouts[len(layouts) // 2])) - value
+        sizes = linear_rows(plain, diagonal, statistics.fisher[name])
+        samples[name] = draw_rows(sizes, ROWS, generator)
+    parts = {name: originals[name][sample.rows] for name, sample in samples.items()}
+    quantized = round_group(parts, statistics.hessian, layouts, OPTIONS)
+    losses = [0.0] * len(layouts)
+    for (name, index), found in quantized.items():
+        price = statistics.fisher[name][samples[name].rows]
+        rows = linear_rows(dequantize(found) - parts[name], statistics.hessian, price)
+        losses[index] += samples[name].total(rows)[0]
+    return losses
+
+
+def _input_loss(
+    originals: Mapping[str, Tensor],
+    statistics: MatrixStatistics,
+    segments: tuple[ActivationSegment, ...],
+) -> float:
+    """What rounding their input so costs the weights, on the sampled tokens."""
+    x = statistics.sample_x
+    error = fake_quantize(x, segments) - x
+    return math.fsum(
+        scores.activation_score(value, error, statistics, name) for name, value in originals.items()
+    )
 
 
 def _solved(
-    subject: Speech,
-    candidates: Mapping[str, Sequence[Candidate]],
-    weights: float,
-    activations: float,
-) -> dict[str, Candidate]:
-    """Site -> the candidate of least predicted loss within mean bits."""
+    subject: Speech, choices: Mapping[str, Sequence[Choice]], weights: float, activations: float
+) -> dict[str, str]:
+    """Site -> the scheme of least predicted loss within mean bits."""
     numbers = sum(
         weight(subject.original, reader).numel()
         for site in subject.sites
         for reader in site.readers
     )
-    problem = Problem(
-        tuple(Item(name, (name,), tuple(c.choice for c in own)) for name, own in candidates.items())
-    )
+    problem = Problem(tuple(Item(name, (name,), tuple(own)) for name, own in choices.items()))
     found = solve(problem, int(numbers * weights / 8), {ACTIVATION_BITS: numbers * activations})
     return {
-        name: own[pick] for (name, own), pick in zip(candidates.items(), found.picks, strict=True)
+        name: own[pick].scheme
+        for (name, own), pick in zip(choices.items(), found.picks, strict=True)
     }
 
 
 @torch.no_grad()
-def _put(model: Any, site: Site, chosen: Candidate, order: Tensor | None) -> None:
-    """Give the model a site's rounded weights, and have it round the site's input."""
-    segments = Scheme.parse(chosen.choice.scheme).activations(site.width)
+def _put(
+    model: Any, site: Site, scheme: Scheme, statistics: MatrixStatistics, order: Tensor | None
+) -> None:
+    """Round a site's weights, and have the model round the site's input."""
+    originals = {r.weight: _ordered(weight(model, r), order).clone() for r in site.readers}
+    quantized = round_group(originals, statistics.hessian, [scheme.segments(site.width)], OPTIONS)
+    segments = _clipped(originals, statistics, scheme.activations(site.width))
 
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return round_inputs(inputs[0], segments, order), *inputs[1:]
 
     for reader in site.readers:
-        value = dequantize(chosen.weights[reader.weight])
+        value = dequantize(quantized[reader.weight, 0])
         own = value if order is None else value[:, torch.argsort(order)]
         weight(model, reader).copy_(own)
         linear(model, reader).register_forward_pre_hook(hook)
+
+
+def _clipped(
+    originals: Mapping[str, Tensor],
+    statistics: MatrixStatistics,
+    segments: tuple[ActivationSegment, ...],
+) -> tuple[ActivationSegment, ...]:
+    """With the clip factors that cost least on the sampled tokens."""
+    tokens = torch.stack([g.square().sum(1) for g in statistics.sample_g.values()]).sum(0)
+    priced = [value * statistics.fisher[name].sqrt()[:, None] for name, value in originals.items()]
+    matrix = torch.cat(priced)
+    clips = choose_clips(statistics.sample_x, segments, matrix.T @ matrix, tokens.sqrt())
+    return with_clips(segments, clips)
 
 
 def _ordered(value: Tensor, order: Tensor | None) -> Tensor:
@@ -276,9 +368,9 @@ def _ordered(value: Tensor, order: Tensor | None) -> Tensor:
 # -- cache ---------------------------------------------------------------------------------------
 
 
-def _caches(model: Any, subject: Speech, bits: float) -> dict[str, KvFormat]:
-    """Attention module -> the format of its cache, within mean bits, by measured losses."""
-    attentions = {a.module: a for a in subject.wiring.attentions if cached(subject.wiring, a)}
+def _cache_losses(model: Any, subject: Speech) -> Losses:
+    """Of every attention with a cache, measured."""
+    attentions = [a.module for a in subject.wiring.attentions if cached(subject.wiring, a)]
     heard = subject.heard_by(model, CACHE_CLIPS)
     exact = [subject.decoded(model, *one) for one in heard]
     losses: Losses = {name: {"key": {}, "value": {}} for name in attentions}
@@ -292,7 +384,7 @@ def _caches(model: Any, subject: Speech, bits: float) -> dict[str, KvFormat]:
                         for reference, one in zip(exact, heard, strict=True)
                     ]
                 losses[name][side][str(form)] = sum(found) / len(found)
-    return allocate(losses, attentions, bits)
+    return losses
 
 
 def _state(model: Any, module: str) -> AttentionState:

@@ -12,7 +12,7 @@ that shows each expert's rows to the same accumulators.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,6 +71,7 @@ class Accumulator:
     members:  weights that read it.
     weighted: whether gradients are coming.
     weigh:    token weights [T] of the Hessian from the gradient energies [T] of one call.
+    turned:   members whose outputs will be turned: products of their gradients are kept, too.
     calls:    how often each member was called: a model may run a module several times.
     pending:  gradients [T, N] of one call of the members, until all are there.
     """
@@ -79,6 +80,7 @@ class Accumulator:
     weighted: bool
     generator: torch.Generator
     weigh: Callable[[Tensor], Tensor] = gradient_weights
+    turned: Container[str] = ()
     hessian: Tensor | None = None
     tokens: int = 0
     weight_sum: float = 0.0
@@ -87,6 +89,7 @@ class Accumulator:
     sample_g: dict[str, list[Tensor]] = field(default_factory=dict)
     sample_window: list[Tensor] = field(default_factory=list)
     token_weight: list[Tensor] = field(default_factory=list)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
     pending: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -131,6 +134,8 @@ class Accumulator:
         self.sample_window.append(torch.full((len(chosen),), window))
         for name, g in gradients.items():
             self.sample_g.setdefault(name, []).append(g[chosen])
+            if name in self.turned:
+                self.outputs.setdefault(name, g.new_zeros(g.shape[1], g.shape[1])).addmm_(g.T, g)
 
     def finish(self) -> MatrixStatistics:
         """Sums to means, once: the Hessian is handed over. Without any token weight it is zero."""
@@ -146,6 +151,7 @@ class Accumulator:
             {name: torch.cat(values) for name, values in self.sample_g.items()},
             torch.cat(self.sample_window),
             torch.cat(self.token_weight) if self.token_weight else torch.empty(0),
+            {name: value / self.tokens for name, value in self.outputs.items()},
         )
 
 
@@ -159,9 +165,17 @@ class BlockObserver:
     """Accumulators of every linear group of one block; `window` is the index of the one being run.
 
     weighted: wait for the gradients of outputs. seed: of the draws of sample tokens.
+    turned:   weights whose outputs will be turned.
     """
 
-    def __init__(self, model_map: ModelMap, block: str, weighted: bool, seed: int) -> None:
+    def __init__(
+        self,
+        model_map: ModelMap,
+        block: str,
+        weighted: bool,
+        seed: int,
+        turned: Container[str] = (),
+    ) -> None:
         self.window = 0
         self.accumulators: dict[str, list[Accumulator]] = {}
         for position, group in enumerate(model_map.groups_in(block)):
@@ -170,6 +184,7 @@ class BlockObserver:
                     group.members,
                     weighted,
                     torch.Generator().manual_seed(seed + 7919 * position + expert),
+                    turned=turned,
                 )
                 for expert in range(model_map.weight(group.members[0]).experts)
             ]

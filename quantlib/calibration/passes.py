@@ -128,9 +128,11 @@ def backward(
     store: HiddenStore,
     seed: int,
     tick: Tick,
+    turned: Container[str] = (),
 ) -> Iterator[tuple[str, list[GroupStatistics]]]:
     """Walk from the last block to the first, yielding each block's gradient-weighted statistics.
 
+    turned: weights whose outputs will be turned (`MatrixStatistics.outputs`).
     Needs a `gradient.{i}` of these windows in the store, the one of the last block at first; leaves
     `gradient.0`. The gradient of a block is stored only after the consumer has taken (and kept) its
     statistics, and replaces the one above it, so a pass that was killed repeats at most one block.
@@ -144,7 +146,7 @@ def backward(
     for index in reversed(range(blocks)):
         name = stream.block_names[index]
         if index < reached:
-            observer = BlockObserver(model_map, name, True, seed + 104729 * index)
+            observer = BlockObserver(model_map, name, True, seed + 104729 * index, turned)
             gradients = _backward_block(stream, model_map, store, index, observer)
             yield name, observer.statistics()
             store.save(f"gradient.{index}", gradients)

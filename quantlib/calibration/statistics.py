@@ -40,6 +40,8 @@ class MatrixStatistics:
     sample_window: int64 [S], the window each sample is from.
     token_weight:  float32 [tokens], the w_t of every token in the order they were seen (empty
                    without gradients), for re-rounding with other inputs.
+    outputs:       weight name -> float32 [N, N], mean over tokens of the products of its outputs'
+                   gradients; of weights whose outputs will be turned (`transforms.turned`).
     """
 
     hessian: Tensor
@@ -50,6 +52,7 @@ class MatrixStatistics:
     sample_g: dict[str, Tensor] = field(default_factory=dict)
     sample_window: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     token_weight: Tensor = field(default_factory=lambda: torch.empty(0))
+    outputs: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def has_gradients(self) -> bool:
@@ -132,6 +135,7 @@ def group_to_tensors(stats: GroupStatistics) -> dict[str, Tensor]:
         out[f"{index}|token_weight"] = m.token_weight
         out |= {f"{index}|fisher|{name}": value for name, value in m.fisher.items()}
         out |= {f"{index}|sample_g|{name}": value for name, value in m.sample_g.items()}
+        out |= {f"{index}|outputs|{name}": value for name, value in m.outputs.items()}
     return out
 
 
@@ -152,6 +156,7 @@ def group_from_tensors(name: str, tensors: Mapping[str, Tensor]) -> GroupStatist
                     sample_g=_named(tensors, f"{index}|sample_g|"),
                     sample_window=tensors[f"{index}|sample_window"],
                     token_weight=tensors[f"{index}|token_weight"],
+                    outputs=_named(tensors, f"{index}|outputs|"),
                 )
             )
     except KeyError as missing:

@@ -7,6 +7,8 @@ as units of its own, so a run that was killed goes on at its block; at the end t
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 from torch import Tensor
 
@@ -87,8 +89,11 @@ class WorkDirStore:
         return self.run.work.key(HIDDEN, name=name, inputs=self.inputs)
 
 
-def calibrate(run: Run) -> None:
-    """Make sure statistics of every group (and of the embedding) are in the work directory."""
+def calibrate(run: Run, turned: Container[str] = ()) -> None:
+    """Make sure statistics of every group (and of the embedding) are in the work directory.
+
+    turned: weights whose statistics will be turned into a basis of their outputs, too.
+    """
     if run.workload is not None:
         calibrate_whole(run)
         return
@@ -97,11 +102,11 @@ def calibrate(run: Run) -> None:
     store = WorkDirStore(run, run.statistics_hash)
     found, wanted = calibrated_groups(run)
     if found < wanted:
-        _calibrate(run, store)
+        _calibrate(run, store, turned)
     store.clear(others=found < wanted)
 
 
-def _calibrate(run: Run, store: WorkDirStore) -> None:
+def _calibrate(run: Run, store: WorkDirStore, turned: Container[str]) -> None:
     stream = BlockStream(run.source, run.model_map)
     seed = run.recipe.seed
     with run.stage("calibrate", 2 * len(run.model_map.blocks) + 1) as progress:
@@ -110,14 +115,19 @@ def _calibrate(run: Run, store: WorkDirStore) -> None:
         progress.tick("head")
         if run.recipe.gradients:
             observed = passes.backward(
-                stream, run.model_map, run.windows, store, seed, progress.tick
+                stream, run.model_map, run.windows, store, seed, progress.tick, turned
             )
         else:
             done = [block for block in run.model_map.blocks if _has_block(run, block)]
             observed = passes.local(stream, run.model_map, store, seed, progress.tick, done)
         for _, groups in observed:
-            _commit(run, groups)
-        _commit_embedding(run, store)
+            keep_statistics(run, groups)
+        head = store.load_all("head")
+        # Block-local statistics have no gradient: every channel of the embedding counts the same.
+        width = head["head_input"].shape[0]
+        gradient = store.load("gradient.0") if run.recipe.gradients else torch.ones(1, 1, width)
+        vocabulary = int(head["variance"].shape[0])
+        keep_embedding(run, passes.embedding(run.windows, gradient, vocabulary, head))
 
 
 def group_statistics(run: Run, group: str) -> GroupStatistics:
@@ -162,7 +172,7 @@ def _has_block(run: Run, block: str) -> bool:
     return all(run.work.has(statistics_key(run, group.name)) for group in groups)
 
 
-def _commit(run: Run, groups: list[GroupStatistics]) -> None:
+def keep_statistics(run: Run, groups: list[GroupStatistics]) -> None:
     """Keep the statistics of one block's groups. Experts without a token are an error."""
     with run.work.batch() as batch:
         for group in groups:
@@ -191,14 +201,7 @@ def _head(run: Run, stream: BlockStream, store: WorkDirStore) -> None:
     store.save_all("head", statistics)
 
 
-def _commit_embedding(run: Run, store: WorkDirStore) -> None:
-    """Statistics of the embedding, once the gradient has come all the way down.
-
-    Block-local statistics have no gradient: every channel of the embedding then counts the same.
-    """
-    head = store.load_all("head")
-    width = head["head_input"].shape[0]
-    gradient = store.load("gradient.0") if run.recipe.gradients else torch.ones(1, 1, width)
-    stats = passes.embedding(run.windows, gradient, int(head["variance"].shape[0]), head)
+def keep_embedding(run: Run, stats: EmbeddingStatistics) -> None:
+    """Keep the statistics of the embedding: last, for they mean done."""
     content = tensor_content(embedding_to_tensors(stats))
     run.work.commit(statistics_key(run, EMBEDDING), "statistics", {_file(run, EMBEDDING): content})

@@ -1,6 +1,7 @@
 """Sensitivities without measuring everything: `quantlib measure --predict METHOD`.
 
-    rows   every weight is rounded in every scheme, but only some of its rows (`predict_rows.py`)
+    rows   every weight is rounded in every scheme, but only some of its rows (`predict_rows.py`);
+           what rounding its inputs costs is computed of all of them, as exact rows multiply them
     ridge  a tenth of the linear groups is measured in full; a regression on plain facts predicts
            the rest (`predict.py`)
     graph  likewise, by the graph network (`predict_graph.py`)
@@ -24,6 +25,7 @@ from torch import Tensor
 from quantlib.calibration.statistics import EmbeddingStatistics, MatrixStatistics
 from quantlib.checkpoint.provenance import digest
 from quantlib.errors import UsageError
+from quantlib.formats.activation import ActivationSegment, fake_quantize
 from quantlib.formats.rtn import quantize_rtn
 from quantlib.formats.scheme import Scheme
 from quantlib.formats.weight import dequantize
@@ -39,6 +41,7 @@ from quantlib.pipeline.measure import (
     sensitivity,
 )
 from quantlib.pipeline.run import Run
+from quantlib.pipeline.scoring import together
 from quantlib.rounding import RoundingOptions, round_group
 from quantlib.rounding.hessian import damped, inverse_factor
 from quantlib.search import scores
@@ -91,8 +94,8 @@ def check(run: Run, method: str) -> None:
         reason = "this model is calibrated as a whole, on several tasks"
     elif not run.recipe.gradients:
         reason = "scores without gradients are relative, and do not add up over parts of a weight"
-    elif any(scheme.activation.rounds for scheme in candidates):
-        reason = "some candidates round inputs too, and what that costs only measuring tells"
+    elif method != "rows" and any(scheme.activation.rounds for scheme in candidates):
+        reason = f"{method} predicts what weights lose, and some candidates round inputs too"
     elif any(scheme.is_composite for scheme in candidates):
         reason = "some candidates are several matrices, and their rows are not independent"
     elif method != "rows" and any(scheme.wide for scheme in candidates):
@@ -163,7 +166,34 @@ def _linears_by_rows(run: Run, group: LinearGroup) -> dict[str, Scores]:
         losses = linear_rows(error, own.hessian, statistics.fisher[name][sample.rows])
         spread = scores.relative_error(error, own, name, _generator(run))
         found[name][str(schemes[index])] = _score(sample, losses, spread)
-    return found
+    return _with_inputs(run, found, statistics)
+
+
+def _with_inputs(
+    run: Run, found: Mapping[str, Scores], statistics: MatrixStatistics
+) -> dict[str, Scores]:
+    """The losses of weights, and what rounding their inputs adds to them.
+
+    Inputs are multiplied by exact weights here, by rounded ones where everything is measured: what
+    rounding weights changes in the price of an input's error is of second order.
+    """
+    errors: dict[tuple[ActivationSegment, ...], Tensor] = {}
+    total: dict[str, Scores] = {}
+    x = statistics.sample_x.float()
+    for name, own in found.items():
+        weight = ordered_weight(run, name)
+        added: dict[tuple[ActivationSegment, ...], float] = {(): 0.0}
+        total[name] = {}
+        for scheme, (loss, spread) in own.items():
+            segments = Scheme.parse(scheme).activations(x.shape[1])
+            if segments not in errors:
+                errors[segments] = fake_quantize(x, segments) - x
+            if segments not in added:
+                added[segments] = scores.activation_score(
+                    weight, errors[segments], statistics, name
+                )
+            total[name][scheme] = together(loss, spread, added[segments])
+    return total
 
 
 def _draw(
@@ -212,8 +242,14 @@ def _errors(
     columns = next(iter(parts.values())).shape[1]
     options = RoundingOptions(run.damping, run.recipe.passes)
     layouts = [scheme.segments(columns) for scheme in schemes]
-    rounded = round_group(parts, hessian, layouts, options)
-    return {key: dequantize(value) - parts[key[0]] for key, value in rounded.items()}
+    different = list(dict.fromkeys(layouts))  # others differ in how they round inputs
+    rounded = round_group(parts, hessian, different, options)
+    errors = {key: dequantize(value) - parts[key[0]] for key, value in rounded.items()}
+    return {
+        (name, index): errors[name, different.index(layout)]
+        for name in parts
+        for index, layout in enumerate(layouts)
+    }
 
 
 def _plain_error(weight: Tensor, schemes: Sequence[Scheme]) -> Tensor:

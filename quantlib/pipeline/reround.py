@@ -21,6 +21,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from torch import Tensor
 from quantlib.calibration.stream import BlockStream
 from quantlib.checkpoint.bank import LayerBank
 from quantlib.checkpoint.provenance import digest
+from quantlib.checkpoint.surroundings import CacheSettings
 from quantlib.formats.scheme import Scheme
 from quantlib.formats.weight import pack
 from quantlib.models.rows import LinearGroup
@@ -43,16 +45,25 @@ REROUND_VERSION = 3
 """Raise when re-rounding changes: plans are then re-rounded again."""
 
 
-def reround_inputs(run: Run, schemes: Mapping[str, str]) -> str:
+def reround_inputs(
+    run: Run, schemes: Mapping[str, str], caches: Mapping[str, CacheSettings] | None = None
+) -> str:
     """What re-rounded entries of this plan depend on: the `inputs_hash` of their bank keys."""
     recipe = run.recipe
-    how = [recipe.kv, recipe.strength, recipe.learning, REROUND_VERSION]
+    how: list[Any] = [recipe.kv, recipe.strength, recipe.learning, REROUND_VERSION]
+    if caches is not None:
+        how.append({name: str(settings.kv) for name, settings in caches.items()})
     return digest([run.rounding_hash, dict(schemes), how])
 
 
-def reround(run: Run, schemes: Mapping[str, str]) -> dict[str, str]:
-    """Re-round a plan (weight -> scheme). Returns weight -> bank key of what was re-rounded."""
-    inputs = reround_inputs(run, schemes)
+def reround(
+    run: Run, schemes: Mapping[str, str], caches: Mapping[str, CacheSettings] | None = None
+) -> dict[str, str]:
+    """Re-round a plan (weight -> scheme). Returns weight -> bank key of what was re-rounded.
+
+    caches: attention module -> how its keys and values are rounded; None: the run's own.
+    """
+    inputs = reround_inputs(run, schemes, caches)
     keys = [
         {
             name: LayerBank.key(name, schemes[name], inputs)
@@ -63,7 +74,8 @@ def reround(run: Run, schemes: Mapping[str, str]) -> dict[str, str]:
     ]
     store = WorkDirStore(run, inputs)
     if not all(_has(run, block_keys) for block_keys in keys):
-        _reround_blocks(run, store, schemes, inputs, keys)
+        given = cache_settings(run) if caches is None else caches
+        _reround_blocks(run, store, schemes, inputs, keys, given)
     store.clear(others=True)
     return {name: key for block_keys in keys for name, key in block_keys.items()}
 
@@ -78,11 +90,12 @@ def _reround_blocks(
     schemes: Mapping[str, str],
     inputs: str,
     keys: Sequence[Mapping[str, str]],
+    given: Mapping[str, CacheSettings],
 ) -> None:
     """Re-round from the last block whose inputs are stored and before which nothing is missing."""
     blocks = run.model_map.blocks
     stream = BlockStream(run.source, run.model_map)
-    caches = round_cache(stream.model, run, cache_settings(run))
+    caches = round_cache(stream.model, run, given)
     entered = _enter(run, stream, schemes)
     stored = [i for i in range(1, len(blocks)) if store.has(f"block.{i}")]
     start = max((i for i in stored if all(_has(run, k) for k in keys[:i])), default=0)

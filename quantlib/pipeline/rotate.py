@@ -1,9 +1,12 @@
 """The rotate stage: the bases a model is changed to before anything else is measured.
 
 The norms' gains are folded, moments (and, for prices of errors, gradients) are taken on the folded
-model, and what comes of them is kept as one unit of the work directory. From then on the run's
-source is the rotated one, and no later stage knows: it calibrates, measures and writes what it
-reads.
+model, and what comes of them is kept as units of the work directory: the directions by importance,
+and the rotation that mixes them. From then on the run's source is the rotated one, and no later
+stage knows: it calibrates, measures and writes what it reads.
+
+Where gradients were taken, calibration has nothing left to do: the folded model's statistics are
+turned into the rotated one's (`transforms.turned`), instead of another pass over all windows.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +28,22 @@ from quantlib.kernels.kv_format import KvFormat, SideFormat
 from quantlib.models import skeleton
 from quantlib.models.source import Source as ModelSource
 from quantlib.pipeline.bytecount import surrounding_bytes
-from quantlib.pipeline.calibrate import calibrate, group_statistics, statistics_key
+from quantlib.pipeline.calibrate import (
+    EMBEDDING,
+    calibrate,
+    calibrated_groups,
+    embedding_statistics,
+    group_statistics,
+    keep_embedding,
+    keep_statistics,
+    statistics_key,
+)
 from quantlib.pipeline.run import Run
 from quantlib.recipe import Recipe
 from quantlib.transforms.apply import RotatedSource
 from quantlib.transforms.bases import (
     HIGH_SHARE,
+    Bases,
     Source,
     hidden_orders,
     high_columns,
@@ -41,8 +55,9 @@ from quantlib.transforms.energies import fisher_of
 from quantlib.transforms.mixing import head_cuts, output_order, rotation_of
 from quantlib.transforms.moments import Moments, merge, stream_moments
 from quantlib.transforms.rotation import Rotation
+from quantlib.transforms.turned import turned_embedding, turned_group, turned_outputs, turns
 
-KIND = "rotation"
+KIND, DIRECTIONS = "rotation", "directions"
 ROTATION_VERSION = 5
 """Raise when bases come out differently: models are then rotated, and measured, again."""
 _WEIGHTED = 0.5
@@ -66,24 +81,36 @@ def check_rotatable(source: ModelSource, recipe: Recipe) -> None:
         raise TransformError(obstacle)
 
 
-def rotated(run: Run) -> Run:
+def rotated(run: Run, seed: int | None = None) -> Run:
     """The run on the source in the basis that the recipe asks for; itself, when it asks for none.
+
+    seed: of the mixing of directions, where several are compared; the recipe's by default. What
+    does not depend on it is then kept for the others.
 
     Raises ModelError for a model whose wiring is not known, TransformError where the residual
     stream cannot be rotated.
     """
     if run.recipe.rotation == "none":
         return run
-    key = _key(run)
+    mixed = run.recipe.seed if seed is None else seed
+    key = _key(run, mixed)
     if not run.work.has(key):
         check_rotatable(run.source, run.recipe)
-        tensors, settings = _find(run).to_tensors()
+        tensors, settings = _find(run, mixed).to_tensors()
         content = tensor_content(tensors)
         run.work.commit(key, KIND, {f"{KIND}/{key[:12]}.safetensors": content}, settings)
     unit = run.work.unit(key)
     rotation = Rotation.from_tensors(read_tensors(run.work.file(key)), unit.values)
-    run.progress.say(f"rotated: {run.recipe.rotation} bases, seed {run.recipe.seed}")
-    return on_source(run, RotatedSource.of(run.source, rotation))
+    run.progress.say(f"rotated: {run.recipe.rotation} bases, seed {mixed}")
+    other = on_source(run, RotatedSource.of(run.source, rotation))
+    found, wanted = calibrated_groups(other)
+    if found < wanted and run.recipe.rotation == "gradients":
+        folded = _folded(run)
+        if _turns(folded):
+            _turn_statistics(folded, other)
+        if seed is None:
+            _forget_statistics(folded)
+    return other
 
 
 def on_source(run: Run, source: RotatedSource) -> Run:
@@ -118,35 +145,39 @@ def wide_shares(recipe: Recipe) -> list[Fraction]:
     return sorted({scheme.high.share for scheme in parsed if scheme.high})
 
 
-def _key(run: Run) -> str:
+def mixing_block(recipe: Recipe) -> int | None:
+    """Columns that are mixed with each other, where inputs are rounded in groups of scales that are
+    powers of two: what stands out in one group is its own affair, and mixed into others it would
+    cost them up to a bit. None: as many as are of one width."""
+    activations = [Scheme.parse(name).activation for name in recipe.schemes]
+    groups = [one.group for one in activations if one.is_mx]
+    return min(groups, default=None)
+
+
+def _key(run: Run, seed: int | None = None) -> str:
+    """Of the rotation, or, without a seed, of the directions it mixes."""
     recipe = run.recipe
     kv = recipe.kv if recipe.kv_bits is None else "allocated"
-    wanted = [recipe.rotation, kv, [str(share) for share in wide_shares(recipe)]]
+    wanted: list[Any] = [recipe.rotation, kv, [str(share) for share in wide_shares(recipe)]]
+    block = mixing_block(recipe)
+    wanted += [] if seed is None or block is None else [block]
     inputs = digest([run.statistics_hash, wanted, ROTATION_VERSION])
-    return run.work.key(KIND, inputs=inputs)
+    if seed is None:
+        return run.work.key(DIRECTIONS, inputs=inputs)
+    return run.work.key(KIND, inputs=inputs, seed=seed)
 
 
-def _find(run: Run) -> Rotation:
+def _find(run: Run, seed: int) -> Rotation:
     folded = _folded(run)
     assert isinstance(folded.source, RotatedSource)
     wiring, shares = folded.source.wiring, wide_shares(run.recipe)
-    if run.recipe.rotation == "gradients":
-        calibrate(folded)
-    moments = _moments(folded)
     key, value = _sides(run.recipe)
-    if run.recipe.rotation == "pca":
-        bases, orders = resq_bases(moments, wiring), {}
-    else:
-        source = _weighed(folded, moments)
-        share = max(shares, default=HIGH_SHARE)
-        bases = weighted_bases(source, share, value.wide or None, key.wide or None)
-        # what is wide with every scheme that has wide columns
-        orders = hidden_orders(source, shares[0]) if shares else {}
+    bases, orders = _directions(run, folded)
     head_dim = wiring.attentions[0].head_dim
-    rotation = rotation_of(
+    return rotation_of(
         bases,
         wiring,
-        run.recipe.seed,
+        seed,
         shares,
         value_cuts=[*head_cuts(head_dim, shares), *_starts(value, head_dim)],
         key_cuts=_starts(key, head_dim),
@@ -156,24 +187,74 @@ def _find(run: Run) -> Rotation:
             name: min(high_columns(len(order), shares[0]), len(order) - 1)
             for name, order in orders.items()
         },
+        block=mixing_block(run.recipe),
     )
-    if run.recipe.rotation == "gradients":
-        _forget_statistics(folded)
-    return rotation
+
+
+def _directions(run: Run, folded: Run) -> tuple[Bases, dict[str, Tensor]]:
+    """Directions by importance, and orders of hidden channels: whatever the seed."""
+    unit = _key(run)
+    if not run.work.has(unit):
+        bases, orders = _found(folded)
+        named = {"residual": bases.residual, "value": bases.value, "key": bases.key}
+        tensors = {
+            f"{kind}|{name}": value
+            for kind, own in (named | {"order": orders}).items()
+            for name, value in own.items()
+        }
+        file = f"{KIND}/{unit[:12]}.safetensors"
+        run.work.commit(unit, DIRECTIONS, {file: tensor_content(tensors)})
+    found: dict[str, dict[str, Tensor]] = {"residual": {}, "value": {}, "key": {}, "order": {}}
+    for name, value in read_tensors(run.work.file(unit)).items():
+        kind, _, place = name.partition("|")
+        found[kind][place] = value
+    return Bases(found["residual"], found["value"], found["key"]), found["order"]
+
+
+def _found(folded: Run) -> tuple[Bases, dict[str, Tensor]]:
+    assert isinstance(folded.source, RotatedSource)
+    recipe, wiring = folded.recipe, folded.source.wiring
+    if recipe.rotation == "gradients":
+        calibrate(folded, turned_outputs(wiring) if _turns(folded) else ())
+    moments = _moments(folded)
+    if recipe.rotation == "pca":
+        return resq_bases(moments, wiring), {}
+    shares, (key, value) = wide_shares(recipe), _sides(recipe)
+    source = _weighed(folded, moments)
+    share = max(shares, default=HIGH_SHARE)
+    bases = weighted_bases(source, share, value.wide or None, key.wide or None)
+    # what is wide with every scheme that has wide columns
+    return bases, hidden_orders(source, shares[0]) if shares else {}
 
 
 def _folded(run: Run) -> Run:
-    """The run on the source with its norms folded, and on as many windows as bases need."""
-    source = RotatedSource.of(run.source, Rotation(fold_norms=True))
-    folded = on_source(run, source)
-    width = max((stream.width for stream in source.wiring.streams), default=0)
-    count = min(len(run.windows), -(-_TOKENS * width // run.windows.shape[1]))
-    if count < len(run.windows):
-        chosen = run.windows[torch.linspace(0, len(run.windows) - 1, count).round().long()]
-        fewer = {"windows": count, "probe_windows": 1}
+    """The run on the source with its norms folded; on as many windows as bases need, where nothing
+    else is made of its statistics."""
+    folded = on_source(run, RotatedSource.of(run.source, Rotation(fold_norms=True)))
+    chosen = run.windows[_spread(folded)]
+    if len(chosen) < len(run.windows) and not _turns(folded):
+        fewer = {"windows": len(chosen), "probe_windows": 1}
         folded.recipe = run.recipe.model_copy(update=fewer)
         folded.all_windows = torch.cat([chosen[:1], chosen])  # the first is the probes'
     return folded
+
+
+def _turns(folded: Run) -> bool:
+    """Whether calibration of the folded model spares that of the rotated one."""
+    assert isinstance(folded.source, RotatedSource)
+    return folded.recipe.rotation == "gradients" and turns(folded.source.wiring)
+
+
+def _spread(folded: Run) -> Tensor:
+    """Indices of the windows that bases are found on, int64: evenly spread, as many as they need.
+    All, where experts see other tokens in each: their token weights are of all windows."""
+    assert isinstance(folded.source, RotatedSource)
+    count, length = folded.windows.shape
+    if not _turns(folded) or all(group.kind != "experts" for group in folded.model_map.groups):
+        width = max((stream.width for stream in folded.source.wiring.streams), default=0)
+        needed = min(count, -(-_TOKENS * width // length))
+        return torch.linspace(0, count - 1, needed).round().long()
+    return torch.arange(count)
 
 
 def _sides(recipe: Recipe) -> tuple[SideFormat, SideFormat]:
@@ -210,9 +291,13 @@ def _moments(folded: Run) -> Moments:
     """Of the folded model, token-weighted where calibration left gradients."""
     assert isinstance(folded.source, RotatedSource)
     weighted = folded.recipe.rotation == "gradients"
+    windows, chosen = folded.windows, _spread(folded)
 
     def weights(group: str) -> list[Tensor]:
-        return [matrix.token_weight for matrix in group_statistics(folded, group).matrices]
+        found = [matrix.token_weight for matrix in group_statistics(folded, group).matrices]
+        if len(chosen) == len(windows):
+            return found
+        return [weight.reshape(len(windows), -1)[chosen].reshape(-1) for weight in found]
 
     stream = BlockStream(folded.source, folded.model_map)
     with folded.stage("rotate", len(folded.model_map.blocks)) as progress:
@@ -221,17 +306,39 @@ def _moments(folded: Run) -> Moments:
                 stream,
                 folded.model_map,
                 folded.source.wiring,
-                folded.windows,
+                windows[chosen],
                 weights if weighted else None,
                 tick=progress.tick,
             )
         )
 
 
+def _turn_statistics(folded: Run, other: Run) -> None:
+    """Give the rotated model the folded one's statistics in its own basis, as far as both are
+    there."""
+    assert isinstance(other.source, RotatedSource)
+    found = other.source.changes
+    for block in folded.model_map.blocks:
+        missing = [
+            group.name
+            for group in folded.model_map.groups_in(block)
+            if folded.work.has(statistics_key(folded, group.name))
+            and not other.work.has(statistics_key(other, group.name))
+        ]
+        keep_statistics(other, [turned_group(group_statistics(folded, n), found) for n in missing])
+    embedding = statistics_key(folded, EMBEDDING)
+    if folded.work.has(embedding) and not other.work.has(statistics_key(other, EMBEDDING)):
+        weights = folded.model_map.weights_in(None)
+        table = next((w.name for w in weights if w.kind == "embedding"), "")
+        head = next((w.name for w in weights if w.kind == "head" or w.head is not None), "")
+        stats = turned_embedding(embedding_statistics(folded), found.get(table), found.get(head))
+        keep_embedding(other, stats)
+
+
 def _forget_statistics(folded: Run) -> None:
-    """The folded model's statistics have served: the rotated model gets its own."""
+    """The folded model's statistics have served: the rotated model has its own."""
     groups = [group.name for group in folded.model_map.groups if group.block is not None]
-    for key in [statistics_key(folded, name) for name in (*groups, "embedding")]:
+    for key in [statistics_key(folded, name) for name in (*groups, EMBEDDING)]:
         if folded.work.has(key):
             path = folded.work.file(key)
             folded.work.forget(key)

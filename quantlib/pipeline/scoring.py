@@ -82,13 +82,13 @@ def scored(
         alone = [score.weight(value) for score, value in pairs]
         for name, scheme in parsed.items():
             added = [score.inputs(value, scheme) for score, value in pairs]
-            both = [_together(*one, more) for one, more in zip(alone, added, strict=True)]
+            both = [together(*one, more) for one, more in zip(alone, added, strict=True)]
             losses, errors = zip(*both, strict=True)
             found[name][task] = math.fsum(losses), math.fsum(errors)
     return found
 
 
-def _together(loss: float, spread: float, inputs: float) -> Score:
+def together(loss: float, spread: float, inputs: float) -> Score:
     """Rounding errors of weights and of inputs are independent, so their losses add; so do their
     relative errors."""
     return loss + inputs, spread * (1 + inputs / loss if loss > 0 else 1.0)

@@ -15,5 +15,5 @@ energies.py        what an error at an input costs at the outputs
 fixed_point.py     which directions deserve more bits
 mixing.py          directions by importance become a rotation
 bases.py           from moments to bases
-ranks.py           how many columns of each linear deserve 8 bits
+turned.py          statistics of the folded model in the rotated one's basis
 """

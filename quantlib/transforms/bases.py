@@ -4,7 +4,7 @@
 inputs for the residual stream, of values per KV head, of keys averaged over a layer's KV heads.
 `weighted_bases` minimises predicted errors instead (`fixed_point.py`), with the energy of weights,
 or, given the Fisher information of outputs, of gradients. Both give directions ordered by
-importance; `mixing.py` makes a `Rotation` of them, `ranks.py` decides how many are wide.
+importance; `mixing.py` makes a `Rotation` of them; how many are wide is a scheme's affair.
 
 All moments and weights are of the folded model: its norms have no gain.
 """

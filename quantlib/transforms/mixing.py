@@ -22,9 +22,6 @@ from quantlib.transforms.bases import HIGH_SHARE, Bases, high_columns
 from quantlib.transforms.rotation import Rotation
 from quantlib.transforms.wiring import DECODER, ENCODER, Attention, Wiring
 
-SHARES = tuple(Fraction(*x) for x in ((0, 1), (1, 16), (1, 8), (3, 16), (1, 4), (1, 2), (1, 1)))
-"""Shares of wide columns that ranks are chosen from."""
-
 Mixer = Callable[[int, torch.Generator], Tensor]
 """mixer(n, generator): orthogonal float64 [n, n]."""
 
@@ -72,6 +69,7 @@ def rotation_of(
     hidden: bool = True,
     hidden_order: Mapping[str, Tensor] | None = None,
     hidden_high: Mapping[str, int] | None = None,
+    block: int | None = None,
 ) -> Rotation:
     """The bases with slices mixed, and Hadamard matrices before down projections.
 
@@ -82,6 +80,8 @@ def rotation_of(
     hidden:     with Hadamard matrices (in blocks, where the width has none).
     hidden_order, hidden_high: of the Rotation; Hadamard matrices get the size that the columns have
                 which they do not leave alone.
+    block:      mix the residual stream and hidden layers within runs of so many columns only: for
+                formats whose scales span no more.
     """
     mix = MIXERS[mixer]
     generator = torch.Generator().manual_seed(seed)
@@ -89,9 +89,10 @@ def rotation_of(
     for name, vectors in bases.residual.items():
         width = vectors.shape[-1]
         cuts = [width - high_columns(width, share) for share in shares]
+        cuts += range(0, width, block or width)
         streams[name] = vectors @ mixing(width, cuts, mix, generator)
     high = hidden_high or {}
-    sizes = {h.name: _hadamard_size(h.width, high.get(h.name, 0)) for h in wiring.hiddens}
+    sizes = {h.name: _hadamard_size(h.width, high.get(h.name, 0), block) for h in wiring.hiddens}
     drawn: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
     def mixed(vectors: Tensor, cuts: Sequence[int] | None) -> Tensor:
@@ -113,8 +114,10 @@ def rotation_of(
     )
 
 
-def _hadamard_size(width: int, high: int) -> int:
+def _hadamard_size(width: int, high: int, block: int | None) -> int:
     """All columns get the largest matrix there is; what is left of them may have any number."""
+    if block is not None and hadamard.covers(block, width - high):
+        return block
     return hadamard.quick_size(width - high) if high else hadamard.block_size(width)
 
 

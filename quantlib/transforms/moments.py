@@ -1,4 +1,4 @@
-"""Second moments of what linears and attentions read: all that bases and ranks are chosen from.
+"""Second moments of what linears and attentions read: all that bases are chosen from.
 
 One forward pass over the calibration windows, block by block (`stream_moments`), or over a module
 in memory (`moments_of`), collects

@@ -90,22 +90,41 @@ def test_what_is_there_is_not_measured_again(
     assert json.loads(results.read_text())["rows"] == json.loads(first)["rows"]
 
 
-def test_of_a_seed_all_that_shares_a_folder_runs_before_the_folder_goes(
+def test_two_processes_keep_each_other_s_rows(results: Path) -> None:
+    settings = {"windows": 24}
+    one, other = (bench.Results("quality_w4a4", settings, fresh=False) for _ in range(2))
+    row = {"bits": BITS.to_json(), "kl": 0.1, "perplexity": 10.0, "seed": 0}
+    one.add(row | {"model": "plain", "method": "a"})
+    other.add(row | {"model": "rotated", "method": "a"})
+    one.add(row | {"model": "plain", "method": "b"})
+    rows = json.loads(results.read_text())["rows"]
+    assert [(r["model"], r["method"]) for r in rows] == [
+        ("plain", "a"),
+        ("rotated", "a"),
+        ("plain", "b"),
+    ]
+
+
+def test_all_that_shares_a_folder_runs_before_the_folder_goes(
     results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gone: list[tuple[str, str, int]] = []
-    monkeypatch.setattr(bench, "OURS", dict.fromkeys(("quantlib", "quantlib_strict"), method))
+    gone: list[tuple[str, str]] = []
+    names = ("quantlib", "quantlib_strict")
+    monkeypatch.setattr(bench, "OURS", dict.fromkeys(names, method))
+    monkeypatch.setattr(bench.ours, "FOLDERS", dict.fromkeys(names, "resq"))
     monkeypatch.setattr(bench.ours, "forget", lambda *what: gone.append(what))
     both = ("--method", "quantlib", "--method", "quantlib_strict")
+    run(monkeypatch, "--model", "plain", "--method", "quantlib", "--seeds", "2")
+    assert not gone
     run(monkeypatch, "--model", "plain", *both, "--seeds", "2")
     rows = json.loads(results.read_text())["rows"]
     assert [(row["method"], row["seed"]) for row in rows] == [
         ("quantlib", 0),
-        ("quantlib_strict", 0),
         ("quantlib", 1),
+        ("quantlib_strict", 0),
         ("quantlib_strict", 1),
     ]
-    assert gone == [("plain", "resq", 0), ("plain", "resq", 1)]
+    assert gone == [("plain", "resq")], "with the last of the rows, and once"
 
 
 def test_other_settings_do_not_overwrite_a_table(

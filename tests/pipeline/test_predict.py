@@ -154,3 +154,18 @@ def test_rows_predict_wider_columns_too(deep: Path, text: str, tmp_path: Path) -
     name = "model.layers.2.self_attn.v_proj.weight"
     for scheme, entry in found.rows[name].items():
         assert entry.loss[TASK] == pytest.approx(truth.entry(name, scheme).loss[TASK], rel=1e-4)
+
+
+def test_rows_predict_what_rounding_inputs_costs_too(deep: Path, text: str, tmp_path: Path) -> None:
+    schemes = ["w4g32zs4a4zg32h8/8", "w4g32zs4a8g32h8/8", "w8g64zs6a4zg32h8/8", "w6g64zs6"]
+    found = table(deep, tmp_path / "a", text, "rows", schemes=schemes)
+    truth = table(deep, tmp_path / "b", text, None, schemes=schemes)
+    for place in ("self_attn.v_proj", "mlp.down_proj", "mlp.up_proj"):
+        name = f"model.layers.2.{place}.weight"
+        row = found.rows[name]
+        for scheme in schemes[:3]:
+            measured = truth.entry(name, scheme).loss[TASK]
+            # rows are all there or drawn, and inputs meet exact weights instead of rounded ones
+            assert row[scheme].loss[TASK] == pytest.approx(measured, rel=0.15), (name, scheme)
+        few, many = (row[scheme].loss[TASK] for scheme in schemes[:2])
+        assert few > 1.2 * many  # alike but for the inputs

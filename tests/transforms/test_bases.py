@@ -30,7 +30,6 @@ from quantlib.transforms.energies import fisher_of, input_energy, value_energy
 from quantlib.transforms.fixed_point import objective, principal
 from quantlib.transforms.mixing import (
     MIXERS,
-    SHARES,
     head_cuts,
     mixing,
     output_order,
@@ -43,6 +42,7 @@ from quantlib.transforms.rotation import Rotation
 from .small_models import HEAD_DIM, HEADS, KV_HEADS, WIDTH, Small, small_llama
 
 EIGHTH = Fraction(1, 8)
+SHARES = tuple(Fraction(*x) for x in ((0, 1), (1, 16), (1, 8), (3, 16), (1, 4), (1, 2), (1, 1)))
 
 
 @pytest.fixture(scope="module")
@@ -338,3 +338,20 @@ def test_shares_are_counted_as_schemes_count_them() -> None:
     counted: Mapping[Fraction, int] = {share: high_columns(576, share) for share in SHARES}
     assert list(counted.values()) == [0, 36, 72, 108, 144, 288, 576]
     assert Scheme.parse("w4a4zh8x3/16").low_columns(576) == 576 - counted[Fraction(3, 16)]
+
+
+def test_with_a_block_directions_mix_with_their_neighbours_only(
+    small: Small, moments: Moments
+) -> None:
+    bases, block = resq_bases(moments, small.wiring), 16
+    rotation = rotation_of(bases, small.wiring, seed=1, mixer="hadamard", block=block)
+    assert rotation.residual is not None
+    mixed = bases.residual["decoder"].T @ rotation.residual
+    for first in range(0, WIDTH, block):
+        own = slice(first, first + block)
+        identity = torch.eye(block, dtype=torch.float64)
+        torch.testing.assert_close(mixed[own, own] @ mixed[own, own].T, identity)
+    whole = rotation_of(bases, small.wiring, seed=1, mixer="hadamard").residual
+    assert whole is not None
+    assert not torch.allclose(whole, rotation.residual)
+    assert set(rotation.hidden.values()) == {block}

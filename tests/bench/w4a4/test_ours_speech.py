@@ -86,7 +86,7 @@ def test_the_original_stays_as_it_is(whisper: Speech) -> None:
 
 
 def test_gradients_leave_a_moment_of_every_input(whisper: Speech) -> None:
-    statistics, terms = ours_speech.gradient_statistics(whisper.copy(), whisper, 0)
+    statistics, terms = ours_speech.gradient_statistics(whisper.copy(), whisper)
     assert terms == sum(len(ids) for ids in whisper.clip_tokens) - len(whisper.clips)
     for site in whisper.sites:
         (matrix,) = statistics[site.name].matrices

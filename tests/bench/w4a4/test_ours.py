@@ -1,0 +1,74 @@
+"""quantlib's own rows on a small language model: bits as allowed, work that is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quantlib.bench.w4a4 import ours
+from quantlib.bench.w4a4.subjects import Language
+from quantlib.errors import UsageError
+from quantlib.pipeline.calibrate import passes
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Path]) -> Language:
+    folder = tiny_llama(
+        tmp_path_factory.mktemp("subject") / "model",
+        hidden_size=256,
+        intermediate_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    ids = torch.randint(3, 300, (6, 32), generator=torch.Generator().manual_seed(0))
+    return Language.open("small", folder, ids[:4], ids[4:])
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, sample_text: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    text = tmp_path / "text.txt"
+    text.write_text(sample_text)
+    monkeypatch.setattr(ours, "default_cache", lambda: tmp_path)
+    monkeypatch.setattr(ours.assets, "wikipedia_text", lambda _: text)
+    return tmp_path
+
+
+def kl(subject: Language, found: Any) -> float:
+    return subject.figures(found.model)["kl"]
+
+
+def test_bits_are_those_allowed_and_more_of_them_lose_less(subject: Language) -> None:
+    few = ours.compressed(subject, 0, weights=4.4, activations=4.5, kv=5.2)
+    many = ours.compressed(subject, 0, weights=6.2, activations=5.0, kv=7.0)
+    for found, limits in ((few, (4.4, 4.5, 5.2)), (many, (6.2, 5.0, 7.0))):
+        bits = (found.bits.weights, found.bits.activations, found.bits.kv)
+        assert all(3 < own <= limit for own, limit in zip(bits, limits, strict=True)), bits
+    assert 0 < kl(subject, many) < kl(subject, few)
+
+
+def test_another_seed_is_another_basis_and_no_other_calibration(
+    subject: Language, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = ours.compressed(subject, 0, weights=4.4, activations=4.5, kv=5.2)
+    monkeypatch.setattr(passes, "backward", lambda *_: pytest.fail("calibrated again"))
+    second = ours.compressed(subject, 1, weights=4.4, activations=4.5, kv=5.2)
+    assert "calibrate" in first.notes["seconds"]
+    assert "calibrate" not in second.notes["seconds"]
+    assert kl(subject, first) != kl(subject, second)
+
+
+def test_a_refined_row_keeps_the_plan_and_its_bits(subject: Language) -> None:
+    plain = ours.compressed(subject, 0, weights=4.4, activations=4.5, kv=5.2)
+    refined = ours.compressed(subject, 0, weights=4.4, activations=4.5, kv=5.2, refine=True)
+    assert refined.bits == plain.bits
+    assert "re-round" in refined.notes["seconds"]
+    assert kl(subject, refined) != kl(subject, plain)
+
+
+def test_whisper_is_not_refined(whisper: Any) -> None:
+    with pytest.raises(UsageError, match="no chain of blocks"):
+        ours.compressed(whisper, 0, 4.4, 4.5, 5.2, refine=True)
