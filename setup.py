@@ -137,7 +137,7 @@ setup(
             "triton/tables/*",
         ],
         "quantlib.report": ["page/*"],
-        "quantlib.bench": ["plans/*.json"],
+        "quantlib.bench": ["plans/*.json", "proxies/*.json"],
         "quantlib.bench.beds": ["weights/*", "weights/*/*", "weights/*/*/*"],
     },
     distclass=PlatformDistribution,

@@ -6,21 +6,25 @@ Measured plans come from `bench.plans_measured`. For every model and seed, a for
 half of its plans; it is judged on the other half, and on all plans of the model it never saw. Two
 sets of columns: `training free` knows statistics and formats only, so nothing has to be rounded;
 `measured` knows the sensitivity table's prediction, too, and may only mend it. The formula that is
-kept for use (`proxy_NAME.json`, for `quantlib search --score evolved:FILE`) is, of the
+kept for use (`bench/proxies/NAME.json`, for `quantlib search --score evolved:FILE`) is, of the
 training-free ones of a model, the best on the half of its own plans that it was not evolved on.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from quantlib.bench import plans_measured, record
+from quantlib.bench import artifacts, plans_measured, record
 from quantlib.bench.plans_measured import SUBJECTS
+from quantlib.checkpoint.disk import atomic_write_text
+from quantlib.checkpoint.provenance import digest
 from quantlib.errors import QuantlibError
 from quantlib.search.evolve import Settings, evolve
 from quantlib.search.expressions import Expression
@@ -29,6 +33,8 @@ from quantlib.search.rank import MeasuredPlans, qualities
 
 SETS = {"training free": TRAINING_FREE, "measured": COLUMNS}
 SEEDS = 3
+PROXIES = Path(__file__).parent / "proxies"
+"""Formulas kept for use."""
 FINALISTS = 10
 """Of the fittest formulas, the one that ranks the held-out half best is kept."""
 
@@ -66,15 +72,23 @@ def row_of(
     }
 
 
-def results(subjects: Sequence[MeasuredPlans], seeds: int, settings: Settings) -> dict[str, Any]:
-    """All rows, and what known scores reach on the same plans."""
+def results(
+    subjects: Sequence[MeasuredPlans], seeds: int, settings: Settings, work: Path
+) -> dict[str, Any]:
+    """All rows, and what known scores reach on the same plans. Finished evolutions are kept in
+    `work`, so a command that was stopped goes on."""
     rows = []
+    data = [[one.name, one.losses.tolist()] for one in subjects]
     for plans in subjects:
         others = [other for other in subjects if other is not plans]
         for columns in SETS:
             for seed in range(seeds):
                 own = Settings(**(vars(settings) | {"seed": seed}))
-                rows.append(row_of(plans, others, columns, own))
+                file = work / f"{digest([data, plans.name, SETS[columns], vars(own)])}.json"
+                if not file.exists():
+                    row = row_of(plans, others, columns, own)
+                    atomic_write_text(file, json.dumps(row))
+                rows.append(json.loads(file.read_text(encoding="utf-8")))
                 console.print({k: v for k, v in rows[-1].items() if k != "history"})
     known = {plans.name: plans_measured.known_scores(plans) for plans in subjects}
     rounded = {
@@ -93,7 +107,7 @@ def keep_best(rows: Sequence[dict[str, Any]], settings: Settings) -> None:
         quality = {f"held_out_{key}": value for key, value in best["held_out"].items()}
         how = vars(settings) | {"seed": best["seed"]}
         proxy = Proxy(Expression.parse(best["expression"], COLUMNS), (name,), quality, how)
-        file = record.RESULTS / f"proxy_{name}.json"
+        file = PROXIES / f"{name}.json"
         proxy.save(file)
         print(f"{file}: {proxy.expression.text}")
 
@@ -107,7 +121,9 @@ def main(
     try:
         settings = Settings(population=population, children=population, generations=generations)
         subjects = [plans_measured.load(name) for name in plans_measured.kept() or SUBJECTS]
-        found = results(subjects, seeds, settings)
+        work = artifacts.folder() / "evolved"
+        work.mkdir(parents=True, exist_ok=True)
+        found = results(subjects, seeds, settings, work)
         keep_best(found["rows"], settings)
         print(record.write("evolved", found))
     except QuantlibError as error:

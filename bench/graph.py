@@ -138,7 +138,7 @@ def allocation(bench: Bench, method: str, bits: float, budget: int) -> dict[str,
     return solved({name: t.candidates(prices[name]) for name, t in tables.items()}, budget)
 
 
-def solved(candidates: Mapping[str, Candidates], budget: int) -> dict[str, Assignment]:
+def solved(candidates: Mapping[str, Candidates[Assignment]], budget: int) -> dict[str, Assignment]:
     """The exact allocation among candidates."""
     return chosen(candidates, solve(column_problem(candidates), budget).picks)
 

@@ -72,7 +72,9 @@ class Table:
     finer: tuple[float, ...]
     graph: ColumnGraph
 
-    def candidates(self, prices: Tensor | None = None, mixed: bool = True) -> Candidates:
+    def candidates(
+        self, prices: Tensor | None = None, mixed: bool = True
+    ) -> Candidates[Assignment]:
         """What the solver may choose among; `mixed`: columns of several widths too. prices: [K, B],
         to be used instead of the table's."""
         found = assignments(self.prices if prices is None else prices, WIDTHS)

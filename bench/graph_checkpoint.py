@@ -77,24 +77,28 @@ def write_packed(
 ) -> Path:
     """The checkpoint of a plan: its linears rounded in the orders it gives, all other weights from
     the bank."""
-    schemes = {weight.name: OTHERS for weight in run.model_map.weights}
-    schemes |= {name: one.scheme for name, one in plan.items()}
     orders = {name: one.order for name, one in plan.items() if one.order is not None}
     keys = {}
-    for name, scheme in schemes.items():
-        keys[name] = run.bank.key(name, scheme, run.rounding_hash)
     for name, one in graph_bits.rounded(run, groups, plan):
         inputs = digest([run.rounding_hash, "columns", plan[name].picks.tolist()])
-        keys[name] = run.bank.put(name, schemes[name], inputs, pack(one.packed))
+        keys[name] = run.bank.put(name, plan[name].scheme, inputs, pack(one.packed))
     run.orders = {**run.orders, **orders}
     try:
-        return write_checkpoint(
-            out,
-            checkpoint_tensors(run, keys),
-            run.source.config,
-            schemes,
-            {weight.name: weight.shape for weight in run.model_map.weights},
-            files=dict(source_files(run.source.path)),
-        )
+        return write_keys(run, {name: one.scheme for name, one in plan.items()}, keys, out)
     finally:
         run.orders = {name: order for name, order in run.orders.items() if name not in orders}
+
+
+def write_keys(run: Run, plan: Mapping[str, str], keys: Mapping[str, str], out: Path) -> Path:
+    """The checkpoint of bank entries `keys`, weights in the schemes of `plan`; what it does not
+    speak of is in OTHERS."""
+    schemes = {weight.name: OTHERS for weight in run.model_map.weights} | dict(plan)
+    others = {n: run.bank.key(n, s, run.rounding_hash) for n, s in schemes.items() if n not in plan}
+    return write_checkpoint(
+        out,
+        checkpoint_tensors(run, others | dict(keys)),
+        run.source.config,
+        schemes,
+        {weight.name: weight.shape for weight in run.model_map.weights},
+        files=dict(source_files(run.source.path)),
+    )

@@ -20,8 +20,16 @@ from quantlib.evaluation.language import LanguageResult, evaluate_language
 from quantlib.evaluation.reference import reference_logprobs
 from quantlib.models import skeleton
 from quantlib.models.rows import LinearGroup
+from quantlib.models.source import Source
 from quantlib.pipeline.run import Run
 from quantlib.search.columns import Assignment
+
+
+def dense_model(source: Source) -> Any:
+    """A source's model in memory, all of it."""
+    model = skeleton.build(source)
+    skeleton.materialize(model, "", source)
+    return model
 
 
 @dataclass
@@ -64,8 +72,7 @@ class Bench:
 
     @cached_property
     def model(self) -> Any:
-        model = skeleton.build(self.run.source)
-        skeleton.materialize(model, "", self.run.source)
+        model = dense_model(self.run.source)
         self.reference = reference_logprobs(model, self.windows)
         return model
 

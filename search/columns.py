@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations, pairwise
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -169,15 +170,28 @@ def _climb(savings: Tensor, counts: Sequence[int]) -> Tensor:
     return picks
 
 
+class Assigned(Protocol):
+    """What candidates are: a scheme's name, and the loss of a weight in it."""
+
+    @property
+    def scheme(self) -> str: ...
+
+    @property
+    def loss(self) -> float: ...
+
+
+A = TypeVar("A", bound=Assigned)
+
+
 @dataclass(frozen=True)
-class Candidates:
+class Candidates(Generic[A]):
     """One weight: its assignments, and the bytes that each takes in a checkpoint."""
 
-    assignments: Sequence[Assignment]
+    assignments: Sequence[A]
     bytes: Sequence[int]
 
     @staticmethod
-    def of(found: Sequence[Assignment], size: Callable[[Assignment], int]) -> Candidates:
+    def of(found: Sequence[A], size: Callable[[A], int]) -> Candidates[A]:
         """Those of `found` that no other one matches in both bytes and loss."""
         sizes = [size(one) for one in found]
         choices = [Choice(a.scheme, n, a.loss) for a, n in zip(found, sizes, strict=True)]
@@ -185,7 +199,7 @@ class Candidates:
         return Candidates([found[i] for i in kept], [sizes[i] for i in kept])
 
 
-def column_problem(candidates: Mapping[str, Candidates], fixed_bytes: int = 0) -> Problem:
+def column_problem(candidates: Mapping[str, Candidates[Any]], fixed_bytes: int = 0) -> Problem:
     """The allocation problem over weight -> its candidates."""
     items = []
     for name, found in candidates.items():
@@ -195,7 +209,7 @@ def column_problem(candidates: Mapping[str, Candidates], fixed_bytes: int = 0) -
     return Problem(tuple(items), fixed_bytes)
 
 
-def chosen(candidates: Mapping[str, Candidates], picks: Picks) -> dict[str, Assignment]:
+def chosen(candidates: Mapping[str, Candidates[A]], picks: Picks) -> dict[str, A]:
     """Weight -> the assignment that a solution of `column_problem` picked."""
     pairs = zip(candidates.items(), picks, strict=True)
     return {name: found.assignments[pick] for (name, found), pick in pairs}

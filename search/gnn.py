@@ -91,6 +91,18 @@ def plain_prices(
     return torch.stack(found, dim=1) * conditional[:, None]
 
 
+def plain_row_prices(
+    weight: Tensor, conditional: Tensor, rows: Tensor, formats: Sequence[WeightFormat]
+) -> Tensor:
+    """What rounding to nearest costs every row, float64 [N, S]; the sum over rows is that of
+    `plain_prices` over columns."""
+    found = []
+    for form in formats:
+        rounded = dequantize(quantize_rtn(weight, (Segment(0, weight.shape[1], form),)))
+        found.append((rounded - weight).double().square() @ conditional * rows.double())
+    return torch.stack(found, dim=1)
+
+
 def _features(weight: Tensor, hessian: Tensor, conditional: Tensor, energy: Tensor) -> Tensor:
     """[K, FEATURES]. Sizes are relative to the weight's other columns."""
     own = hessian.diagonal().double().clamp(min=_TINY)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any
 
 from quantlib.errors import SearchError, UsageError
@@ -21,6 +20,7 @@ from quantlib.search.trials import (
     Claim,
     Losses,
     Measure,
+    OpenPool,
     Schemes,
     TrialJournal,
     collected,
@@ -32,8 +32,8 @@ AUTO, LOCAL = "auto", "local"
 and ends with the search."""
 
 
-class RayPool:
-    """Actors measure; a context, which ends them, and the cluster if it was started here.
+class RayPool(OpenPool):
+    """Actors measure; they end with the context, and so does the cluster if it was started here.
 
     address: AUTO, LOCAL, or what `ray.init` takes. workers: how many actors, of one processor each.
     make: builds what measures, in the actor's own process.
@@ -58,15 +58,7 @@ class RayPool:
         )
         self._actors = [actor.remote(make) for _ in range(workers)]
 
-    def __enter__(self) -> RayPool:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         for actor in self._actors:
             self._ray.kill(actor)
         if self._ours:

@@ -21,12 +21,12 @@ import socket
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from quantlib.errors import SearchError, UsageError
 from quantlib.search import jsonfile
@@ -55,6 +55,20 @@ class Pool(Protocol):
     def measure(self, plans: Sequence[Schemes]) -> list[Losses]:
         """The losses of plans, in their order. Raises SearchError when one cannot be measured."""
         ...
+
+
+class OpenPool(ABC):
+    """A pool that holds processes: a context, which ends them."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the processes."""
 
 
 @dataclass(frozen=True)
@@ -246,8 +260,8 @@ def collected(journal: TrialJournal, digests: Sequence[str]) -> list[Losses]:
     return found
 
 
-class ProcessPool:
-    """Processes of this machine measure; a context, which ends them.
+class ProcessPool(OpenPool):
+    """Processes of this machine measure.
 
     command: of a worker that calls `serve` with the name it is given, until `parent_left`.
     """
@@ -261,15 +275,7 @@ class ProcessPool:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._started = 0
 
-    def __enter__(self) -> ProcessPool:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         for process in self._running.values():
             if process.stdin is not None:
                 process.stdin.close()

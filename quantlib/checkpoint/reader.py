@@ -32,6 +32,7 @@ from quantlib.formats.composite import (
     BLOCK,
     DOWN,
     ROWS,
+    SPAN,
     UP,
     StoredWeight,
     stored_layout,
@@ -52,7 +53,7 @@ from quantlib.transforms.rotation import Rotation
 
 _KEPT_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 _PACKED_NAME = re.compile(
-    rf"(.+?)(?:{DOWN}|{UP}|(?:{ROWS}|{BASIS})\d+)?"
+    rf"(.+?)(?:{DOWN}|{UP}|(?:{SPAN}|{ROWS}|{BASIS})\d+)?"
     rf"(?:(?:{PACKED}|{ROW_SCALE}|{SCALE}|{ZERO_POINT})(?:_\d+)?|{ORDER}|{BLOCK})"
 )
 

@@ -58,7 +58,8 @@ SHARD_BYTES = 5_000_000_000
 
 _COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".py")
 _COPIED_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
-_COPIED_FOLDERS = ("additional_chat_templates",)
+_VOICES = "voices"
+_COPIED_FOLDERS = ("additional_chat_templates", _VOICES)
 _OTHER_ROOM = 1 << 20
 """Bytes set aside for the small files when free space is checked."""
 
@@ -104,9 +105,9 @@ def quantization_config(
 def source_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     """The files of a source model that a checkpoint keeps byte for byte, by relative name.
 
-    Tokenizer, processors, generation config, chat templates, code and licence texts; no weights, no
-    indices of weights, no config.json (it is rewritten), and no README: a model card describes the
-    model that was measured.
+    Tokenizer, processors, generation config, chat templates, voices of a model that speaks, code
+    and licence texts; no weights, no indices of weights, no config.json (it is rewritten), and no
+    README: a model card describes the model that was measured.
     """
     folder = Path(folder)
     with disk_errors("read", folder):
@@ -114,7 +115,9 @@ def source_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
         for name in _COPIED_FOLDERS:
             candidates += [path for path in folder.glob(f"{name}/*") if path.is_file()]
     return {
-        str(path.relative_to(folder)): path for path in sorted(candidates) if _is_kept(path.name)
+        str(path.relative_to(folder)): path
+        for path in sorted(candidates)
+        if _is_kept(path.name) or (path.parent.name == _VOICES and path.suffix == ".safetensors")
     }
 
 

@@ -6,7 +6,11 @@ A weight [N, K] with factors is its rounded rest and the product of two matrices
     X.weight_down_packed ...   [rank, K], what the input is multiplied by first
     X.weight_up_packed ...     [N, rank], and then
 
-or those two alone.
+or those two alone. The first of a convolution's may itself be vectors, of the channels and of every
+axis of the window, whose product its rows are:
+
+    X.weight_down_packed ...   [rank, channels]
+    X.weight_span0_packed ...  [rank, size of the window's first axis], and so on
 
 An embedding [V, D] in blocks of rows is a matrix for each block, of the block's tokens in their own
 order, and a basis for blocks with fewer dimensions:
@@ -43,11 +47,13 @@ from quantlib.formats.weight import (
     unpack,
 )
 
-DOWN, UP, ROWS, BASIS, BLOCK = "_down", "_up", "_rows", "_basis", "_block"
-"""What is added to a weight's name for its matrices (ROWS and BASIS take a number), and for the
-blocks of its rows."""
+DOWN, UP, SPAN = "_down", "_up", "_span"
+ROWS, BASIS, BLOCK = "_rows", "_basis", "_block"
+"""What is added to a weight's name for its matrices (SPAN, ROWS and BASIS take a number), and for
+the blocks of its rows."""
 
 _BASIS_FORMAT = "w8"
+_SPAN_FORMAT = "w8"
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,12 @@ def parts_of(scheme: Scheme, shape: Sequence[int]) -> dict[str, Part]:
         rank, factor = low_rank.rank, FACTORS[low_rank.bits]
         if rank >= min(rows, columns):
             raise FormatError(f"{scheme}: a weight {list(shape)} has no {rank} directions to spare")
-        parts[DOWN] = Part.of((rank, columns), factor)
+        channels, rest = divmod(columns, math.prod(low_rank.window))
+        if rest:
+            raise FormatError(f"{scheme}: {columns} columns are no channels times this window")
+        parts[DOWN] = Part.of((rank, channels), factor)
+        for axis, size in enumerate(low_rank.window):
+            parts[f"{SPAN}{axis}"] = Part.of((rank, size), _SPAN_FORMAT)
         parts[UP] = Part.of((rows, rank), factor)
     return parts
 
@@ -133,8 +144,21 @@ def _row_parts(scheme: Scheme, rows: int, columns: int) -> dict[str, Part]:
     return parts
 
 
-def has_room(scheme: Scheme, shape: Sequence[int]) -> bool:
-    """Whether a weight [N, K] can be stored in a scheme: any can, in one that is one matrix."""
+def first_factor(dense: Mapping[str, Tensor]) -> Tensor:
+    """[rank, K]: what the input of a weight is multiplied by first, from its matrices by what is
+    added to its name."""
+    found = dense[DOWN]
+    for axis in range(sum(name.startswith(SPAN) for name in dense)):
+        found = (found[:, :, None] * dense[f"{SPAN}{axis}"][:, None]).flatten(1)
+    return found
+
+
+def has_room(scheme: Scheme, shape: Sequence[int], window: Sequence[int] = ()) -> bool:
+    """Whether a weight [N, K] can be stored in a scheme: any can, in one that is one matrix.
+    window: of a convolution's filters; empty for others."""
+    canonical = scheme.low_rank.window if scheme.low_rank is not None else ()
+    if canonical and canonical != tuple(window):
+        return False
     if scheme.is_composite:
         try:
             parts_of(scheme, shape)
@@ -223,7 +247,7 @@ def dequantize_stored(weight: StoredWeight, dtype: torch.dtype = torch.float32) 
         return dequantize(weight, dtype)
     dense = {name: dequantize(part) for name, part in weight.parts.items()}
     if weight.scheme.low_rank is not None:
-        product = dense[UP] @ dense[DOWN]
+        product = dense[UP] @ first_factor(dense)
         return (product if weight.scheme.low_rank.alone else product.add_(dense[""])).to(dtype)
     out = torch.empty(weight.shape, dtype=dtype)
     for index, rows in enumerate(rows_of_blocks(weight.block, weight.shape[0])):

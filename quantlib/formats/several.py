@@ -20,6 +20,7 @@ FACTORS = {8: "w8", 4: "w4g32"}
 MOST_BLOCKS = 4
 """Of rows: which block a row is in takes two bits at most."""
 
+CANONICAL = re.compile(r"c(?P<rank>[1-9]\d*)k(?P<window>[1-9]\d*(?:x[1-9]\d*)*)w(?P<bits>\d)")
 LOW_RANK = re.compile(r"r(?P<rank>[1-9]\d*)(?:w(?P<bits>\d))?")
 ROW_BLOCK = re.compile(
     r"(?P<format>[^@d]+)(?:d(?P<width>[1-9]\d*))?(?:@(?P<share>[1-9]\d*/[1-9]\d*))?"
@@ -30,12 +31,16 @@ ROW_BLOCK = re.compile(
 class LowRank:
     """`rank` directions of a weight as two factors, [N, rank] times [rank, K], in `bits` bits.
 
-    alone: there is no rest beside them.
+    alone:  there is no rest beside them.
+    window: of a convolution's filters [N, channels, *window], whose first factor is a product of
+            vectors, one of the channels and one of every axis of the window (canonical polyadic
+            form); there is no rest then. Empty: the first factor is any matrix.
     """
 
     rank: int
     bits: int = 8
     alone: bool = False
+    window: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.bits not in FACTORS:
@@ -43,8 +48,12 @@ class LowRank:
                 f"factors of rank {self.rank} in {self.bits} bits: write for example +r16 (8 bits) "
                 "or +r16w4"
             )
+        if self.window and not self.alone:
+            raise FormatError("canonical factors have no rest beside them")
 
     def __str__(self) -> str:
+        if self.window:
+            return f"c{self.rank}k{'x'.join(map(str, self.window))}w{self.bits}"
         return f"r{self.rank}" + ("" if self.bits == 8 and not self.alone else f"w{self.bits}")
 
 
@@ -67,7 +76,12 @@ class RowBlock:
 
 
 def parse_low_rank(text: str, alone: bool = False) -> LowRank | None:
-    """What `+r16` says after the plus, or `r16w8` by itself; None when it is something else."""
+    """What `+r16` says after the plus, or `r16w8` and `c16k3x3w8` by themselves; None when it is
+    something else."""
+    canonical = CANONICAL.fullmatch(text) if alone else None
+    if canonical is not None:
+        window = tuple(int(size) for size in canonical["window"].split("x"))
+        return LowRank(int(canonical["rank"]), int(canonical["bits"]), True, window)
     match = LOW_RANK.fullmatch(text)
     if match is None or (alone and not match["bits"]):
         return None

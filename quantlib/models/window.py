@@ -85,12 +85,12 @@ class Window:
         # [batch, channels, *places, *window] -> [batch, *places, channels, *window]
         return pieces.movedim(1, 1 + axes).reshape(-1, self.columns)
 
-    def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution of x [batch, channels, *size] with filters [N, channels, *window]:
-        [batch, N, *places]."""
+    def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
+        """The convolution of x [batch, channels, *size] with filters [N, channels / groups,
+        *window]: [batch, N, *places]."""
         padded = F.pad(x, self.padding, mode=self.mode) if any(self.padding) else x
         convolve = _DENSE[len(self.size)]
-        found: Tensor = convolve(padded, weight, bias, self.stride, 0, self.dilation)
+        found: Tensor = convolve(padded, weight, bias, self.stride, 0, self.dilation, groups)
         return found
 
 

@@ -10,7 +10,7 @@ The first Q is W rounded alone, whose error the factors take what they can of. T
 nearly flat spectrum, of which few directions hold little. So W without the factors is rounded
 again, the factors are fitted to what that Q lacks, and so on (LoftQ, arXiv:2310.08659): they then
 hold what they held before, and more. The best of all steps is kept, weight by weight. Factors alone
-are fitted once, to W.
+are fitted once, to W; where the first is canonical (`canonical.py`), only the last is a best one.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from quantlib.errors import RoundingError
-from quantlib.formats.composite import DOWN, UP, CompositeWeight, parts_of
+from quantlib.formats.composite import DOWN, SPAN, UP, CompositeWeight, Part, first_factor, parts_of
+from quantlib.formats.rtn import quantize_rtn
 from quantlib.formats.scheme import Scheme
 from quantlib.formats.weight import QuantizedWeight, dequantize
+from quantlib.rounding.canonical import canonical_factors
 from quantlib.rounding.fixed import round_fixed
 from quantlib.rounding.hessian import check_weight, damped
 from quantlib.rounding.integer import (
@@ -156,18 +158,40 @@ def _with_factors(
     parts, error = parts_of(scheme, shape), weight.double()
     if rest is not None:
         error = error - dequantize(rest).double()
-    down = metric.directions(error, scheme.low_rank.rank)
-    # Columns of B get one length, so that one scale per row suits them all, and both factors share
-    # the size of their product, so that float16 holds the scales of either.
-    lengths = (error @ metric.moment @ down.T).norm(dim=0).clamp(min=1e-20)
-    rows = (down * (lengths / lengths.max().sqrt())[:, None]).float()
-    first = _rounded({"": rows}, metric.moment.float(), parts[DOWN].segments, options)[""]
-    read = dequantize(first).double()
+    first = _first_factor(error, scheme, metric, parts, options)
+    read = first_factor({name: dequantize(part) for name, part in first.items()}).double()
     moment = read @ metric.moment @ read.T
     moment.diagonal().add_(1e-9 * moment.diagonal().mean().clamp(min=1e-30))
     fitted = torch.linalg.solve(moment, read @ metric.moment @ error.T).T
     second = _rounded({"": fitted.float()}, moment.float(), parts[UP].segments, options)[""]
-    stored = {DOWN: first, UP: second} if rest is None else {"": rest, DOWN: first, UP: second}
+    stored = {**({} if rest is None else {"": rest}), **first, UP: second}
     found = CompositeWeight(scheme, shape, stored)
     left = error - dequantize(second).double() @ read
     return found, metric.loss(left)
+
+
+def _first_factor(
+    error: Tensor,
+    scheme: Scheme,
+    metric: Metric,
+    parts: Mapping[str, Part],
+    options: RoundingOptions,
+) -> dict[str, QuantizedWeight]:
+    """What the input is multiplied by first, rounded, by what is added to the weight's name."""
+    assert scheme.low_rank is not None
+    rank, window = scheme.low_rank.rank, scheme.low_rank.window
+    if window:
+        strength = metric.moment.diagonal()
+        vectors = canonical_factors(error, rank, window, metric.importance, strength)
+        down = vectors[0] / vectors[0].norm(dim=1).max().clamp(min=1e-20).sqrt()
+        spans = {f"{SPAN}{axis}": own for axis, own in enumerate(vectors[1:])}
+        return {
+            name: quantize_rtn(own.float(), parts[name].segments)
+            for name, own in ({DOWN: down} | spans).items()
+        }
+    down = metric.directions(error, rank)
+    # Columns of B get one length, so that one scale per row suits them all, and both factors share
+    # the size of their product, so that float16 holds the scales of either.
+    lengths = (error @ metric.moment @ down.T).norm(dim=0).clamp(min=1e-20)
+    rows = (down * (lengths / lengths.max().sqrt())[:, None]).float()
+    return _rounded({DOWN: rows}, metric.moment.float(), parts[DOWN].segments, options)

@@ -51,18 +51,22 @@ def rows_of(weight: QuantizedWeight, first: int, last: int) -> QuantizedWeight:
     one scale for a whole tensor."""
     if (first, last) == (0, weight.shape[0]):
         return weight
-    own = slice(first, last)
+    return select_rows(weight, torch.arange(first, last))
+
+
+def select_rows(weight: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
+    """The rows int64 [R], in their order and in memory of their own; as `rows_of`."""
     segments = tuple(
         QuantizedSegment(
             part.segment,
-            part.codes[own].clone(),
-            part.scale[own].clone(),
-            None if part.row_scale is None else part.row_scale[own].clone(),
-            None if part.zero is None else part.zero[own].clone(),
+            part.codes[rows],
+            part.scale[rows],
+            None if part.row_scale is None else part.row_scale[rows],
+            None if part.zero is None else part.zero[rows],
         )
         for part in weight.segments
     )
-    return QuantizedWeight((last - first, weight.shape[1]), segments)
+    return QuantizedWeight((len(rows), weight.shape[1]), segments)
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:

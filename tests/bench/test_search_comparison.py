@@ -101,7 +101,7 @@ def test_a_formula_evolved_on_one_model_is_judged_on_the_other_and_kept(
     monkeypatch.setattr(evolved.record, "RESULTS", folder)
     subjects = [plans_measured.load(name, folder) for name in ("smollm2", "dinov2")]
     settings = Settings(population=20, children=20, generations=3)
-    found = evolved.results(subjects, 1, settings)
+    found = evolved.results(subjects, 1, settings, folder)
     assert len(found["rows"]) == 4
     for row in found["rows"]:
         other = "dinov2" if row["evolved_on"] == "smollm2" else "smollm2"

@@ -26,6 +26,8 @@ from quantlib.rounding.rows import assign_rows
 from quantlib.runtime.assemble import Inputs, replace_modules
 from quantlib.runtime.composite import (
     BlockedEmbedding,
+    BlockedLinear,
+    CanonicalConvolution,
     FactoredConvolution,
     FactoredLinear,
     ThinConvolution,
@@ -35,7 +37,7 @@ from quantlib.runtime.modules import TiedHead, packed_modules
 from tests.runtime.conftest import build, matrices
 
 EMBEDDING = "w8g16@1/8+w6g16@3/8+w6g16d24"
-LINEARS = ("w4g32+r4", "w5g16z+r3w4", "w6g32")
+LINEARS = ("w4g32+r4", "w5g16z+r3w4", "w6g32", "w8g16@1/4+w4g32z@1/4+w6")
 TOLERANCE = 2e-4
 """Of logits: float32 sums of some dozens of products in another order, through two layers."""
 
@@ -96,9 +98,9 @@ def test_a_checkpoint_computes_what_its_matrices_stand_for(family: str, tmp_path
     expected, found = logits(dense), logits(loaded)
     assert not float((found - expected).abs().max()) > TOLERANCE * float(expected.abs().max())
     kinds = [type(module) for module in packed_modules(loaded).values()]
-    assert {BlockedEmbedding, FactoredLinear} <= set(kinds)
+    assert {BlockedEmbedding, BlockedLinear, FactoredLinear} <= set(kinds)
     for name, weight in dense.state_dict().items():
-        if schemes.get(name, "").startswith(("w4g32+", "w5g16z+", "w8g16@")):
+        if schemes.get(name, "").startswith(("w4g32+", "w5g16z+", "w8g16@1/8", "w8g16@1/4")):
             module = loaded.get_submodule(name.rpartition(".")[0])
             torch.testing.assert_close(module.dequantize(), weight, rtol=1e-4, atol=1e-5)
 
@@ -189,7 +191,7 @@ def test_factors_follow_the_order_of_their_inputs_and_round_with_the_rest() -> N
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("scheme", ["w4g16+r5", "r12w8", "r7w4"])
+@pytest.mark.parametrize("scheme", ["w4g16+r5", "r12w8", "r7w4", "c12k3x3w8"])
 @pytest.mark.parametrize("size", [3, 16])
 def test_a_convolution_with_factors_is_the_dense_one(size: int, scheme: str) -> None:
     """Of a small picture by the unfolded input, of a large one by dense filters."""
@@ -198,7 +200,8 @@ def test_a_convolution_with_factors_is_the_dense_one(size: int, scheme: str) -> 
     model = nn.Sequential(copy.deepcopy(dense))
     replace_modules(model, {"0.weight": scheme}, {"0.weight": (40, 54)})
     packed = model[0]
-    assert type(packed) is (ThinConvolution if scheme[0] == "r" else FactoredConvolution)
+    kinds = {"r": ThinConvolution, "c": CanonicalConvolution, "w": FactoredConvolution}
+    assert type(packed) is kinds[scheme[0]]
     packed.load_state_dict(
         {"weight" + k: t for k, t in pack_stored(stored).items()} | {"bias": dense.bias}
     )
@@ -210,12 +213,28 @@ def test_a_convolution_with_factors_is_the_dense_one(size: int, scheme: str) -> 
         torch.testing.assert_close(packed.weight, dense.weight, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_canonical_factors_read_strided_windows_of_one_axis(mode: str) -> None:
+    dense = nn.Conv1d(8, 24, 5, stride=2, padding=3, dilation=2, padding_mode=mode)
+    stored = rounded("c9k5w8", dense.weight.detach().flatten(1))
+    model = nn.Sequential(copy.deepcopy(dense))
+    replace_modules(model, {"0.weight": "c9k5w8"})
+    tensors = {"weight" + k: t for k, t in pack_stored(stored).items()}
+    model[0].load_state_dict(tensors | {"bias": dense.bias})
+    with torch.no_grad():
+        dense.weight.copy_(dequantize_stored(stored).view(dense.weight.shape))
+        x = torch.randn(2, 8, 30, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(model[0](x), dense(x), rtol=1e-4, atol=1e-4)
+
+
 def test_schemes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ModelError, match="embeddings"):
-        replace_modules(nn.Sequential(nn.Linear(64, 32)), {"0.weight": "w4@1/2+w3"})
+        replace_modules(nn.Sequential(nn.Conv2d(4, 32, 3)), {"0.weight": "w4@1/2+w3"})
     with pytest.raises(ModelError, match="linears"):
         replace_modules(nn.Sequential(nn.Embedding(64, 32)), {"0.weight": "w4+r3"})
-    with pytest.raises(ModelError, match="linears"):
+    with pytest.raises(ModelError, match="convolutions"):
         replace_modules(nn.Sequential(nn.Linear(64, 32)), {"0.weight": "r4w8"})
+    with pytest.raises(ModelError, match="another window"):
+        replace_modules(nn.Sequential(nn.Conv2d(6, 32, 3)), {"0.weight": "c4k9w8"})
     with pytest.raises(ModelError, match="directions"):
         replace_modules(nn.Sequential(nn.Linear(64, 32)), {"0.weight": "w4+r32"})

@@ -1,0 +1,327 @@
+"""Bits to rows: what blocks of rows are worth below 3 bits, and the graph network as their judge.
+
+    python -P -m quantlib.bench.graph_rows --work DIR                  everything
+    python -P -m quantlib.bench.graph_rows --work DIR --budget 2.25    one budget
+    python -P -m quantlib.bench.graph_rows --work DIR --every 3        every third block only
+    python -P -m quantlib.bench.graph_rows --work DIR --packed         one plan, run by the kernels
+
+SmolLM2-135M-Instruct (the permuted copy of `bench.assets`), its 210 linears at true bits per
+weight (codes, scales, zero points, blocks); embedding and norms stay as they are. Each allocation
+is measured on held-out windows. All of them choose from one set of formats and round alike, by
+plain GPTQ (`gptq`) or with coordinate descent behind it (`descent`):
+
+    known     GPTQ as it is known: one format with float16 scales everywhere, then the next one,
+              linear by linear
+    uniform   the same with quantlib's formats, two-level scales
+    layers    the exact knapsack over whole linears
+    rows      the exact knapsack over blocks of rows of all linears, by what every row lost
+    graph     blocks of rows by the graph network's prices: it was taught on the columns' errors of
+              every fourth block, and nothing else was rounded for it
+
+DIR is a work directory of `quantlib measure`: statistics and rounded weights that are there are
+used, others made. Finished rows are kept in DIR/graph_rows.json, so a command that was stopped goes
+on. `kl_ratio` is the KL over that of `uniform`, rounded alike, of the same windows; `kl_ratio_gptq`
+over that of `uniform` by plain GPTQ, where that was measured. `--packed` writes the plan of `rows`
+at PACKED bits as a checkpoint, whose linears have blocks of rows, and evaluates it through the
+kernels beside the dense model with the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantlib.bench import assets, record
+from quantlib.bench.graph import BUDGETS, SEQLEN, WINDOWS
+from quantlib.bench.graph_checkpoint import OTHERS, write_keys
+from quantlib.bench.graph_model import dense_model
+from quantlib.bench.graph_row_tables import KNOWN, SCHEMES, RowTable, tables
+from quantlib.bench.graph_sensitivity import ratio_error
+from quantlib.calibration.data import load_windows
+from quantlib.checkpoint.disk import atomic_write_text
+from quantlib.checkpoint.provenance import digest
+from quantlib.evaluation.language import LanguageResult, evaluate_language
+from quantlib.evaluation.reference import reference_logprobs
+from quantlib.formats.composite import ROWS, CompositeWeight, pack_stored
+from quantlib.formats.scheme import Scheme
+from quantlib.formats.weight import unpack
+from quantlib.models.source import Source
+from quantlib.pipeline.calibrate import calibrate
+from quantlib.pipeline.dense import bank_weight
+from quantlib.pipeline.measure import measure_plan
+from quantlib.pipeline.opening import load_tokenizer, open_run
+from quantlib.pipeline.run import Run
+from quantlib.recipe import Recipe
+from quantlib.rounding.stack import select_rows
+from quantlib.runtime.load import load
+from quantlib.search.baselines import uniform
+from quantlib.search.columns import chosen, column_problem
+from quantlib.search.gnn import ColumnNetwork
+from quantlib.search.gnn_bits import Training, train
+from quantlib.search.row_widths import RowAssignment
+from quantlib.search.solve import solve
+
+METHODS = ("uniform", "rows", "layers", "graph", "known")
+ROUNDINGS = {"descent": 3, "gptq": 0}
+"""Passes of coordinate descent."""
+BASE = ("uniform", "gptq")
+TAUGHT = 4
+"""Of so many blocks the network is taught on one."""
+TRAINING = Training(steps=100, batch=8)
+PACKED = 2.5
+
+
+def budget_bytes(found: Mapping[str, RowTable], bits: float) -> int:
+    """Bytes of all linears at `bits` true bits per weight, or of the smallest choices."""
+    parameters = sum(math.prod(table.shape) for table in found.values())
+    smallest = sum(min(table.candidates("layers").bytes) for table in found.values())
+    return max(int(bits * parameters / 8), smallest)
+
+
+def allocation(found: Mapping[str, RowTable], method: str, budget: int) -> dict[str, RowAssignment]:
+    """Linear -> its assignment."""
+    prices: dict[str, Tensor] = {}
+    if method == "graph":
+        prices = network_prices(found, budget)
+    candidates = {n: table.candidates(method, prices.get(n)) for n, table in found.items()}
+    problem = column_problem(candidates)
+    if method in ("uniform", "known"):
+        smallest = sum(min(one.bytes) for one in candidates.values())
+        return chosen(candidates, uniform(problem, max(budget, smallest)))
+    return chosen(candidates, solve(problem, budget).picks)
+
+
+def network_prices(found: Mapping[str, RowTable], budget: int) -> dict[str, Tensor]:
+    """What a network says that was taught on the linears of every TAUGHT-th block."""
+    blocks = list(dict.fromkeys(name.split(".")[2] for name in found))
+    known = set(blocks[:: min(TAUGHT, len(blocks))])
+    lessons = {n: t.lesson() for n, t in found.items() if n.split(".")[2] in known}
+    least = sum(len(one.prices) * float(one.rates[0]) for one in lessons.values())
+    share = sum(math.prod(found[n].shape) for n in lessons) / sum(
+        math.prod(table.shape) for table in found.values()
+    )
+    network = ColumnNetwork(torch.Generator().manual_seed(0))
+    train(network, lessons, max(share * budget, 1.001 * least), TRAINING)
+    return {name: table.judged(network) for name, table in found.items()}
+
+
+class Judge:
+    """The dense model, whose linears follow an allocation."""
+
+    def __init__(self, source: Source, windows: Tensor) -> None:
+        self._source, self.windows = source, windows
+
+    @cached_property
+    def model(self) -> Any:
+        model = dense_model(self._source)
+        self._reference = reference_logprobs(model, self.windows)
+        return model
+
+    @torch.no_grad()
+    def measure(self, run: Run, plan: Mapping[str, RowAssignment]) -> LanguageResult:
+        """Of weights as this run's bank has them."""
+        parameters = dict(self.model.named_parameters())
+        for name, one in plan.items():
+            for index, scheme in enumerate(one.formats):
+                rows = torch.nonzero(one.block == index)[:, 0]
+                parameters[name][rows] = bank_weight(run, name, scheme)[rows]
+        return self.evaluate(self.model)
+
+    def evaluate(self, model: Any) -> LanguageResult:
+        """Any model beside the source."""
+        return evaluate_language(model, self.windows, self._reference)
+
+
+def row_of(
+    run: Run, judge: Judge, found: Mapping[str, RowTable], method: str, bits: float
+) -> dict[str, Any]:
+    """One allocation: chosen and measured."""
+    budget = budget_bytes(found, bits)
+    started = time.process_time()
+    plan = allocation(found, method, budget)
+    searched = time.process_time() - started
+    result = judge.measure(run, plan)
+    assert result.kl is not None
+    assert result.perplexity_ratio is not None
+    size = sum(found[name].size(one) for name, one in plan.items())
+    return {
+        "linears": len(found),
+        "true_bits": 8 * size / sum(math.prod(table.shape) for table in found.values()),
+        "kl": result.kl.value,
+        "kl_error": result.kl.standard_error,
+        "perplexity_ratio": result.perplexity_ratio.value,
+        "predicted": math.fsum(one.loss for one in plan.values()),
+        "lost": math.fsum(found[name].lost(one) for name, one in plan.items()),
+        "linears_in_blocks": sum(len(one.formats) > 1 for one in plan.values()),
+        "search_seconds": round(searched, 1),
+        "kl_by_window": result.per_window["kl"],
+    }
+
+
+def write_packed(run: Run, plan: Mapping[str, RowAssignment], out: Path) -> Path:
+    """The checkpoint of a plan, from the bank."""
+    keys = {}
+    for name, one in plan.items():
+        keys[name] = run.bank.key(name, one.scheme, run.rounding_hash)
+        if len(one.formats) > 1:
+            tensors = pack_stored(_composite(run, name, one))
+            inputs = digest([run.rounding_hash, "rows", one.block.tolist()])
+            keys[name] = run.bank.put(name, one.scheme, inputs, tensors)
+    return write_keys(run, {name: one.scheme for name, one in plan.items()}, keys, out)
+
+
+def _composite(run: Run, name: str, one: RowAssignment) -> CompositeWeight:
+    weight = run.model_map.weight(name)
+    shape, parts = (weight.out_features, weight.in_features), {}
+    for index, scheme in enumerate(one.formats):
+        tensors = run.bank.get(run.bank.key(name, scheme, run.rounding_hash))
+        whole = unpack(tensors, shape, Scheme.parse(scheme).segments(shape[1]))
+        parts[f"{ROWS}{index}"] = select_rows(whole, torch.nonzero(one.block == index)[:, 0])
+    return CompositeWeight(Scheme.parse(one.scheme), shape, parts, one.block)
+
+
+def packed_row(run: Run, judge: Judge, plan: Mapping[str, RowAssignment]) -> dict[str, Any]:
+    """KL and logits of a plan's weights, dense and through packed modules."""
+    measure_plan(run, {w.name: OTHERS for w in run.model_map.weights if w.name not in plan})
+    judge.measure(run, plan)
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+        file = write_packed(run, plan, Path(scratch) / "packed")
+        model = load(file).model
+        parameters = dict(judge.model.named_parameters())
+        for weight in run.model_map.weights:
+            if weight.name not in plan:
+                parameters[weight.name].copy_(bank_weight(run, weight.name, OTHERS))
+        dense, packed = judge.evaluate(judge.model), judge.evaluate(model)
+        window = judge.windows[0]
+        expected, found = judge.model(window[None]).logits[0], model(window[None]).logits[0]
+        size = sum(one.stat().st_size for one in file.glob("*.safetensors"))
+    del judge.model  # its other weights are rounded now
+    assert dense.kl is not None
+    assert packed.kl is not None
+    return {
+        "bits": PACKED,
+        "bytes": size,
+        "linears_in_blocks": sum(len(one.formats) > 1 for one in plan.values()),
+        "kl_dense": dense.kl.value,
+        "kl_packed": packed.kl.value,
+        "largest_logit_difference": float((found - expected).abs().max() / expected.std()),
+    }
+
+
+def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with their KL over that of `uniform`, rounded alike and by plain GPTQ, at the same
+    bits, and the paired errors of these."""
+    uniform_rows = {
+        (row["rounding"], row["bits"], row["windows"]): torch.tensor(row["kl_by_window"])
+        for row in rows
+        if row["method"] == BASE[0]
+    }
+    out = []
+    for row in rows:
+        ours, found = torch.tensor(row["kl_by_window"]), dict(row)
+        for name, rounding in (("kl_ratio", row["rounding"]), ("kl_ratio_gptq", BASE[1])):
+            theirs = uniform_rows.get((rounding, row["bits"], row["windows"]))
+            if theirs is not None:
+                found[name] = float(ours.sum() / theirs.sum())
+                found[f"{name}_error"] = ratio_error(ours, theirs)
+        out.append(found)
+    return out
+
+
+class Kept:
+    """Finished rows, by name, in a file of the work directory; the result file follows them."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.rows: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+
+    def keep(self, name: str, row: Mapping[str, Any]) -> None:
+        self.rows[name] = dict(row)
+        atomic_write_text(self._file, json.dumps(self.rows, indent=1) + "\n")
+        print(name, {k: v for k, v in row.items() if isinstance(v, float)}, flush=True)
+        publish(list(self.rows.values()))
+
+
+def measure_all(
+    work: Path,
+    wanted: Sequence[str],
+    roundings: Sequence[str],
+    budgets: Sequence[float],
+    every: int,
+    windows: int,
+    packed: bool,
+) -> None:
+    """Measure what is not there yet."""
+    kept, data = Kept(work / "graph_rows.json"), str(assets.wikipedia_text("calibration"))
+    judge: Judge | None = None
+    for rounding in roundings:
+        plain = rounding == BASE[1]
+        known = plain and "known" in wanted
+        schemes = (*SCHEMES, *(KNOWN if known else ()), *((OTHERS,) if packed else ()))
+        recipe = Recipe.create(data=data, passes=ROUNDINGS[rounding], schemes=schemes)
+        with open_run(assets.fetch_smollm2(), work, recipe) as run:
+            calibrate(run)
+            found = tables(run, rounding, every, known)
+            if judge is None:
+                held_out = str(assets.wikipedia_text("held_out"))
+                tokenizer = load_tokenizer(run.source.path)
+                judge = Judge(run.source, load_windows(held_out, tokenizer, SEQLEN, windows, 0))
+            for method in (m for m in METHODS if m in wanted and (m != "known" or plain)):
+                for bits in budgets:
+                    about: dict[str, Any] = {"method": method, "rounding": rounding}
+                    about |= {"bits": bits, "windows": windows}
+                    name = f"{method}@{bits:g}/{rounding}/{every}/{windows}"
+                    if name not in kept.rows:
+                        kept.keep(name, about | row_of(run, judge, found, method, bits))
+            if packed and not plain:
+                plan = allocation(found, "rows", budget_bytes(found, PACKED))
+                kept.keep("packed", {"linears": len(found)} | packed_row(run, judge, plan))
+
+
+def publish(rows: Sequence[dict[str, Any]]) -> Path:
+    """Write the file that is committed: the rows in which most linears were rounded."""
+    most = max(row["linears"] for row in rows)
+    best = [row for row in rows if row["linears"] == most and "method" in row]
+    packed = [row for row in rows if "method" not in row]
+    about = {"seqlen": SEQLEN, "schemes": SCHEMES, "known": KNOWN}
+    return record.write("graph_rows", {**about, "rows": compared(best), "packed": packed})
+
+
+def main() -> None:
+    """Run what was asked for; what is finished is written to `results/graph_rows.json`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--budget", type=float, action="append")
+    parser.add_argument("--method", choices=METHODS, action="append")
+    parser.add_argument("--rounding", choices=ROUNDINGS, action="append")
+    parser.add_argument(
+        "--every", type=int, default=1, help="round the linears of every so many blocks only"
+    )
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="held-out windows")
+    parser.add_argument("--packed", action="store_true", help="run a plan by the kernels, too")
+    options = parser.parse_args()
+    measure_all(
+        options.work,
+        options.method or METHODS,
+        options.rounding or tuple(ROUNDINGS),
+        options.budget or BUDGETS,
+        options.every,
+        options.windows,
+        options.packed,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Blocks of rows on a tiny model: budgets hold, more to choose from loses less, and kernels run
+what was chosen."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantlib.bench.graph_checkpoint import OTHERS
+from quantlib.bench.graph_row_tables import KNOWN, SCHEMES, RowTable, tables
+from quantlib.bench.graph_rows import (
+    METHODS,
+    Judge,
+    allocation,
+    budget_bytes,
+    compared,
+    packed_row,
+    row_of,
+)
+from quantlib.pipeline.calibrate import calibrate
+from quantlib.pipeline.compress import open_run, recipe_for
+from quantlib.pipeline.measure import measure
+from quantlib.pipeline.plan import Budget
+from quantlib.pipeline.run import Run
+from quantlib.search.row_widths import RowAssignment
+
+RECIPE = {"seqlen": 64, "windows": 4, "probe_windows": 2, "probes": 0, "passes": 0, "seed": 0}
+Measured = tuple[Run, dict[str, RowTable], Judge]
+
+
+@pytest.fixture(scope="module")
+def measured(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Path], sample_text: str
+) -> Iterator[Measured]:
+    folder = tmp_path_factory.mktemp("rows")
+    model = tiny_llama(
+        folder / "model", hidden_size=128, intermediate_size=256, num_hidden_layers=2
+    )
+    text = folder / "text.txt"
+    text.write_text(sample_text)
+    recipe = recipe_for(Budget(), data=str(text), schemes=[*SCHEMES, *KNOWN, OTHERS], **RECIPE)
+    with open_run(model, folder / "work", recipe) as run:
+        calibrate(run)
+        measure(run)
+        found = tables(run, "gptq", 1, known=True)
+        yield run, found, Judge(run.source, run.probe_windows)
+
+
+def plan_of(measured: Measured, method: str, bits: float) -> tuple[dict[str, RowAssignment], int]:
+    found = measured[1]
+    budget = budget_bytes(found, bits)
+    return allocation(found, method, budget), budget
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_keeps_the_budget(measured: Measured, method: str) -> None:
+    plan, budget = plan_of(measured, method, 3.5)
+    found = measured[1]
+    assert plan.keys() == found.keys()
+    assert sum(found[name].size(one) for name, one in plan.items()) <= budget
+
+
+def test_more_to_choose_from_never_loses_more(measured: Measured) -> None:
+    found = measured[1]
+    lost = []
+    for method in ("rows", "layers", "uniform"):
+        plan, _ = plan_of(measured, method, 3.5)
+        lost.append(sum(found[name].lost(one) for name, one in plan.items()))
+        predicted = sum(one.loss for one in plan.values())
+        assert lost[-1] == pytest.approx(predicted, rel=1e-6)  # the table is exact for rows
+    assert lost == sorted(lost)
+
+
+def test_columns_and_rows_of_a_table_add_up_alike(measured: Measured) -> None:
+    for table in measured[1].values():
+        by_row, by_column = table.prices.sum(0), table.columns.sum(0)
+        # float32 products of some hundred terms on either side
+        torch.testing.assert_close(by_column, by_row, rtol=2e-3, atol=0)
+        torch.testing.assert_close(table.plain.sum(0), table.graph.plain.sum(0), rtol=1e-3, atol=0)
+
+
+def test_a_row_says_what_was_measured(measured: Measured) -> None:
+    run, found, judge = measured
+    row = row_of(run, judge, found, "rows", 3.5) | {"method": "rows"}
+    base = row_of(run, judge, found, "uniform", 3.5) | {"method": "uniform"}
+    rows = [one | {"rounding": "gptq", "bits": 3.5, "windows": 2} for one in (row, base)]
+    ratios = [one["kl_ratio"] for one in compared(rows)]
+    assert ratios == pytest.approx([row["kl"] / base["kl"], 1.0])
+    assert row["true_bits"] <= 3.5
+    assert row["linears_in_blocks"] > 0
+
+
+def test_blocks_of_rows_are_written_and_run_by_the_kernels(measured: Measured) -> None:
+    run, _, judge = measured
+    plan, _ = plan_of(measured, "rows", 3.5)
+    row = packed_row(run, judge, plan)
+    assert row["linears_in_blocks"] > 0
+    # the same numbers, summed in another order: some 1e-6 of the logits' spread
+    assert row["kl_packed"] == pytest.approx(row["kl_dense"], rel=1e-3)
+    assert row["largest_logit_difference"] < 1e-3
