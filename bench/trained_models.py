@@ -1,7 +1,8 @@
 """Larger models trained on in low precision: SmolLM2 by distillation, and the `unified` bed.
 
-    python -P -m quantlib.bench.trained_models smollm2      an hour on one core
+    python -P -m quantlib.bench.trained_models smollm2            an hour on one core
     python -P -m quantlib.bench.trained_models unified
+    python -P -m quantlib.bench.trained_models smollm2 --quick    minutes: few steps, short test
 
 Three rows each, of the same bit operations: all layers in one format and rounded to nearest, the
 same format trained on, and FLIQS trained for as long. A model learns from its own full-precision
@@ -11,10 +12,11 @@ that was stopped goes on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,14 +42,20 @@ from quantlib.pipeline.trained import Trainable
 from quantlib.search.fliqs import Fixed, Fliqs, Settings
 from quantlib.search.trained.costs import bops
 from quantlib.search.trained.layers import Layers, Space, decisions
-from quantlib.search.trained.loop import Loop, Method, Outcome, Task, Training
+from quantlib.search.trained.loop import Loop, Method, Outcome, Task, Training, judge_of
 from quantlib.search.trained.numbers import space_of
 
 METHODS = ("rounded", "uniform", "fliqs")
 BATCH, SEQLEN = 2, 64
 TEST_WINDOWS, TEST_SEQLEN = 12, 256
+QUICK_STEPS, QUICK_WINDOWS = 48, 4
+DRAWS = 2
+"""Choices that a step of a search judges beside the one that it trains."""
 SCENES = 16
 """Of each kind in a step of the unified bed."""
+
+
+Prepared = tuple[Task, Callable[[Any], object], Callable[[Any], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -55,8 +63,10 @@ class Subject:
     """A model, what it learns from, and how it is judged.
 
     model:    its folder. uniform: the format of all layers; its cost is what FLIQS may spend.
-    prepare:  (full-precision model) -> (task, example that runs one sample, judge of a model).
+    prepare:  (full-precision model, whether the test is to be short) -> (task, example that runs
+              one sample, judge of a model).
     frozen:   components that stay as they are: the task does not run them.
+    quick:    few steps and a short test: what it takes to see that all of it works.
     """
 
     name: str
@@ -64,21 +74,36 @@ class Subject:
     space: str
     uniform: str
     training: Training
-    prepare: Callable[[Any], tuple[Task, Callable[[Any], object], Callable[[Any], dict[str, Any]]]]
+    prepare: Callable[[Any, bool], Prepared]
     frozen: tuple[str, ...] = field(default=())
+    quick: bool = False
 
     def decided(self, weights: tuple[Weight, ...]) -> list[Weight]:
         """The weights that are searched over."""
         return [weight for weight in weights if weight.component not in self.frozen]
 
+    @property
+    def label(self) -> str:
+        """Its name in files."""
+        return f"{self.name}_quick" if self.quick else self.name
 
-def _smollm2(
-    teacher: Any,
-) -> tuple[Task, Callable[[Any], object], Callable[[Any], dict[str, Any]]]:
+    def key(self, method: str) -> str:
+        """sha256 over what a row depends on."""
+        parts = [method, self.name, self.space, self.uniform, asdict(self.training), self.quick]
+        parts += [asdict(Settings.short(0.0, 0, 0, DRAWS))] if method == "fliqs" else []
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def quickly(self) -> Subject:
+        """The same in minutes."""
+        return replace(self, training=replace(self.training, steps=QUICK_STEPS), quick=True)
+
+
+def _smollm2(teacher: Any, quick: bool) -> Prepared:
     tokenizer = load_tokenizer(assets.fetch_smollm2())
     train = load_windows(str(assets.wikipedia_text("calibration")), tokenizer, SEQLEN, 2048, 0)
     held_out = str(assets.wikipedia_text("held_out"))
-    test = load_windows(held_out, tokenizer, TEST_SEQLEN, TEST_WINDOWS, 0)
+    count = QUICK_WINDOWS if quick else TEST_WINDOWS
+    test = load_windows(held_out, tokenizer, TEST_SEQLEN, count, 0)
 
     def judge(model: Any) -> dict[str, Any]:
         return dict(evaluate_language(model, test, teacher).to_json())
@@ -86,7 +111,7 @@ def _smollm2(
     return distillation(teacher, train, BATCH), lambda m: m(input_ids=train[:1]), judge
 
 
-def _unified(_: Any) -> tuple[Task, Callable[[Any], object], Callable[[Any], dict[str, Any]]]:
+def _unified(_: Any, quick: bool) -> Prepared:
     digits, bed = fetch_digits(), unified.BED
     source, test = handwriting(digits, "train"), handwriting(digits, "test")
     reader = load_judge(bed.weights / "judge.safetensors")
@@ -110,6 +135,10 @@ def _unified(_: Any) -> tuple[Task, Callable[[Any], object], Callable[[Any], dic
         return losses(model, torch.Generator().manual_seed(0), 1)
 
     def judge(model: Any) -> dict[str, Any]:
+        if quick:
+            with torch.no_grad():
+                loss = losses(model.eval(), torch.Generator().manual_seed(1), 4 * SCENES)
+            return {"loss": float(loss)}
         return unified_gates.as_json(unified_gates.measure(model.eval(), reader, test))
 
     return task, example, judge
@@ -144,6 +173,10 @@ def main(
     method: Annotated[
         list[str] | None, typer.Option(help=f"Only this one, of {', '.join(METHODS)}. Repeatable.")
     ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Few steps and a short test, in a result file of its own."),
+    ] = False,
 ) -> None:
     """Make the rows that are missing, and write bench/results/search_trained_SUBJECT.json.
 
@@ -152,11 +185,15 @@ def main(
     try:
         if subject not in SUBJECTS or set(method or ()) - set(METHODS):
             raise UsageError(f"use one of {', '.join(SUBJECTS)}, and of {', '.join(METHODS)}")
-        chosen = SUBJECTS[subject]
+        chosen = SUBJECTS[subject].quickly() if quick else SUBJECTS[subject]
         for name in method or METHODS:
             measured(chosen, name)
         kept = [row for name in METHODS if (row := _kept(chosen, name)) is not None]
-        path = record.write(f"search_trained_{subject}", {"rows": kept})
+        policy = asdict(Settings.short(0.0, 0, 0, DRAWS))
+        settings = {**asdict(chosen.training), **{f"policy_{k}": v for k, v in policy.items()}}
+        told = [{k: v for k, v in row.items() if k != "key"} for row in kept]
+        document = {"settings": settings, "rows": told}
+        path = record.write(f"search_trained_{chosen.label}", document)
         console.print(f"wrote {path.name}")
     except QuantlibError as error:
         console.print(str(error), style="red", markup=False)
@@ -169,14 +206,16 @@ def folder() -> Path:
 
 
 def _row_file(subject: Subject, method: str) -> Path:
-    return folder() / f"{subject.name}-{method}.json"
+    return folder() / f"{subject.label}-{method}.json"
 
 
 def _kept(subject: Subject, method: str) -> dict[str, Any] | None:
+    """The row that was made before, None when there is none, or of other settings."""
     try:
-        return dict(read_json(_row_file(subject, method)))
+        found = dict(read_json(_row_file(subject, method)))
     except CheckpointError:
         return None
+    return found if found.get("key") == subject.key(method) else None
 
 
 def measured(subject: Subject, method: str) -> dict[str, Any]:
@@ -186,7 +225,9 @@ def measured(subject: Subject, method: str) -> dict[str, Any]:
         return kept
     console.print(f"Training {subject.name}, {method}")
     started = time.monotonic()
-    found = {"subject": subject.name, "method": method, **_measure(subject, method)}
+    found: dict[str, Any] = {"key": subject.key(method)}
+    found |= {"subject": subject.name, "method": method}
+    found |= _measure(subject, method)
     found["seconds"] = round(time.monotonic() - started, 1)
     folder().mkdir(parents=True, exist_ok=True)
     atomic_write_text(_row_file(subject, method), json.dumps(found, indent=1) + "\n")
@@ -197,7 +238,7 @@ def _measure(subject: Subject, method: str) -> dict[str, Any]:
     trainable = Trainable.open(subject.model())
     teacher = skeleton.build(trainable.source)
     skeleton.materialize(teacher, "", trainable.source)
-    task, example, judge = subject.prepare(teacher)
+    task, example, judge = subject.prepare(teacher, subject.quick)
     rests = {w.name for w in trainable.model_map.weights if w.component in subject.frozen}
     for name, parameter in trainable.model.named_parameters():
         if name in rests:
@@ -209,11 +250,13 @@ def _measure(subject: Subject, method: str) -> dict[str, Any]:
     uniform = layers.space.uniform(subject.uniform)
     training, choice = subject.training, uniform
     if method != "rounded":
-        search = Settings(costs.of(uniform), training.steps // 6, training.steps // 4, entropy=0.03)
-        found = Fliqs(layers, costs, search, training.steps, training.seed)
+        steps, target = training.steps, costs.of(uniform)
+        search = Settings.short(target, steps // 8, steps * 3 // 8, DRAWS)
+        judges = judge_of(trainable.model, task, training)
+        found = Fliqs(layers, costs, search, steps, training.seed, judges)
         learner: Method = found if method == "fliqs" else Fixed(layers, uniform)
         about = {"model": trainable.source.fingerprint, "subject": subject.name}
-        file = folder() / f"{subject.name}-{method}.safetensors"
+        file = folder() / f"{subject.label}-{method}-{subject.key(method)[:8]}.safetensors"
         Loop(trainable.model, task, learner, training, file, about, _show).run()
         choice = found.final() if method == "fliqs" else uniform
     layers.choose(choice)

@@ -3,10 +3,13 @@
     python -P -m quantlib.bench.trained_search                      all rows that are missing
     python -P -m quantlib.bench.trained_search --network vit --method fliqs-int --seeds 1
     python -P -m quantlib.bench.trained_search --list               which rows are there
+    python -P -m quantlib.bench.trained_search --tuning             judge on other pictures
 
 Fashion-MNIST, 55,000 pictures to train on, 10,000 to test. A seed draws one network, which is
 trained in full precision once; every method then trains that network on, for the same steps over
-the same batches with the same learning rates, so a difference is the method's. The unit of cost is
+the same batches with the same learning rates, so a difference is the method's. Settings were chosen
+on networks of other seeds and 5,000 further pictures (--tuning): the test set only reports. The
+unit of cost is
 bit operations (multiplications x weight bits x input bits); every layer is quantized, the first and
 the last too, weights by output channel, inputs by token (of convolutions: by picture). Every
 quantized network that quantlib stores is written as a checkpoint, loaded again, and judged as it
@@ -20,7 +23,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +44,8 @@ from quantlib.bench.packages import console
 from quantlib.bench.trained_table import compared, table
 from quantlib.checkpoint.disk import atomic_write_text, read_json
 from quantlib.errors import CheckpointError, QuantlibError, SearchError, UsageError
+from quantlib.formats.scheme import Scheme
+from quantlib.pipeline.narrowed import Chosen, write_choice
 from quantlib.pipeline.trained import Found, Trainable, write_trained
 from quantlib.runtime.load import load
 from quantlib.search.csq import Csq
@@ -48,19 +53,16 @@ from quantlib.search.csq import Settings as CsqSettings
 from quantlib.search.fliqs import Fixed, Fliqs, Settings
 from quantlib.search.trained.costs import FULL_BITS, Costs, bops
 from quantlib.search.trained.layers import Choice, Layers, Space, WidthDecision, decisions
-from quantlib.search.trained.loop import Loop, Method, Report, Training
+from quantlib.search.trained.loop import Judge, Loop, Method, Report, Training, judge_of
 from quantlib.search.trained.numbers import SPACES, space_of
-from quantlib.search.trained.outcome import rounded, schemes_of
 
-BEFORE = {"resnet": 1200, "vit": 1600}
+BEFORE = {"resnet": 900, "vit": 1600}
 """Steps in full precision, once for each seed."""
-STEPS = 800
+STEPS = 600
 """Steps of every method."""
-DELAY, SETTLE = 100, 240
+DELAY, SETTLE = 40, 300
 """Of these: uniform drawing at first, fixed formats at the end."""
-ENTROPY = 0.03
-"""The highest weight of the policy's entropy. The authors' 0.1 is for runs of many times as many
-steps: in these few it decides before the rewards can."""
+TUNING_SEED = 100
 FOUR = 16.0
 """Bit operations of a multiplication in 4-bit numbers."""
 EIGHTH = FULL_BITS / 8
@@ -91,8 +93,10 @@ ENTRIES = {
         Entry("full", "full precision, trained on for as long"),
         Entry("int4", "uniform 4-bit integers", uniform="w4a4"),
         Entry("e2m1", "uniform 4-bit floats", "mixed-xl", uniform="e2m1"),
-        Entry("fliqs-int", "FLIQS, integers of 3 to 8 bits", "int-xl", target=FOUR),
-        Entry("fliqs-mixed", "FLIQS, these and floats", "mixed-xl", target=FOUR),
+        Entry("w3a5", "uniform, 3-bit weights and 5-bit inputs", "int-pairs", uniform="w3a5"),
+        Entry("fliqs-tied", "FLIQS, integers of 3 to 8 bits", "int-xl", target=FOUR),
+        Entry("fliqs-int", "FLIQS, weights and inputs of 2 to 8 bits", "int-pairs", target=FOUR),
+        Entry("fliqs-mixed", "FLIQS, these and floats", "mixed-pairs", target=FOUR),
         Entry("csq", "CSQ, 4 bits a weight, 4-bit inputs", uniform="w4a4", csq=4.0),
         Entry("fliqs-int-8th", "FLIQS-L, integers of 4 to 8 bits", "int-l", target=EIGHTH),
         Entry("fliqs-float-8th", "FLIQS-L, floats of 4 to 8 bits", "float-l", target=EIGHTH),
@@ -109,23 +113,35 @@ ENTRIES = {
 
 @dataclass(frozen=True)
 class Row:
-    """A row's place: what, on which network, from which seed."""
+    """A row's place: what, on which network, from which seed, judged on which pictures."""
 
     network: Network
     entry: Entry
     seed: int
+    judged_on: str = "test"
 
     @property
     def name(self) -> str:
-        return f"{self.network.name}-{self.entry.name}-{self.seed}"
+        part = "" if self.judged_on == "test" else f"-{self.judged_on}"
+        return f"{self.network.name}-{self.entry.name}-{self.seed}{part}"
+
+    @property
+    def state(self) -> str:
+        """Name of its training state."""
+        return f"{self.name}-{self.key[:8]}"
+
+    @property
+    def search(self) -> Settings:
+        """Of FLIQS; its target is that of one multiplication."""
+        return Settings.short(self.entry.target, DELAY, SETTLE)
 
     @property
     def key(self) -> str:
         """sha256 over what the row depends on."""
-        parts = [asdict(self.entry), self.seed, self.network.name, self.network.rate]
+        parts = [asdict(self.entry), self.seed, self.network.digest, self.network.rate]
         parts += [BEFORE[self.network.name], STEPS, DELAY, SETTLE]
         if self.entry.target:
-            parts += [ENTROPY, SPACES[self.entry.space]]
+            parts += [asdict(self.search), SPACES[self.entry.space]]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -141,7 +157,16 @@ def main(
     method: Annotated[
         list[str] | None, typer.Option(help=f"Only this one, of {', '.join(ENTRIES)}. Repeatable.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="From 0.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
+    first: Annotated[int, typer.Option("--from", min=0, help="The first seed.")] = 0,
+    tuning: Annotated[
+        bool,
+        typer.Option(
+            "--tuning",
+            help=f"Seeds are {TUNING_SEED} higher and judged on pictures that are neither trained "
+            "on nor the test set: for choosing settings. Prints a table and writes no result.",
+        ),
+    ] = False,
     only_list: Annotated[
         bool, typer.Option("--list", help="Print the rows and whether they are there.")
     ] = False,
@@ -153,14 +178,18 @@ def main(
     try:
         networks = _named(NETWORKS, network, "network")
         entries = _named(ENTRIES, method, "method")
-        rows = [Row(n, e, seed) for seed in range(seeds) for e in entries for n in networks]
+        offset, part = (TUNING_SEED, "held_out") if tuning else (0, "test")
+        drawn = range(first + offset, first + offset + seeds)
+        rows = [Row(n, e, seed, part) for n in networks for seed in drawn for e in entries]
         if only_list:
             for row in rows:
                 print(f"{'there  ' if _kept(row) else 'missing'}  {row.name}")
             return
-        for row in rows:
-            measured(row)
-        report()
+        found = [measured(row) for row in rows]
+        if tuning:
+            print(table(compared(found)))
+        else:
+            report()
     except QuantlibError as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(error.exit_code) from error
@@ -184,7 +213,7 @@ def report() -> None:
         "steps": STEPS,
         "delay": DELAY,
         "settle": SETTLE,
-        "entropy": ENTROPY,
+        "policy": asdict(Settings.short(FOUR, DELAY, SETTLE)),
     }
     says = {name: entry.says for name, entry in ENTRIES.items()}
     told = [{k: v for k, v in row.items() if k != "key"} for row in rows]
@@ -208,11 +237,11 @@ def measured(row: Row) -> dict[str, Any]:
         return kept
     console.print(f"Training {row.name}")
     source = trained_before(row.network, row.seed)
-    started = time.monotonic()
+    started, resumed = time.monotonic(), _state_file(row.state).exists()
     found: dict[str, Any] = {"key": row.key, "network": row.network.name}
     found |= {"method": row.entry.name}
     found |= {"seed": row.seed, **_measure(row, source)}
-    found["seconds"] = round(time.monotonic() - started, 1)
+    found["seconds"] = None if resumed else round(time.monotonic() - started, 1)
     path = folder() / "rows" / f"{row.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, json.dumps(found, indent=1) + "\n")
@@ -223,7 +252,7 @@ def measured(row: Row) -> dict[str, Any]:
 def trained_before(network: Network, seed: int) -> Path:
     """The folder of the network that all methods of a seed begin with."""
     steps = BEFORE[network.name]
-    name = f"{network.name}-{seed}-{steps}"
+    name = f"{network.name}-{network.digest[:8]}-{seed}-{steps}"
 
     def build(made: Path, scratch: Path) -> None:
         model = network.drawn(seed)
@@ -239,10 +268,13 @@ def trained_before(network: Network, seed: int) -> Path:
 
 
 def _train(trainable: Trainable, method: Method, training: Training, name: str) -> None:
-    file = folder() / "states" / f"{name}.safetensors"
     about = {"model": trainable.source.fingerprint, "data": "fashion-mnist"}
     task = classification(pictures("train"))
-    Loop(trainable.model, task, method, training, file, about, _shown(name)).run()
+    Loop(trainable.model, task, method, training, _state_file(name), about, _shown(name)).run()
+
+
+def _state_file(name: str) -> Path:
+    return folder() / "states" / f"{name}.safetensors"
 
 
 def _shown(name: str) -> Report:
@@ -257,25 +289,30 @@ def _shown(name: str) -> Report:
 
 
 def _space(trainable: Trainable, entry: Entry, network: Network) -> Space:
-    widths = tuple(
-        WidthDecision(writer.removesuffix(".weight"), (writer,), (reader,), entry.widths)
-        for writer, reader in (network.hidden if entry.widths else ())
-    )
-    return Space(decisions(trainable.model_map.weights, space_of(entry.space)), widths)
+    numbers = decisions(trainable.model_map.weights, space_of(entry.space))
+    if not entry.widths:
+        return Space(numbers)
+    if network.setting:  # one width for all blocks
+        writers, readers = zip(*network.hidden, strict=True)
+        hidden = WidthDecision("hidden", writers, readers, entry.widths, network.setting)
+        return Space(numbers, (hidden,))
+    widths = (WidthDecision(w, (w,), (r,), entry.widths) for w, r in network.hidden)
+    return Space(numbers, tuple(widths))
 
 
 def _measure(row: Row, source: Path) -> dict[str, Any]:
     """Train, and judge."""
-    trainable, test = Trainable.open(source), pictures("test")
+    trainable, test = Trainable.open(source), pictures(row.judged_on)
     layers = Layers(trainable.model, _space(trainable, row.entry, row.network))
     example = test.first(1).pixels
     trainable.model.eval()
     products = layers.count_products(lambda: trainable.model(pixel_values=example))
     costs = bops(layers.space, products)
-    method = _method(row, layers, costs, products)
     training = Training(STEPS, row.network.rate / 4, STEPS // 20, seed=row.seed)
-    _train(trainable, method, training, row.name)
-    found, spent = _ended(method, layers, costs, row.entry)
+    judge = judge_of(trainable.model, classification(pictures("train")), training)
+    method = _method(row, layers, costs, products, judge)
+    _train(trainable, method, training, row.state)
+    found, spent = _ended(method, layers, costs, products, row.entry)
     trainable.model.eval()
     right = answers(trainable.model, test)
     per_product = spent / sum(products.values())
@@ -295,11 +332,11 @@ class Ended:
     does)."""
 
     told: dict[str, Any]
-    ships: Found | str
+    ships: Found | Chosen | str
 
 
 def _method(
-    row: Row, layers: Layers, costs: Costs, products: Mapping[str, float]
+    row: Row, layers: Layers, costs: Costs, products: Mapping[str, float], judge: Judge
 ) -> Fixed | Fliqs | Csq:
     entry = row.entry
     if entry.csq:
@@ -309,20 +346,24 @@ def _method(
         return Csq(layers, products, layers.space.uniform(entry.uniform), search)
     if entry.target:
         target = entry.target * sum(products.values())
-        search_settings = Settings(target, DELAY, SETTLE, entropy=ENTROPY)
-        return Fliqs(layers, costs, search_settings, STEPS, row.seed)
+        return Fliqs(layers, costs, replace(row.search, target=target), STEPS, row.seed, judge)
     return Fixed(layers, layers.space.uniform(entry.uniform) if entry.uniform else None)
 
 
 def _ended(
-    method: Fixed | Fliqs | Csq, layers: Layers, costs: Costs, entry: Entry
+    method: Fixed | Fliqs | Csq,
+    layers: Layers,
+    costs: Costs,
+    products: Mapping[str, float],
+    entry: Entry,
 ) -> tuple[Ended, float]:
     """What there is when training has ended, and the bit operations of a picture."""
     if isinstance(method, Csq):
         packed = method.quantized()
         bits = {name: weight.segments[0].segment.format.bits for name, weight in packed.items()}
-        schemes = {name: f"w{bit}a4" for name, bit in bits.items()}
-        spent = method.mean_bits * entry.csq * costs.whole / FULL_BITS if costs.whole else 0.0
+        inputs = Scheme.parse(entry.uniform).activation_bits
+        schemes = {name: f"w{bit}a{inputs}" for name, bit in bits.items()}
+        spent = method.mean_bits * inputs * sum(products.values())
         csq = {"schemes": schemes, "mean_bits": method.mean_bits}
         return Ended(csq, Found("csq", schemes, packed)), spent
     choice = method.final() if isinstance(method, Fliqs) else method.choice
@@ -334,13 +375,7 @@ def _ended(
     if layers.space.widths:
         widths = zip(layers.space.widths, choice[len(layers.space.numbers) :], strict=True)
         told["widths"] = {width.name: width.options[index] for width, index in widths}
-    try:
-        schemes = schemes_of(layers, choice)
-        packed = rounded(layers, schemes)
-        ships: Found | str = Found(method.settings["method"], schemes, packed, costs, choice)
-    except SearchError as error:
-        ships = str(error)
-    return Ended(told, ships), costs.of(choice)
+    return Ended(told, Chosen(method.settings["method"], costs, choice)), costs.of(choice)
 
 
 def _names(layers: Layers, choice: Choice) -> dict[str, str]:
@@ -349,14 +384,21 @@ def _names(layers: Layers, choice: Choice) -> dict[str, str]:
 
 
 def _as_shipped(
-    trainable: Trainable, layers: Layers, ships: Found | str, test: Pictures, right: Tensor
+    trainable: Trainable, layers: Layers, ships: Found | Chosen | str, test: Pictures, right: Tensor
 ) -> dict[str, Any]:
     """The network as a checkpoint: its bytes, its accuracy there, and how many answers differ in
     being right from those of the network that was trained."""
     if isinstance(ships, str):
         return {"checkpoint": None, "why_none": ships}
     with tempfile.TemporaryDirectory(prefix=".out-", dir=folder()) as scratch:
-        out, plan = write_trained(Path(scratch, "model"), trainable, layers, ships)
+        target = Path(scratch, "model")
+        try:
+            if isinstance(ships, Found):
+                out, plan = write_trained(target, trainable, layers, ships)
+            else:
+                out, plan = write_choice(target, trainable, layers, ships)
+        except SearchError as error:
+            return {"checkpoint": None, "why_none": str(error)}
         with torch.no_grad():
             shipped = answers(load(out).model, test)
         size = sum(file.stat().st_size for file in out.glob("*.safetensors"))

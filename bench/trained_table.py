@@ -46,7 +46,7 @@ def compared(rows: Rows) -> list[dict[str, Any]]:
                 "seeds": [row["seed"] for row in of_method],
                 "accuracy": interval([100 * row["accuracy"] for row in of_method]),
                 "bits_product": interval([row["bits_product"] for row in of_method])["mean"],
-                "seconds": interval([row["seconds"] for row in of_method])["mean"],
+                "seconds": _mean([row["seconds"] for row in of_method]),
             }
             for reference, name in REFERENCES.items():
                 differences = _differences(of_method, of_network, reference)
@@ -54,6 +54,12 @@ def compared(rows: Rows) -> list[dict[str, Any]]:
                     entry[name] = interval(differences)
             found.append(entry)
     return found
+
+
+def _mean(seconds: Sequence[float | None]) -> float | None:
+    """Of the runs that were not resumed; None without any."""
+    known = [value for value in seconds if value is not None]
+    return interval(known)["mean"] if known else None
 
 
 def _differences(of_method: Rows, of_network: Rows, reference: str) -> list[float]:
@@ -74,7 +80,8 @@ def table(figures: Rows) -> str:
         cells = [entry["network"], entry["method"], f"{entry['bits_product']:.2f}"]
         cells.append(_said(entry["accuracy"], ""))
         cells += [_said(entry.get(name), "+") for name in REFERENCES.values()]
-        lines.append("| " + " | ".join([*cells, f"{entry['seconds']:.0f}"]) + " |")
+        cells.append("" if entry["seconds"] is None else f"{entry['seconds']:.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

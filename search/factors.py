@@ -52,7 +52,7 @@ def plans_alone(problem: Problem, component_of: Mapping[str, str]) -> list[dict[
     range, and every other weight has its best candidate.
 
     component_of: weight -> component, of those that are to be tried; weights that are left out
-    always have their best.
+    always have their best. That may be to stay as it is, and what is tried is always rounded.
     """
     best = problem.schemes(problem.best())
     plans: list[dict[str, str]] = []
@@ -60,7 +60,7 @@ def plans_alone(problem: Problem, component_of: Mapping[str, str]) -> list[dict[
         mine = [i for i in problem.items if component_of.get(i.members[0]) == component]
         if not mine:
             continue
-        part = replace(problem, items=tuple(mine), weights=(), fixed_bytes=0)
+        part = replace(problem, items=tuple(mine), weights=(), fixed_bytes=0).rounding()
         low, high = part.bytes(part.smallest()), part.bytes(part.best())
         solver = Solver(part)
         for share in SHARES:

@@ -12,6 +12,11 @@ step draws formats, trains the shared weights in them, and rewards the policy fo
                             with h rising along a cosine: ever more is paid for being undecided
     last `settle` steps     formats are fixed, and weights train on in them
 
+A batch says little about a choice, and a short run has few batches. So a step may judge several
+further choices, `draws` of them, without gradients and on one batch that is not trained on (TuNAS
+keeps the two apart, too): each is rewarded beside the mean of the others, which have seen the same
+pictures, and what makes a batch hard drops out. The paper has one draw, the one that was trained.
+
 When they are fixed, the likeliest choice is taken that costs what it may and little less, exactly
 (a knapsack over log-probabilities): the paper takes each decision's maximum, which may miss the
 target, and does where a short search has not decided. One-sided rewards let it cost less.
@@ -32,11 +37,12 @@ from torch import Tensor
 from quantlib.errors import SearchError
 from quantlib.search.trained.costs import Costs
 from quantlib.search.trained.layers import Choice, Layers
-from quantlib.search.trained.loop import step_generator
+from quantlib.search.trained.loop import Judge, step_generator
 
 SMALLEST_PROBABILITY = 1e-8
-_CHOICES = 1
-"""The stream of a step's generator that choices are drawn from: batches have the first."""
+_CHOICES, _JUDGED_CHOICES = 1, 3
+"""The streams of a step's generator that choices are drawn from, those to train in and those that
+are only judged: batches have the others."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class Settings:
     rate:        of Adam on the logits. momentum: of the reward's moving average.
     beta:        weight of the cost in the reward; one_sided: cheap choices are not punished.
     entropy:     the highest weight of the policy's entropy. temperature: of the policy.
+    draws:       choices that are judged in a step beside the one that is trained; 0: that one.
     """
 
     target: float
@@ -59,6 +66,14 @@ class Settings:
     one_sided: bool = False
     entropy: float = 0.1
     temperature: float = 1.0
+    draws: int = 0
+
+    @staticmethod
+    def short(target: float, delay: int, settle: int, draws: int = 4) -> Settings:
+        """For runs of hundreds of steps, where the authors' have tens of thousands: the policy
+        learns faster, from several choices a step, and an entropy's weight of 0.1 would decide
+        before the rewards can."""
+        return Settings(target, delay, settle, rate=0.1, beta=0.3, entropy=0.03, draws=draws)
 
     def check(self, steps: int) -> None:
         """Raise SearchError unless a run of so many steps has room for a search."""
@@ -71,6 +86,11 @@ class Settings:
             raise SearchError(
                 f"a policy needs a temperature above 0 ({self.temperature}), a rate above 0 "
                 f"({self.rate}) and a momentum in [0, 1) ({self.momentum})"
+            )
+        if self.draws < 0 or self.draws == 1:
+            raise SearchError(
+                f"{self.draws} draws cannot be compared with each other: judge two or more in a "
+                "step, or 0 for the one that is trained"
             )
 
 
@@ -100,20 +120,43 @@ class Policy:
         return [row.clamp(min=SMALLEST_PROBABILITY) for row in soft]
 
     @torch.no_grad()
-    def draw(self, generator: torch.Generator, uniform: bool) -> Choice:
-        """A random choice."""
+    def draw(self, generator: torch.Generator, uniform: bool, count: int = 1) -> list[Choice]:
+        """Random choices."""
         rows = [torch.ones(n) for n in self.sizes] if uniform else self.probabilities()
-        return tuple(int(torch.multinomial(row, 1, generator=generator)) for row in rows)
+        drawn = [torch.multinomial(row, count, True, generator=generator).tolist() for row in rows]
+        return list(zip(*drawn, strict=True))
 
     def learn(self, choice: Choice, value: float, entropy: float) -> None:
-        """One step of REINFORCE on the reward `value` of a choice; entropy: its weight."""
+        """One step of REINFORCE on the reward `value` of a choice, beside the moving average.
+        entropy: its weight."""
+        self._learn([choice], [value - self._averaged(value)], entropy)
+
+    def learn_together(
+        self, choices: Sequence[Choice], values: Sequence[float], entropy: float
+    ) -> None:
+        """One step on the rewards of two or more choices, each beside the mean of the others."""
+        mean, others = math.fsum(values) / len(values), len(values) - 1
+        self._averaged(mean)
+        self._learn(choices, [(v - mean) * len(values) / others for v in values], entropy)
+
+    def _averaged(self, value: float) -> float:
+        """The moving average of rewards, with this one in it."""
         keep = self._settings.momentum
         before = value if self.baseline is None else self.baseline
         self.baseline = keep * before + (1 - keep) * value
+        return self.baseline
+
+    def _learn(
+        self, choices: Sequence[Choice], advantages: Sequence[float], entropy: float
+    ) -> None:
         rows = self.probabilities()
-        chosen = torch.stack([row[index].log() for row, index in zip(rows, choice, strict=True)])
-        undecided = torch.stack([-(row * row.log()).sum() for row in rows]).mean()
-        loss = -(value - self.baseline) * chosen.mean() + entropy * undecided
+        logs = [row.log() for row in rows]
+        gained = [
+            advantage * torch.stack([log[i] for log, i in zip(logs, choice, strict=True)]).mean()
+            for choice, advantage in zip(choices, advantages, strict=True)
+        ]
+        undecided = torch.stack([-(row * log).sum() for row, log in zip(rows, logs)]).mean()
+        loss = -torch.stack(gained).mean() + entropy * undecided
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
@@ -154,11 +197,21 @@ class Fliqs:
     """The method, as the training loop takes it (`loop.Method`)."""
 
     def __init__(
-        self, layers: Layers, costs: Costs, search: Settings, steps: int, seed: int
+        self,
+        layers: Layers,
+        costs: Costs,
+        search: Settings,
+        steps: int,
+        seed: int,
+        judge: Judge | None = None,
     ) -> None:
-        """steps, seed: of the whole run. Raises SearchError for a target out of reach."""
+        """steps, seed: of the whole run. judge: of the draws of a step, where there are any.
+        Raises SearchError for a target out of reach."""
         search.check(steps)
         costs.check_target(search.target)
+        if search.draws and judge is None:
+            raise SearchError(f"nobody judges the {search.draws} draws of a step: pass a judge")
+        self._judge = judge
         self._layers, self._costs, self._search = layers, costs, search
         self._steps, self._seed = steps, seed
         self.policy = Policy(layers.space.sizes, search)
@@ -184,7 +237,7 @@ class Fliqs:
             self.choice = self.final()
         else:
             generator = step_generator(self._seed, step, _CHOICES)
-            self.choice = self.policy.draw(generator, uniform=step < self._search.delay)
+            (self.choice,) = self.policy.draw(generator, uniform=step < self._search.delay)
         self._layers.choose(self.choice)
 
     def penalty(self) -> None:
@@ -192,10 +245,25 @@ class Fliqs:
 
     def after(self, step: int, quality: float) -> None:
         """Reward the policy, while it learns."""
-        if self._search.delay <= step < self._settles_at and self.choice is not None:
-            value = reward(quality, self._costs.of(self.choice), self._search)
-            share = (step - self._search.delay) / (self._settles_at - self._search.delay)
-            self.policy.learn(self.choice, value, entropy_weight(share, self._search.entropy))
+        if not self._search.delay <= step < self._settles_at or self.choice is None:
+            return
+        share = (step - self._search.delay) / (self._settles_at - self._search.delay)
+        weight = entropy_weight(share, self._search.entropy)
+        if self._judge is None or not self._search.draws:
+            self.policy.learn(self.choice, self._reward(self.choice, quality), weight)
+            return
+        generator = step_generator(self._seed, step, _JUDGED_CHOICES)
+        drawn = self.policy.draw(generator, uniform=False, count=self._search.draws)
+        values = [self._reward(choice, self._judged(choice, step)) for choice in drawn]
+        self.policy.learn_together(drawn, values, weight)
+
+    def _reward(self, choice: Choice, quality: float) -> float:
+        return reward(quality, self._costs.of(choice), self._search)
+
+    def _judged(self, choice: Choice, step: int) -> float:
+        assert self._judge is not None  # there are draws
+        self._layers.choose(choice)
+        return self._judge(step)
 
     def final(self) -> Choice:
         """The likeliest choice at the target; it stays once it was asked for."""

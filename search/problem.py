@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from quantlib.errors import SearchError
+from quantlib.formats.scheme import KEPT
 from quantlib.search.tasks import Objective, task_cost
 
 COST_TOLERANCE = 1e-9
@@ -180,6 +181,15 @@ class Problem:
         return tuple(
             _argmin(item, lambda choice: (choice.loss, choice.bytes)) for item in self.items
         )
+
+    def rounding(self) -> Problem:
+        """The same problem without the choices that leave a weight as it is, for items that have
+        others: probes are to say what rounding costs."""
+        items = []
+        for item in self.items:
+            rounded = tuple(choice for choice in item.choices if choice.scheme not in KEPT)
+            items.append(replace(item, choices=rounded or item.choices))
+        return replace(self, items=tuple(items))
 
     def schemes(self, picks: Picks) -> dict[str, str]:
         """weight -> scheme, in model order."""

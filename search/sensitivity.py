@@ -27,7 +27,10 @@ FORMAT = "quantlib-sensitivity"
 VERSIONS = (1, 2)
 """1: one task, one calibration. 2: full-precision losses, and calibrations by task. A table that
 needs no more than the first is written as the first."""
-UNITS = {"kl": "nats per token", "text": "nats per token", "answer": "nats per token"}
+UNITS = {
+    **dict.fromkeys(("kl", "text", "answer", "hearing"), "nats per token"),
+    "codec": "nats per code of speech",
+}
 """Units of tasks whose loss is always the same; others are in the unit of their own loss."""
 
 

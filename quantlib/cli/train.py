@@ -46,9 +46,9 @@ Space = Annotated[
     str,
     typer.Option(
         metavar="NAME|A,B,C",
-        help="Candidates: int-s (4, 8 bits), int-l (4 to 8), int-xl (3 to 8), float (4, 6, 8), "
-        "columns (some input channels wider), weights (inputs as they are), or schemes such as "
-        "w4a8,w8a8.",
+        help="Candidates: int-s (4, 8 bits), int-l (4 to 8), int-xl (3 to 8), int-pairs (weights "
+        "and inputs apart), float (4, 6, 8 bits), float-l (all of 4 to 8), columns (some input "
+        "channels wider), weights (inputs as they are), or schemes such as w4a8,w8a8.",
         rich_help_panel=RECIPE,
     ),
 ]
@@ -58,6 +58,15 @@ Shared = Annotated[
         metavar="group|weight|block|model",
         help="What gets one decision: what reads one input, each weight, a block, or everything.",
         rich_help_panel=RECIPE,
+    ),
+]
+Widths = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B,C",
+        help="Search the MLPs' width, too: shares of their hidden channels, such as 0.5,0.75,1.",
+        rich_help_panel=RECIPE,
+        show_default=False,
     ),
 ]
 Steps = Annotated[
@@ -104,6 +113,7 @@ def train_search(
     data: Data = None,
     space: Space = "int-l",
     shared: Shared = "group",
+    widths: Widths = None,
     steps: Steps = 300,
     rate: Rate = 2e-5,
     batch: Batch = 2,
@@ -149,6 +159,7 @@ def train_search(
         rest=rest,
         autocast=bf16,
         threads=threads,
+        widths=_shares(widths),
     )
     quiet_transformers()
     result = run(
@@ -164,6 +175,14 @@ def train_search(
         print_json(_described(result))
     else:
         _show(result, model)
+
+
+def _shares(text: str | None) -> tuple[float, ...]:
+    """Raises UsageError for what are not numbers apart by commas."""
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError as error:
+        raise UsageError(f"{text!r} are no widths: write shares such as 0.5,0.75,1") from error
 
 
 def _described(result: Result) -> dict[str, Any]:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from quantlib.errors import FormatError
-from quantlib.formats.elements import FLOAT_NAMES, FLOATS, decode_float, encode_float
+from quantlib.formats.elements import FLOAT_NAMES, FLOATS, MX_NAMES, decode_float, encode_float
 from quantlib.formats.groups import group_blocks
 
 UNROUNDED = 16
@@ -40,7 +40,7 @@ INTEGER = "int"
 _FP4 = "nvfp4"
 FLOAT_ACTIVATIONS = (
     *FLOAT_NAMES,
-    *(f"mx{name}" for name in FLOAT_NAMES),
+    *(f"mx{name}" for name in MX_NAMES),
     _FP4,
 )
 """Names of the floating formats: those of the weight formats (`scheme.py`)."""

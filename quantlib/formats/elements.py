@@ -1,9 +1,10 @@
 """Element types: what the stored code of one weight stands for, before its scale.
 
 Integers need no table: a code `c` of an integer element is the number `c - zero`. The small floats
-do: OCP FP8 (e4m3 and e5m2) and OCP MX (e3m2, e2m3, e2m1). All five are one formula with two
-parameters, exponent and mantissa bits, so there is one encoder instead of a branch per type;
-`torch.float8_*` casts, which exist for only two of them, are what the tests compare it with.
+do: OCP FP8 (e4m3 and e5m2), OCP MX (e3m2, e2m3, e2m1), and all others of 4 to 8 bits with two to
+five exponent bits and a mantissa. They are one formula with two parameters, exponent and mantissa
+bits, so there is one encoder instead of a branch per type; `torch.float8_*` casts, which exist for
+only two of them, are what the tests compare it with.
 
 Codes are `sign | exponent | mantissa`, the sign in the highest of the element's bits, one code per
 uint8.
@@ -60,6 +61,21 @@ class FloatElement:
         return math.frexp(self.max_value)[1] - 1
 
 
+def _plain(exponent_bits: int, mantissa_bits: int) -> FloatElement:
+    """A float that no standard defines: every code is a number. With five exponent bits the highest
+    of them stays free, as in e5m2 and in a half, which all floats then fit into."""
+    bias = (1 << (exponent_bits - 1)) - 1
+    specials = 1 << (exponent_bits + mantissa_bits)
+    highest = (1 << exponent_bits) - 1 - bias
+    if exponent_bits == 5:
+        specials, highest = specials - (1 << mantissa_bits), highest - 1
+    largest = (2 - 2.0**-mantissa_bits) * 2.0**highest
+    name = f"e{exponent_bits}m{mantissa_bits}"
+    return FloatElement(name, exponent_bits, mantissa_bits, bias, largest, specials)
+
+
+OCP_FLOATS = ("e4m3", "e5m2", "e3m2", "e2m3", "e2m1")
+"""The elements that OCP's specifications define, and that the kernels know."""
 FLOATS: dict[str, FloatElement] = {
     element.name: element
     for element in (
@@ -68,13 +84,22 @@ FLOATS: dict[str, FloatElement] = {
         FloatElement("e3m2", 3, 2, bias=3, max_value=28.0, specials=0x20),
         FloatElement("e2m3", 2, 3, bias=1, max_value=7.5, specials=0x20),
         FloatElement("e2m1", 2, 1, bias=1, max_value=6.0, specials=0x08),
+        *(_plain(*bits) for bits in ((2, 2), (3, 1))),
+        *(_plain(*bits) for bits in ((4, 1), (2, 4), (3, 3), (4, 2), (5, 1))),
+        *(_plain(*bits) for bits in ((2, 5), (3, 4))),
     )
 }
-"""Element name -> its parameters. The names and widths are those of `scheme.FLOAT_ELEMENTS`."""
+"""Element name -> its parameters."""
 
 
-FLOAT_NAMES = {"fp8": "e4m3", "fp8e5m2": "e5m2", "fp6": "e3m2", "fp6e2m3": "e2m3", "fp4": "e2m1"}
-"""What schemes call a float element -> the element."""
+FLOAT_NAMES = {
+    **{"fp8": "e4m3", "fp8e5m2": "e5m2", "fp6": "e3m2", "fp6e2m3": "e2m3", "fp4": "e2m1"},
+    **{f"fp{e.bits}{e.name}": e.name for e in FLOATS.values() if e.name not in OCP_FLOATS},
+}
+"""What schemes call a float element -> the element. Only OCP's have names without exponent and
+mantissa."""
+MX_NAMES = tuple(name for name, element in FLOAT_NAMES.items() if element in OCP_FLOATS)
+"""Those that exist as microscaling formats."""
 
 
 def float_element(name: str) -> FloatElement:
@@ -100,7 +125,8 @@ def code_book(name: str) -> Tensor:
 
 def _value_of(code: int, element: FloatElement) -> float:
     if code >= element.specials:
-        return math.inf if element.name == "e5m2" and code == element.specials else math.nan
+        is_infinite = element.exponent_bits == 5 and code == element.specials
+        return math.inf if is_infinite else math.nan
     exponent, mantissa = divmod(code, 1 << element.mantissa_bits)
     if exponent == 0:
         return math.ldexp(mantissa, element.min_exponent - element.mantissa_bits)

@@ -13,6 +13,9 @@ Grammar of a scheme's name (`Scheme.parse` reads it, `str(scheme)` writes it; th
     fp8 fp8e5m2 fp6 fp6e2m3 fp4
                     floating point per output channel (e4m3, e5m2, e3m2, e2m3, e2m1); g, t, s as
                     above
+    fp5e2m2 fp7e4m2 ...
+                    the other floats of 4 to 8 bits: 5e2m2 5e3m1 6e4m1 7e2m4 7e3m3 7e4m2 7e5m1
+                    8e2m5 8e3m4 (packed like the rest, computed by the torch reference)
     mxfp8 mxfp8e5m2 mxfp6 mxfp6e2m3 mxfp4
                     OCP microscaling: groups of 32 with an e8m0 scale
     nvfp4           e2m1 in groups of 16 with an e4m3 scale and one float32 per tensor
@@ -46,6 +49,8 @@ after all of that, directions of a linear that are kept beside the rounded rest,
     w3g64z4+r16     the 16 directions that matter most, in 8 bits (one scale per row of a factor)
     w3g64z4+r16w4   ... in 4 bits (groups of 32)
     r16w8 r16w4     of a convolution: these directions alone
+    c16k3x3w8       of a convolution with a window of 3 x 3: 16 products of four vectors, of the
+                    filters, the channels and both axes of the window (canonical polyadic form)
 
 or, for embeddings, blocks of rows in formats of their own, the most frequent tokens first:
 
@@ -76,7 +81,7 @@ from quantlib.formats.activation import (
     ActivationFormat,
     ActivationSegment,
 )
-from quantlib.formats.elements import FLOAT_NAMES
+from quantlib.formats.elements import FLOAT_NAMES, FLOATS, MX_NAMES, OCP_FLOATS
 from quantlib.formats.several import (
     FACTORS,
     ROW_BLOCK,
@@ -93,7 +98,7 @@ TENSOR = -1
 """`group_size` of one scale for the whole tensor."""
 
 INTEGER_ELEMENTS = tuple(f"int{bits}" for bits in range(2, 9))
-FLOAT_ELEMENTS = {"e4m3": 8, "e5m2": 8, "e3m2": 6, "e2m3": 6, "e2m1": 4}
+FLOAT_ELEMENTS = {name: element.bits for name, element in FLOATS.items()}
 GROUP_SIZES = (16, 32, 64, 128, 256)
 TWO_LEVEL_SCALES = ("u4", "u5", "u6", "u7", "u8")
 SCALES = ("f16", "e8m0", "e4m3", *TWO_LEVEL_SCALES)
@@ -103,17 +108,19 @@ KEPT = {"bf16": 2, "f16": 2, "f32": 4}
 _ELEMENT_NAMES = {element: name for name, element in FLOAT_NAMES.items()}
 _FLOAT_OF_BITS = {8: "e4m3", 6: "e3m2", 4: "e2m1"}
 """The element that stands for a width where only the width is given."""
+_FLOAT, _MX = ("|".join(sorted(names, reverse=True)) for names in (FLOAT_NAMES, MX_NAMES))
+"""Their names, longer ones before those that they begin with."""
 _PATTERN = re.compile(
     r"(?P<kept>bf16|f16|f32)"
     r"|nv(?P<nv>fp4)"
-    r"|mx(?P<mx>fp8e5m2|fp8|fp6e2m3|fp6|fp4)"
-    r"|(?:w(?P<bits>[2-8])|(?P<fp>fp8e5m2|fp8|fp6e2m3|fp6|fp4))"
+    rf"|mx(?P<mx>{_MX})"
+    rf"|(?:w(?P<bits>[2-8])|(?P<fp>{_FLOAT}))"
     r"(?:g(?P<group>\d+)|(?P<tensor>t))?(?P<zero>z(?P<zero_bits>[2-8])?)?"
     r"(?:s(?P<scale>[4-8])|(?P<exponent>e))?"
 )
 _NAME = re.compile(r"(?P<weight>[^ah]+)(?:a(?P<activation>[^ah]+))?(?P<high>(?:h[^ah]+)*)")
 _HIGH = re.compile(
-    r"(?P<format>[2-8]|nvfp4|(?:mx)?(?:fp8e5m2|fp8|fp6e2m3|fp6|fp4))"
+    rf"(?P<format>[2-8]|nvfp4|mx(?:{_MX})|{_FLOAT})"
     r"(?:x(?P<count>[1-9]\d*))?/(?P<parts>[1-9]\d*)"
 )
 _COLUMN_STEP = 4
@@ -161,10 +168,13 @@ class WeightFormat:
             object.__setattr__(self, "zero_bits", self.bits)
         if self.two_level and self.group_size in (CHANNEL, TENSOR):
             raise FormatError("two-level scales need groups: write for example w4g64s6")
-        if self.scale == "e8m0" and not self.is_integer and self.group_size != 32:
-            raise FormatError(
-                "floats have e8m0 scales in groups of 32 only: write mxfp8, mxfp6 or mxfp4"
-            )
+        if self.scale == "e8m0" and not self.is_integer:
+            if self.group_size != 32:
+                raise FormatError(
+                    "floats have e8m0 scales in groups of 32 only: write mxfp8, mxfp6 or mxfp4"
+                )
+            if self.element not in OCP_FLOATS:
+                raise FormatError(f"{self.element} is no microscaling format: write mxfp6")
         if self.scale == "e4m3" and (self.element != "e2m1" or self.group_size != 16):
             raise FormatError("e4m3 scales are for e2m1 in groups of 16: write nvfp4")
 
@@ -496,7 +506,7 @@ def _restyled(format: WeightFormat, bits: int) -> WeightFormat:
     if format.is_integer:
         return replace(format, element=f"int{bits}", zero_bits=0)
     if bits not in _FLOAT_OF_BITS:
-        raise FormatError(f"there are no floats of {bits} bits: give {format} columns of 8 or 6")
+        raise FormatError(f"no float stands for {bits} bits alone: give {format} columns of 8 or 6")
     if bits == format.bits:
         return format
     if format.scale == "e4m3":
@@ -515,5 +525,5 @@ def _share(count: int, length: int) -> Fraction:
 def _wider(format: ActivationFormat, bits: int) -> str:
     """The name of the float activations of `bits` bits in the style of `format`."""
     if bits not in _FLOAT_OF_BITS:
-        raise FormatError(f"there are no float activations of {bits} bits: use 8 or 6")
+        raise FormatError(f"no float activation stands for {bits} bits alone: use 8 or 6")
     return ("mx" if format.is_mx else "") + f"fp{bits}"

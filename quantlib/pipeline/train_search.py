@@ -23,17 +23,17 @@ from quantlib.errors import UsageError
 from quantlib.formats.scheme import Scheme
 from quantlib.models import skeleton
 from quantlib.models.source import Source
+from quantlib.pipeline.narrowed import Chosen, hidden_width, order_channels, write_choice
 from quantlib.pipeline.opening import load_tokenizer
 from quantlib.pipeline.run import Progress, Silent
-from quantlib.pipeline.trained import Found, Trainable, check_runs, write_trained
+from quantlib.pipeline.trained import Trainable
 from quantlib.search.fliqs import Fliqs, Settings
 from quantlib.search.latency import Latency
 from quantlib.search.plan import Plan
 from quantlib.search.trained.costs import FULL_BITS, Costs, bops, milliseconds
 from quantlib.search.trained.layers import Layers, Space, decisions
-from quantlib.search.trained.loop import Loop, Outcome, Report, Task, Training
+from quantlib.search.trained.loop import Loop, Outcome, Report, Task, Training, judge_of
 from quantlib.search.trained.numbers import space_of
-from quantlib.search.trained.outcome import rounded, schemes_of
 
 STATE_FILE = "training.safetensors"
 _BITS = re.compile(r"(?P<weights>\d+(?:\.\d+)?)x(?P<inputs>\d+(?:\.\d+)?)")
@@ -48,6 +48,8 @@ class Request:
              ("12ms", "prefill=90ms@512": of the products alone).
     space:   of candidates (`numbers.space_of`). shared: what gets one decision (`layers.SHARED`).
     steps, rate, seed, autocast: of the training; delay, settle: of the search, parts of the steps.
+    draws:   choices that a step of the search judges beside the one that it trains.
+    widths:  shares of the MLPs' hidden channels to choose from, too; none: all of them stay.
     batch, seqlen, windows: of the text.
     rest:    scheme of the weights that nothing is decided about.
     """
@@ -58,8 +60,10 @@ class Request:
     shared: str = "group"
     steps: int = 300
     rate: float = 2e-5
-    delay: float = 0.2
-    settle: float = 0.2
+    delay: float = 0.1
+    settle: float = 0.4
+    draws: int = 2
+    widths: tuple[float, ...] = ()
     batch: int = 2
     seqlen: int = 64
     windows: int = 512
@@ -74,6 +78,13 @@ class Request:
                 f"shares of {self.delay:g} and {self.settle:g} of the steps, before and after the "
                 "search, leave it none: give less than 1 together"
             )
+        if self.widths and (
+            "ms" in self.cost or any(option.scheme.high for option in space_of(self.space))
+        ):
+            raise UsageError(
+                "widths are searched beside formats of whole layers, at a cost in bit operations: "
+                "leave out --widths, or wider columns and milliseconds"
+            )
         if min(self.batch, self.steps, self.windows) < 1:
             raise UsageError("steps, batch and windows are whole numbers from 1")
         Scheme.parse(self.rest)
@@ -81,7 +92,7 @@ class Request:
     def search(self, target: float) -> Settings:
         """The settings of the search for a target in the unit of its costs."""
         delay, settle = int(self.delay * self.steps), int(self.settle * self.steps)
-        return Settings(target, delay, settle)
+        return Settings.short(target, delay, settle, self.draws)
 
     @property
     def training(self) -> Training:
@@ -119,7 +130,6 @@ def train_search(
     """
     progress = progress or Silent()
     options = space_of(request.space)
-    check_runs(options)
     source = Source.open(model, allow_download=download)
     windows = load_windows(
         request.data, load_tokenizer(source.path), request.seqlen, request.windows, request.seed
@@ -128,17 +138,18 @@ def train_search(
     identity = digest([about, {**asdict(request), "data": None, "threads": None}])
     check_output(out, overwrite, identity)
     trainable = Trainable.open(source.path)
-    layers = Layers(
-        trainable.model, Space(decisions(trainable.model_map.weights, options, request.shared))
-    )
+    numbers = decisions(trainable.model_map.weights, options, request.shared)
+    widths = (hidden_width(trainable, request.widths),) if request.widths else ()
+    layers = Layers(trainable.model, Space(numbers, widths))
     costs, target = priced(trainable.model, layers, windows, request)
-    search = Fliqs(layers, costs, request.search(target), request.steps, request.seed)
-    if any(option.scheme is not None and option.scheme.high for option in options):
-        layers.order_columns(lambda: trainable.model(input_ids=windows[: request.batch]))
+    costs.check_target(target)
+    _put_in_order(trainable.model, layers, windows[: request.batch])
     teacher = skeleton.build(source)
     skeleton.materialize(teacher, "", source)
     state = (work or Path(f"{out}.work")) / STATE_FILE
     task = distillation(teacher, windows, request.batch)
+    judge = judge_of(trainable.model, task, request.training) if request.draws else None
+    search = Fliqs(layers, costs, request.search(target), request.steps, request.seed, judge)
     progress.start("train", request.steps)
     try:
         Loop(
@@ -147,11 +158,17 @@ def train_search(
     finally:
         progress.finish()
     choice = search.final()
-    layers.choose(choice)
-    schemes = schemes_of(layers, choice)
-    found = Found("fliqs", schemes, rounded(layers, schemes), costs, choice, target)
-    path, plan = write_trained(out, trainable, layers, found, request.rest, identity, overwrite)
+    found = Chosen("fliqs", costs, choice, target)
+    path, plan = write_choice(out, trainable, layers, found, request.rest, identity, overwrite)
     return Result(path, plan, costs.of(choice), target, costs)
+
+
+def _put_in_order(model: nn.Module, layers: Layers, ids: Tensor) -> None:
+    """Columns where some can be wider, hidden channels where some can be left out."""
+    if any(o.scheme.high for decision in layers.space.numbers for o in decision.options):
+        layers.order_columns(lambda: model(input_ids=ids))
+    for width in layers.space.widths:
+        order_channels(layers, width, lambda: model(input_ids=ids))
 
 
 def priced(

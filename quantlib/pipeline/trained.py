@@ -7,7 +7,7 @@ the dtype it had.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from quantlib.pipeline.bytecount import fixed_bytes, weight_bytes
 from quantlib.search.plan import Plan
 from quantlib.search.trained.costs import Costs
 from quantlib.search.trained.layers import TRAINED_KINDS, Choice, Layers
-from quantlib.search.trained.numbers import Candidate
 from quantlib.search.trained.outcome import order_of, plan_of
 
 _STORED_AS = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -82,12 +81,6 @@ class Found:
     costs: Costs | None = None
     choice: Choice | None = None
     target: float | None = None
-
-
-def check_runs(options: Sequence[Candidate]) -> None:
-    """Raise SearchError, before anything is trained, for a candidate that no checkpoint holds."""
-    for option in options:
-        option.stored()
 
 
 def write_trained(

@@ -18,6 +18,7 @@ from pathlib import Path
 from quantlib.errors import SearchError
 from quantlib.formats.activation import AS_THEY_ARE, UNROUNDED
 from quantlib.formats.scheme import Scheme
+from quantlib.kernels.packed import has_kernels
 from quantlib.kernels.timing import Clock, Op, TimingTable, this_machine
 from quantlib.search.problem import Choice as Priced
 from quantlib.search.problem import Item, Problem
@@ -182,7 +183,7 @@ def milliseconds(
     for decision in space.numbers:
         for name in decision.members:
             count = tokens if isinstance(tokens, int) else tokens[name]
-            schemes = [option.stored() for option in decision.options]
+            schemes = [option.scheme for option in decision.options]
             rows[name] = [_operation(shapes[name], scheme, count) for scheme in schemes]
     table.measure([op for ops in rows.values() for op in ops], clock)
     prices = {name: tuple(table.ms[op.key] for op in ops) for name, ops in rows.items()}
@@ -191,6 +192,11 @@ def milliseconds(
 
 def _operation(shape: tuple[int, int], scheme: Scheme, tokens: int) -> Op:
     """The product as the kernels compute it: rounded integers in integers, all else exactly."""
+    if not has_kernels(scheme.segments(shape[1])):
+        raise SearchError(
+            f"{scheme} cannot be timed: the compiled kernels do not know it, and the torch "
+            "reference says nothing of a kernel; search by bit operations, or leave it out"
+        )
     mode = "exact"
     if scheme.activation.is_integer:
         groups = [part.format.group for part in scheme.activations(shape[1])]

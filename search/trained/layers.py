@@ -54,12 +54,15 @@ class WidthDecision:
 
     writers: weights whose outputs they are. readers: weights whose inputs they are. Nobody else may
     use them. options: shares of the channels that stay, each in (0, 1].
+    setting: the config field that has their number, for all of them at once: what a checkpoint
+             needs. "": there is none, and the width can be trained but not stored.
     """
 
     name: str
     writers: tuple[str, ...]
     readers: tuple[str, ...]
     options: tuple[float, ...]
+    setting: str = ""
 
     def __post_init__(self) -> None:
         if not self.options or not all(0 < share <= 1 for share in self.options):

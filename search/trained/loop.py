@@ -23,6 +23,9 @@ from quantlib.search.trained.state import State, load_state
 BETAS = (0.9, 0.95)
 SECONDS_BETWEEN_FILES = 60.0
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_JUDGED = 2
+"""The stream of a step's generator that batches for judging are drawn from; the first is that of
+the batches that are trained on, the second that of a method's choices."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Outcome:
 
 Task = Callable[[nn.Module, int, torch.Generator], Outcome]
 """(model, step, generator) -> outcome of the step's batch."""
+Judge = Callable[[int], float]
+"""step -> how good the model is as its layers are rounded now; larger is better."""
 Report = Callable[[int, Mapping[str, float]], None]
 """(steps done, figures by name), now and then."""
 
@@ -106,6 +111,29 @@ def step_generator(seed: int, step: int, part: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 7 + part)
 
 
+def judge_of(model: nn.Module, task: Task, training: Training) -> Judge:
+    """Judges a model by the negative loss of a batch that the step does not train on, the same one
+    for all that is asked of a step. Nothing is learned from it: no gradients, and batch norms go
+    by the batch, as in training, and do not remember it."""
+
+    @torch.no_grad()
+    def judge(step: int) -> float:
+        kept = [buffer.clone() for buffer in model.buffers()]
+        with _precision(model, training):
+            outcome = task(model, step, step_generator(training.seed, step, _JUDGED))
+        for buffer, before in zip(model.buffers(), kept, strict=True):
+            buffer.copy_(before)
+        return -float(outcome.loss)
+
+    return judge
+
+
+def _precision(model: nn.Module, training: Training) -> contextlib.AbstractContextManager[Any]:
+    if not training.autocast:
+        return contextlib.nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16)
+
+
 @dataclass
 class Loop:
     """One run: `model`'s parameters that need gradients, by `method`, on `task`.
@@ -153,7 +181,7 @@ class Loop:
         for group in optimizer.param_groups:
             group["lr"] = self.training.rate_at(step)
         self.method.before(step)
-        with self._precision():
+        with _precision(self.model, self.training):
             outcome = self.task(self.model, step, step_generator(self.training.seed, step))
             extra = self.method.penalty()
             loss = outcome.loss if extra is None else outcome.loss + extra
@@ -166,12 +194,6 @@ class Loop:
             raise SearchError(self._diverged(step, f"the gradient's length is {float(norm)}"))
         optimizer.step()
         return outcome.quality
-
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if not self.training.autocast:
-            return contextlib.nullcontext()
-        device = next(self.model.parameters()).device.type
-        return torch.autocast(device, torch.bfloat16)
 
     def _diverged(self, step: int, what: str) -> str:
         kept = "nothing had been kept yet"

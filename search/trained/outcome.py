@@ -24,8 +24,8 @@ TASK = "training"
 def schemes_of(layers: Layers, choice: Choice) -> dict[str, str]:
     """weight -> scheme of a choice.
 
-    Raises SearchError for a candidate that nothing stores, and for layers that use a part of their
-    channels: a transformers config has one width for all blocks.
+    Raises SearchError for layers that use a part of their channels: a transformers config has one
+    width for all blocks.
     """
     for name, shares in layers.space.shares(choice).items():
         if min(shares) < 1:
@@ -33,7 +33,7 @@ def schemes_of(layers: Layers, choice: Choice) -> dict[str, str]:
                 f"{name} was trained at {min(shares):.0%} of its width, and a config.json has one "
                 "width for all blocks: such a model has no checkpoint"
             )
-    return {name: str(c.stored()) for name, c in layers.space.candidates(choice).items()}
+    return {name: c.name for name, c in layers.space.candidates(choice).items()}
 
 
 @torch.no_grad()

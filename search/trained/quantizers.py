@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlib.errors import FormatError, SearchError
+from quantlib.errors import SearchError
 from quantlib.formats.activation import ActivationFormat, ActivationSegment, fake_quantize
 from quantlib.formats.elements import FLOATS, FloatElement
-from quantlib.formats.rtn import quantize_rtn
+from quantlib.formats.rtn import quantize_rtn, store_scales
+from quantlib.formats.scheme import CHANNEL, WeightFormat
 from quantlib.formats.weight import dequantize
 from quantlib.search.trained.numbers import Candidate
 
 _EXPONENT = 0x7F800000
 """The exponent field of a float32."""
-_F16_SMALLEST = 2.0**-24
+_F32_SMALLEST = 2.0**-149
 
 
 class _Through(torch.autograd.Function):
@@ -66,7 +67,7 @@ def round_samples(x: Tensor, candidate: Candidate) -> Tensor:
 
     Raises SearchError as `check_convolution`.
     """
-    if candidate.scheme is not None and not candidate.scheme.activation.rounds:
+    if not candidate.scheme.activation.rounds:
         return x
     check_convolution(candidate)
     return round_inputs(x.flatten(1), candidate).view(x.shape)
@@ -75,12 +76,12 @@ def round_samples(x: Tensor, candidate: Candidate) -> Tensor:
 def check_convolution(candidate: Candidate) -> None:
     """Raise SearchError for a candidate that cannot round the input of a convolution."""
     scheme = candidate.scheme
-    if scheme is not None and scheme.activation.rounds and not _is_whole(scheme.activation):
+    if scheme.activation.rounds and not _is_whole(scheme.activation):
         raise SearchError(
             f"{candidate.name} rounds columns of a convolution's input apart, and its window reads "
             "them at many places: use a format with one scale, such as w4a4"
         )
-    if scheme is not None and scheme.high is not None:
+    if scheme.high is not None:
         raise SearchError(
             f"{candidate.name} has wider columns, and a convolution has none that stay in place: "
             "use w4a4 and the like"
@@ -93,22 +94,45 @@ def _is_whole(form: ActivationFormat) -> bool:
 
 
 def _weight_values(weight: Tensor, candidate: Candidate) -> Tensor:
-    if candidate.scheme is not None:
-        return dequantize(quantize_rtn(weight, candidate.scheme.segments(weight.shape[1])))
-    assert candidate.element is not None
-    if not bool(torch.isfinite(weight).all()):
-        raise FormatError("the weight has values that are inf or nan: training has diverged")
-    reach = weight.abs().amax(dim=1, keepdim=True)
-    # as formats.rtn stores it: half precision, and never zero for a row that is not
-    scale = (reach / candidate.element.max_value).to(torch.float16).to(torch.float32)
-    scale = torch.where(reach > 0, scale.clamp(min=_F16_SMALLEST), 0.0)
-    return scaled_to_grid(weight, scale, candidate.element)
+    segments = candidate.scheme.segments(weight.shape[1])
+    form = segments[0].format
+    if len(segments) == 1 and _is_plain(form, weight.shape[1]):
+        return _plain_rows(weight.reshape(-1, form.group_size or weight.shape[1]), form).view(
+            weight.shape
+        )
+    return dequantize(quantize_rtn(weight, segments))
+
+
+def _is_plain(form: WeightFormat, columns: int) -> bool:
+    """Whether it is symmetric with a float16 for each output channel, or for each of whole
+    groups."""
+    whole = form.group_size == CHANNEL or (form.group_size > 0 and columns % form.group_size == 0)
+    return whole and form.symmetric and form.scale == "f16"
+
+
+def _plain_rows(weight: Tensor, form: WeightFormat) -> Tensor:
+    """`dequantize(quantize_rtn(...))` of such a format, a row for each scale, without codes and
+    with one check for nan: most of a small layer's step would go into those."""
+    low = weight.amin(dim=1, keepdim=True).clamp_(max=0)
+    high = weight.amax(dim=1, keepdim=True).clamp_(min=0)
+    if not form.is_integer:
+        element = FLOATS[form.element]
+        ideal = torch.maximum(high, -low) / element.max_value
+        return scaled_to_grid(weight, _stored(ideal, low, high, form), element)
+    half = 1 << (form.bits - 1)
+    ideal = torch.maximum(high / (half - 0.5), -low / (half + 0.5))
+    scale = _stored(ideal, low, high, form)
+    codes = (weight / _divisor(scale)).add_(half).round_().clamp_(0, 2 * half - 1)
+    return codes.sub_(half).mul_(scale)
+
+
+def _stored(ideal: Tensor, low: Tensor, high: Tensor, form: WeightFormat) -> Tensor:
+    """A scale as a checkpoint has it, for weights from `low` to `high`."""
+    ideal = torch.where(high > low, ideal.clamp(min=_F32_SMALLEST), ideal)
+    return store_scales(ideal, form)[0].to(torch.float32)
 
 
 def _input_values(x: Tensor, candidate: Candidate) -> Tensor | None:
-    if candidate.element is not None:
-        return _float_tokens(x.to(torch.float32), candidate.element)
-    assert candidate.scheme is not None
     form = candidate.scheme.activation
     if not form.rounds:
         return None

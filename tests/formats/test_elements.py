@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from quantlib.errors import FormatError
 from quantlib.formats import FLOATS, code_book, decode_float, encode_float
+from quantlib.formats.elements import OCP_FLOATS
 
 TORCH_TYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -46,9 +47,20 @@ def test_books_of_the_sub_byte_floats_are_the_ocp_tables() -> None:
     assert code_book("e2m3").max() == 7.5
     assert code_book("e3m2").tolist()[:5] == [0, 0.0625, 0.125, 0.1875, 0.25]
     assert code_book("e3m2").max() == 28
-    assert {name: element.max_exponent for name, element in FLOATS.items()} == {
+    assert {name: FLOATS[name].max_exponent for name in OCP_FLOATS} == {
         "e4m3": 8, "e5m2": 15, "e3m2": 4, "e2m3": 2, "e2m1": 2,
     }  # fmt: skip
+
+
+def test_all_floats_of_4_to_8_bits_are_there_and_fit_into_a_half() -> None:
+    pairs = [(e, m) for e in range(2, 6) for m in range(1, 6) if 4 <= 1 + e + m <= 8]
+    assert set(FLOATS) == {f"e{e}m{m}" for e, m in pairs}
+    for name in FLOATS:
+        book = code_book(name)[finite_codes(name).long()]
+        assert torch.equal(book.half().float(), book)
+    assert code_book("e2m2").tolist()[:8] == [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75]
+    assert torch.equal(code_book("e3m1")[:16], code_book("e3m2")[:32:2])
+    assert code_book("e5m1")[0x3E] == math.inf, "five exponent bits are those of a half"
 
 
 @pytest.mark.parametrize("name", FLOATS)

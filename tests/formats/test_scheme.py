@@ -21,7 +21,7 @@ from quantlib.formats import (
 
 INTEGERS = [f"w{bits}{group}" for bits in range(2, 9) for group in ("", "t", "g32", "g128")]
 TWO_LEVEL = [f"w{bits}g64zs{scale}" for bits in (2, 4, 7) for scale in range(4, 9)]
-ELEMENTS = ("fp8", "fp8e5m2", "fp6", "fp6e2m3", "fp4")
+ELEMENTS = ("fp8", "fp8e5m2", "fp6", "fp6e2m3", "fp4", "fp5e2m2", "fp7e4m2", "fp8e3m4")
 FLOATS = [f"{name}{group}" for name in ELEMENTS for group in ("", "t", "g16")]
 EXPONENTS = ["w8e", "w8te", "w4g32e", "w3g64ze", "w2g16z4e"]
 SHARED = ["fp4g32s6", "mxfp8", "mxfp8e5m2", "mxfp6", "mxfp6e2m3", "mxfp4", "nvfp4"]
@@ -121,6 +121,7 @@ def test_high_columns_of_a_sixteenth_grid_fall_on_its_lines() -> None:
 NOT_NAMES = [
     "", "w", "w1", "w9", "W4", " w4", "w4g", "w4g48", "w4s6", "w4ts6", "w4g64s3",
     "w4g64s9", "w4zg64", "w4z9",
+    "mxfp5e2m2", "fp5", "fp8e4m3", "fp6e3m2", "w4amxfp7e3m3",
     "fp8z", "fp4g32z", "mxint8", "mxfp4g64", "nvfp4z", "w4a", "w4a8a8", "int4", "bf16z",
     "w4a9", "w4a1", "w4a8z", "w4a16z", "w4a16g64", "w4a4g8", "w4a4g0", "w4a8g24", "w4aint4",
     "amxfp4", "w4h8", "w4h8/0", "w4h8/1", "w4h8x9/8", "w4h8x0/8", "w4h/8", "w4hw8/8", "w4h8/8a8",

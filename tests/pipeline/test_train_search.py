@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,14 @@ from quantlib.calibration.data import load_windows
 from quantlib.checkpoint.contents import MAP_FILE
 from quantlib.checkpoint.writer import PLAN_FILE
 from quantlib.errors import CheckpointError, SearchError, UsageError
+from quantlib.pipeline.narrowed import hidden_width, narrowed, order_channels
 from quantlib.pipeline.opening import load_tokenizer
 from quantlib.pipeline.train_search import STATE_FILE, Request, distillation, train_search
 from quantlib.pipeline.trained import Trainable
 from quantlib.runtime.load import load
 from quantlib.search.plan import Plan
+from quantlib.search.trained.layers import Layers, Space, decisions
+from quantlib.search.trained.numbers import space_of
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +97,67 @@ def test_columns_of_other_widths_keep_their_order(
     assert sorted(order.tolist()) == list(range(len(order)))
 
 
+def test_a_narrowed_model_computes_what_was_trained(model: Path, tmp_path: Path) -> None:
+    trainable = Trainable.open(model)
+    width = hidden_width(trainable, (0.5, 1.0))
+    numbers = decisions(trainable.model_map.weights, space_of("w4a4,w8a8"))
+    layers = Layers(trainable.model, Space(numbers, (width,)))
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        before = trainable.model(input_ids=ids).logits
+        order_channels(layers, width, lambda: trainable.model(input_ids=ids))
+        moved = trainable.model(input_ids=ids).logits
+        # sums over hidden channels in another order: float32
+        torch.testing.assert_close(moved, before, rtol=1e-4, atol=1e-5)
+        choice = (*(index % 2 for index in range(len(numbers))), 0)
+        layers.choose(choice)
+        expected = trainable.model(input_ids=ids).logits
+        narrow, _ = narrowed(trainable, layers, choice, tmp_path / "narrow")
+        found = narrow.model(input_ids=ids).logits
+    assert not torch.allclose(expected, moved, rtol=1e-2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    whole = trainable.model.config.intermediate_size
+    assert narrow.model.config.intermediate_size == whole // 2
+
+
+def test_channels_that_carry_most_come_first(model: Path) -> None:
+    trainable = Trainable.open(model)
+    width = hidden_width(trainable, (0.5,))
+    layers = Layers(
+        trainable.model, Space(decisions(trainable.model_map.weights, space_of("int-s")), (width,))
+    )
+    reader = layers.of[width.readers[0]]
+    with torch.no_grad():
+        reader.weight[:, 7] *= 100
+        loud = reader.weight[:, 7].clone()
+        order_channels(layers, width, lambda: trainable.model(input_ids=torch.arange(5, 25)[None]))
+    assert torch.equal(reader.weight[:, 0], loud)
+
+
+def test_widths_that_were_found_are_in_the_checkpoint(
+    model: Path, request_: Request, tmp_path: Path
+) -> None:
+    result = train_search(model, tmp_path / "out", replace(request_, widths=(0.5, 0.75)))
+    assert result.cost <= result.target
+    before = json.loads((model / "config.json").read_text())["intermediate_size"]
+    after = json.loads((result.path / "config.json").read_text())["intermediate_size"]
+    assert after in (before // 2, before * 3 // 4)
+    with torch.no_grad():
+        logits = load(result.path).model(input_ids=torch.arange(5, 25)[None]).logits
+    assert bool(logits.isfinite().all())
+    size = sum(file.stat().st_size for file in result.path.glob("*.safetensors"))
+    assert 0.97 * result.plan.bytes < size <= result.plan.bytes
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.work"]
+
+
+@pytest.mark.parametrize("changed", [{"space": "columns"}, {"cost": "5ms"}])
+def test_widths_are_searched_beside_whole_layers_in_bit_operations(
+    request_: Request, changed: dict[str, str]
+) -> None:
+    with pytest.raises(UsageError, match="leave out --widths"):
+        replace(request_, widths=(0.5, 1.0), **changed)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "says"),
     [
@@ -100,7 +165,7 @@ def test_columns_of_other_widths_keep_their_order(
         ({"cost": "2x2"}, SearchError, "cannot be reached"),
         ({"cost": "90%"}, SearchError, "leaves nothing to search"),
         ({"space": "w4a4"}, SearchError, "nothing to choose"),
-        ({"space": "float-l"}, SearchError, "neither stored nor run"),
+        ({"space": "e2m2,e3m1", "cost": "5ms"}, SearchError, "cannot be timed"),
         ({"shared": "layer"}, SearchError, "cannot share"),
     ],
 )

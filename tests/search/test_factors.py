@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from quantlib.models.rows import Weight
 from quantlib.search.build import build_problem
 from quantlib.search.factors import SHARES, Trial, fit_factors, plans_alone
 from quantlib.search.problem import Problem
-from quantlib.search.sensitivity import Sensitivity
+from quantlib.search.sensitivity import Entry, Sensitivity
 from quantlib.search.solve import solve
 
 TRUE = {"encoder": 4.0, "decoder": 1.5, "embeddings": 0.5}
@@ -151,3 +152,20 @@ def test_factors_are_numbers_that_keep_losses_positive() -> None:
     generator = np.random.default_rng(0)
     wild = [t._replace(measured=t.measured * float(generator.lognormal(0, 2))) for t in alone()]
     assert all(math.isfinite(f) and f > 0 for f in fit_factors(wild).values())
+
+
+def test_what_is_tried_alone_is_rounded_and_the_others_stay_as_they_are(
+    table: Sensitivity, weights: list[Weight]
+) -> None:
+    rows = {
+        name: {**row, "bf16": Entry(10**6, {"kl": 0.0}, {"kl": 0.0})}
+        for name, row in table.rows.items()
+    }
+    problem = build_problem(replace(table, rows=rows), weights, fixed_bytes=0)
+    named = components(weights)
+    plans = plans_alone(problem, named)
+    for plan in plans:
+        rounded = {named[name] for name, scheme in plan.items() if scheme != "bf16"}
+        assert len(rounded) == 1
+        assert all(plan[name] != "bf16" for name in plan if {named[name]} == rounded)
+    assert len(plans) == 2 * len(SHARES)
