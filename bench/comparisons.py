@@ -20,11 +20,21 @@ from quantlib.errors import DataError
 from quantlib.models.families import EMBEDDINGS, HEAD, LANGUAGE_MODEL
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
+from quantlib.recipe import NATIVE_SCHEMES
 from quantlib.search.tasks import Objective
 
 WORDS = (LANGUAGE_MODEL, EMBEDDINGS, HEAD)
 """Components that tools for language models compress."""
 UNIFORM_LINEARS = "linear=w5g64zs5"
+QUICK = {
+    "windows": 16,
+    "passes": 1,
+    "probes": 4,
+    "probe_windows": 4,
+    "schemes": ("w2g32z4s4", "w3g32z4s4", "w4g32zs4", "w5g32zs5", "w6g32zs6", "w8g64zs6"),
+}
+"""Of a recipe for the bed that is twenty times as large as the others: few records and candidates,
+so that a seed's six rows take minutes of one core."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,8 @@ class Method:
              to the nearest, to the bed's `plain`. False: they are kept in 16 bits.
     recipe:  fields of the recipe. pins: as --pin takes them.
     first_task: the objective is the model's first task, and no other.
+    guarded: no task is predicted to lose more than when the bytes are spent on WORDS alone, where
+             they suffice for that: what would be a victory of one task over another is none.
     """
 
     name: str
@@ -48,13 +60,19 @@ class Method:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     pins: tuple[str, ...] = ()
     first_task: bool = False
+    guarded: bool = False
 
     def records(self, records: Iterable[Record]) -> list[Record]:
         """Those it calibrates on."""
         return [record for record in records if self.kinds is None or record.kind in self.kinds]
 
 
-WHOLE = Method("whole", "all components, every task measured")
+WHOLE = Method(
+    "whole",
+    "all components, every task measured; no task is predicted to lose more than with bits for the "
+    "language model alone",
+    guarded=True,
+)
 LANGUAGE_ONLY = Method(
     "language model only", "bits for the language model's weights, the rest in 16", only=WORDS
 )
@@ -77,7 +95,7 @@ ABLATIONS = (
 UNIFORM = Method(
     "uniform linears",
     "plain GPTQ of all linears to 5 bits, embeddings and convolutions cut to fit the size",
-    recipe={"weighting": "none", "passes": 0},
+    recipe={"weighting": "none", "passes": 0, "schemes": NATIVE_SCHEMES},
     pins=(UNIFORM_LINEARS,),
 )
 
@@ -89,6 +107,7 @@ class Bed:
     middle:  the budget that ablations are run at.
     plain:   scheme, within that budget, of what a method rounds to the nearest.
     further: methods to compare with, at the middle budget, that make sense in this bed.
+    recipe:  fields of the recipe that all its methods share, where the defaults take too long.
     """
 
     name: str
@@ -97,6 +116,11 @@ class Bed:
     middle: float
     plain: str
     further: tuple[Method, ...] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    def fields(self, method: Method) -> dict[str, Any]:
+        """Of the recipe, where a method is not told otherwise."""
+        return {**self.recipe, **method.recipe}
 
 
 # Of the unified models two thirds and a half are no language model: what is left in 16 bits there
@@ -114,7 +138,7 @@ BEDS = {
             3.5,
             "w3g64z4s4",
         ),
-        Bed("vlm", vlm.bed, (4.5, 5.25, 6.0), 4.5, "w4g64z5s5"),
+        Bed("vlm", vlm.bed, (4.5, 5.25, 6.0), 4.5, "w4g64z5s5", recipe=QUICK),
         Bed("speech", speech.bed, (5.0, 5.5, 6.0, 7.0), 5.0, "w4g64z5s5", (UNIFORM,)),
     )
 }

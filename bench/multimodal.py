@@ -39,17 +39,22 @@ from quantlib.bench.comparisons import (
     request,
 )
 from quantlib.bench.multimodal_measure import Judging, compressed
-from quantlib.bench.multimodal_table import compared, table
+from quantlib.bench.multimodal_table import by_task, compared, points_lost, table
 from quantlib.calibration.records import read_records
 from quantlib.checkpoint.disk import atomic_write_text, read_json
 from quantlib.errors import CheckpointError, DataError, QuantlibError, SearchError, UsageError
 from quantlib.models.source import Source
+from quantlib.pipeline.run import ROUNDING_VERSION, STATISTICS_VERSION
 from quantlib.recipe import Recipe
 
 PARTS = ("budgets", "ablations", "further")
 SEEDS = 3
 LIMIT = 100
 """Test records of each stream."""
+VERSION = 2
+"""Raise when the same request comes to be compressed or judged in another way than before: rows of
+an older one are stale. 2: weights may stay in 16 bits, embeddings have blocks of rows, and factors
+are fitted with other components as they are."""
 
 console = Console(stderr=True)
 
@@ -126,27 +131,40 @@ def measured(row: Row, judging: Judging, *, again: bool = False) -> dict[str, An
     return found
 
 
+def state_of(row: Row, limit: int) -> str:
+    """What is known of a row: "measured", "stale" (something has changed since) or "missing"."""
+    if kept_row(row, limit) is not None:
+        return "measured"
+    return "stale" if row.file.exists() else "missing"
+
+
 def kept_row(row: Row, limit: int) -> dict[str, Any] | None:
     """The figures of a row that was measured before; None when there are none that can be read, or
     when something that they depend on has changed."""
+    found = _read(row)
+    return found if found is not None and found.get("key") == key_of(row, limit) else None
+
+
+def _read(row: Row) -> dict[str, Any] | None:
+    """A row's file, whatever it depends on; None when it cannot be read."""
     try:
-        found = read_json(row.file)
+        found: dict[str, Any] = read_json(row.file)
     except CheckpointError:
         return None
-    return found if found.get("key") == key_of(row, limit) else None
+    return found
 
 
 def key_of(row: Row, limit: int) -> str:
     """sha256 over what a row depends on: the model, the records, the method, the settings (those
-    that are the recipe's own, too)."""
+    that are the recipe's own, too), and the versions of what is done with them."""
     bed = row.bed.folder()
-    recipe = Recipe.create(data="-", **row.method.recipe)
+    recipe = Recipe.create(data="-", **row.bed.fields(row.method)).for_streams()
     records = [bed / "calibration.jsonl", bed / "test.jsonl"]
     parts = [
         *(hashlib.sha256(file.read_bytes()).hexdigest() for file in records),
         *(Source.open(bed / "model").fingerprint, repr(row.method), row.bits, row.seed, limit),
         *(row.bed.plain, recipe.model_dump(mode="json"), recipe.stream_weighting),
-        recipe.damping_of(streams=True),
+        *(recipe.damping_of(streams=True), VERSION, STATISTICS_VERSION, ROUNDING_VERSION),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -169,6 +187,7 @@ def _measure(row: Row, judging: Judging) -> dict[str, Any]:
             "bytes": packed.nbytes,
             "true_bits": packed.bits,
             "kept_in_16_bits": list(packed.kept),
+            "left_in_16_bits": packed.left,
             "seconds": round(seconds, 1),
             "predicted": packed.predicted,
             **judging.figures(out),
@@ -218,8 +237,7 @@ def _run(
         raise DataError(f"nothing of bed {bed.name} fits --part and --bits")
     if only_list:
         for row in rows:
-            missing = kept_row(row, limit) is None
-            print(f"{'missing ' if missing else 'measured'}  {row.name}")
+            print(f"{state_of(row, limit):8}  {row.name}")
         return
     with Judging(bed, limit) as judging:
         for row in rows:
@@ -230,9 +248,11 @@ def _run(
 
 def write_results(bed: Bed, rows: Sequence[Row], limit: int) -> Path:
     """The result file of a bed, from all of these rows that are there: another part or seed that
-    was measured earlier stays in it. Prints the table."""
+    was measured earlier stays in it. Rows that are stale stay, too, and are compared with nothing.
+    Prints the table."""
     known = [(row, kept) for row in rows if (kept := kept_row(row, limit)) is not None]
-    found = [{name: v for name, v in one.items() if name != "key"} for _, one in known]
+    found = [_figures_of(kept) for _, kept in known]
+    stale = [row for row in rows if state_of(row, limit) == "stale"]
     comparison = compared(found)
     print(table(comparison))
     return record.write(
@@ -241,10 +261,18 @@ def write_results(bed: Bed, rows: Sequence[Row], limit: int) -> Path:
             "bed": bed.name,
             "test_records": limit,
             "methods": {row.method.name: row.method.says for row, _ in known},
+            "by_task": by_task(found),
+            "points_lost": points_lost(comparison),
             "comparison": comparison,
             "rows": found,
+            "stale_rows": [_figures_of(kept) for row in stale if (kept := _read(row)) is not None],
         },
     )
+
+
+def _figures_of(kept: dict[str, Any]) -> dict[str, Any]:
+    """A row as the result file has it."""
+    return {name: value for name, value in kept.items() if name != "key"}
 
 
 if __name__ == "__main__":

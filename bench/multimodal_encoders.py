@@ -26,6 +26,8 @@ from quantlib.pipeline.compress import compress
 BEDS: dict[str, Callable[[], Path]] = {"MiniLM": text_bed, "DINOv2-small": vision_bed}
 BITS = (3.5, 4.5, 6.0)
 """Of every parameter, scales counted."""
+PRESET = "fast"
+"""Few records and candidates: an encoder has one task, and its rows should take minutes."""
 
 
 def measure(bed: Path, work: Path, bits: Sequence[float], seeds: int) -> dict[str, Any]:
@@ -48,6 +50,7 @@ def measure(bed: Path, work: Path, bits: Sequence[float], seeds: int) -> dict[st
                     work=work / f"{bed.name}-{seed}",
                     bits=budget,
                     seed=seed,
+                    preset=PRESET,
                     report=False,
                 )
                 figures = judge(*open_encoder(result.path), bed)
@@ -71,7 +74,7 @@ def main(
         work = artifacts.folder() / "multimodal"
         work.mkdir(parents=True, exist_ok=True)
         found = {name: measure(bed(), work, BITS, seeds) for name, bed in BEDS.items()}
-        print(record.write("encoders", {"models": found}))
+        print(record.write("encoders", {"preset": PRESET, "models": found}))
     except QuantlibError as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(error.exit_code) from error

@@ -14,24 +14,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantlib.bench.comparisons import Bed, Request, tasks_of
+from quantlib.bench.comparisons import WORDS, Bed, Request, tasks_of
 from quantlib.calibration.records import read_records
 from quantlib.checkpoint.workdir import WorkDir
+from quantlib.errors import SearchError
 from quantlib.evaluation.multimodal import Baseline, Given
 from quantlib.evaluation.passes import Options
 from quantlib.formats.rtn import quantize_rtn
-from quantlib.formats.scheme import Scheme
+from quantlib.formats.scheme import KEPT, Scheme
 from quantlib.formats.weight import pack
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
 from quantlib.pipeline import bytecount
 from quantlib.pipeline.apply import apply
 from quantlib.pipeline.compress import measured_table, recipe_for
-from quantlib.pipeline.plan import Budget, search
-from quantlib.pipeline.run import Run
+from quantlib.pipeline.plan import Budget, allocation_problem, no_worse, search
+from quantlib.pipeline.run import KEPT_AS, Run
 from quantlib.pipeline.whole import mapped, read_workload
 from quantlib.pipeline.workfiles import claim_folder
 from quantlib.recipe import Recipe
+from quantlib.search.plan import Plan
 from quantlib.search.sensitivity import Entry, Sensitivity
 
 JUDGE = "judge.safetensors"
@@ -39,13 +41,15 @@ JUDGE = "judge.safetensors"
 
 @dataclass(frozen=True)
 class Packed:
-    """A checkpoint: bytes of its weight files, bits of every parameter, what the plan predicts, and
-    the components it leaves in 16 bits."""
+    """A checkpoint: bytes of its weight files, bits of every parameter, what the plan predicts, the
+    components that its method keeps in 16 bits, and, of the others, the parameters that the plan
+    leaves so."""
 
     nbytes: int
     bits: float
     predicted: dict[str, float]
     kept: tuple[str, ...]
+    left: dict[str, int]
 
 
 def compressed(asked: Request, bed: Bed, work: Path, out: Path, bits: float, seed: int) -> Packed:
@@ -57,11 +61,14 @@ def compressed(asked: Request, bed: Bed, work: Path, out: Path, bits: float, see
     method, model = asked.method, bed.folder() / "model"
     objective = asked.objective(tasks_of(Source.open(model), read_records(asked.data)))
     budget = Budget(bits=bits, pins=method.pins, objective=objective)
-    recipe = recipe_for(budget, data=str(asked.data), keep=asked.unread, seed=seed, **method.recipe)
-    shared = json.dumps([str(asked.data), asked.unread, dict(method.recipe), method.pins])
+    fields = bed.fields(method)
+    recipe = recipe_for(budget, data=str(asked.data), keep=asked.unread, seed=seed, **fields)
+    shared = json.dumps([str(asked.data), asked.unread, fields, method.pins])
     place = work / f"work-{hashlib.sha256(shared.encode()).hexdigest()[:12]}-{seed}"
     with opened(model, place, recipe) as run:
         table = measured_table(run)
+        if method.guarded:
+            budget = guarded(run, table, budget)
         if asked.spared:
             run, table = sparing(run, table, asked.spared)
         if asked.unread and method.plain:
@@ -70,19 +77,45 @@ def compressed(asked: Request, bed: Bed, work: Path, out: Path, bits: float, see
         apply(run, plan, out, refine=False)
         size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
         bits = 8 * size / run.model_map.parameters
-        return Packed(size, bits, dict(plan.predicted), asked.kept)
+        return Packed(size, bits, dict(plan.predicted), asked.kept, _left(run.model_map, plan))
+
+
+def _left(model_map: ModelMap, plan: Plan) -> dict[str, int]:
+    """Component -> parameters of its weights that a plan leaves as they are."""
+    found: dict[str, int] = {}
+    for weight in model_map.weights:
+        if plan.schemes[weight.name] in KEPT:
+            found[weight.component] = found.get(weight.component, 0) + weight.parameters
+    return found
 
 
 @contextmanager
 def opened(model: Path, work: Path, recipe: Recipe) -> Iterator[Run]:
     """A run on records, whatever their kinds: `open_run` would read those of text alone as windows
     for a language model, and text would then be measured in another way than beside pictures."""
-    source = Source.open(model)
+    source, recipe = Source.open(model), recipe.for_streams()
     model_map = mapped(source, recipe)
     workload = read_workload(source, model_map, recipe)
     with WorkDir.open(work) as workdir:
         claim_folder(workdir.path, source, model_map)
         yield Run(source, model_map, workdir, recipe, None, workload=workload)
+
+
+def guarded(run: Run, table: Sensitivity, budget: Budget) -> Budget:
+    """The budget with a limit on every task's predicted loss: what the best plan loses there that
+    spends as many bytes on WORDS and leaves the rest in 16 bits. As it is, where that is impossible
+    or leaving a weight is none of the candidates."""
+    schemes = {weight.name: KEPT_AS[weight.dtype] for weight in run.model_map.weights}
+    if any(scheme not in table.rows[name] for name, scheme in schemes.items()):
+        return budget
+    others = {weight.component for weight in run.model_map.weights} - {*WORDS}
+    words, theirs = sparing(run, table, others)
+    try:
+        plan, _, _ = search(words.model_map, theirs, budget)
+    except SearchError:
+        return budget
+    problem = allocation_problem(run.model_map, table, budget)
+    return replace(budget, task_limits=no_worse(problem, schemes | plan.schemes))
 
 
 def sparing(run: Run, table: Sensitivity, components: Iterable[str]) -> tuple[Run, Sensitivity]:

@@ -7,7 +7,14 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
-from quantlib.bench.comparisons import WHOLE
+from quantlib.bench.comparisons import LANGUAGE_ONLY, WHOLE
+
+FROM_THE_REFERENCE = ("KL per", "relative error to the reference's", "PSNR to the reference's")
+"""How the names of figures begin that say how far a model is from the one in full precision: one
+for each task. Others, such as answers that are right, are the more noisy the fewer records there
+are, and a compressed model may have them better by chance."""
+RIGHT = ("answers right", "all of it right", "digit right", "color right", "word error rate")
+"""Figures that are shares, of which a point is a hundredth."""
 
 
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -72,6 +79,63 @@ def _is_better(whole: float | None, other: float | None, better: str) -> bool | 
     if whole is None or other is None or whole == other:
         return None
     return whole > other if better == "higher" else whole < other
+
+
+def by_task(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For every budget and task, how far `whole` and `language model only` are from the model in
+    full precision, and how many seeds found `whole` closer, as close, or farther.
+
+    Where no allocation of the language model alone fits, its value and these counts are None. Seeds
+    count that both were measured with.
+    """
+    found = []
+    for entry in compared(rows):
+        methods = {row["method"] for row in rows if row["bits"] == entry["bits"]}
+        starts = any(entry["figure"].startswith(name) for name in FROM_THE_REFERENCE)
+        if not starts or not methods >= {WHOLE.name, LANGUAGE_ONLY.name}:
+            continue
+        pairs = _pairs(rows, entry)
+        closer = [_is_better(mine, theirs, entry["better"]) for mine, theirs in pairs]
+        known = entry["mean"][LANGUAGE_ONLY.name] is not None
+        found.append(
+            {
+                **{name: entry[name] for name in ("bits", "task", "figure", "better")},
+                "whole": entry["mean"][WHOLE.name],
+                "language model only": entry["mean"][LANGUAGE_ONLY.name],
+                "closer": closer.count(True) if known else None,
+                "as close": closer.count(None) if known else None,
+                "farther": closer.count(False) if known else None,
+            }
+        )
+    return found
+
+
+def _pairs(rows: Sequence[dict[str, Any]], entry: dict[str, Any]) -> list[tuple[float, float]]:
+    """A figure of `whole` and of `language model only`, for every seed that both have."""
+    pairs = []
+    for seed in sorted({row["seed"] for row in rows}):
+        mine = [r for r in rows if (r["bits"], r["seed"]) == (entry["bits"], seed)]
+        mine = [row for row in mine if "figures" in row]
+        both = [
+            _values(mine, method, entry["task"], entry["figure"])
+            for method in (WHOLE.name, LANGUAGE_ONLY.name)
+        ]
+        if all(both):
+            pairs.append((both[0][0], both[1][0]))
+    return pairs
+
+
+def points_lost(comparison: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of `whole`, for every budget and share: how many points it is worse than full precision
+    (negative: better), in the mean over seeds."""
+    found = []
+    for entry in comparison:
+        before, now = entry["reference"], entry["mean"].get(WHOLE.name)
+        if entry["figure"] in RIGHT and before is not None and now is not None:
+            change = before - now if entry["better"] == "higher" else now - before
+            named = {name: entry[name] for name in ("bits", "task", "figure")}
+            found.append({**named, "points": 100 * change})
+    return found
 
 
 def table(comparison: Sequence[dict[str, Any]]) -> str:

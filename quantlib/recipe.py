@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from quantlib.errors import FormatError, UsageError
-from quantlib.formats.scheme import Scheme
+from quantlib.formats.scheme import KEPT, Scheme
 from quantlib.kernels.kv_format import KvFormat
 from quantlib.kernels.nonlinear.rule import Rule
 from quantlib.models.modality import Modality
@@ -45,6 +45,17 @@ _RESQ_LINEARS = (
 )
 """Weights whose inputs are rounded to few bits: their formats; shares of columns at 8 bits; how the
 other inputs are rounded, in groups that share a scale, and in how many bits more than asked for."""
+_RESQ_COARSE = (
+    ("w3g64z4s4", "h8/32", (("", 0),)),
+    ("w4g128z5s5", "", (("", 0),)),
+    ("w4g128z5s5", "h8/32", (("", 0), ("", -1))),
+    ("w4g64z5s5", "h8/32", (("", 0),)),
+    ("w5g64zs5", "h8/32", (("", 0),)),
+)
+"""Further ones, whose inputs have one scale for all low columns: for budgets that scales of groups
+do not fit in beside the codes."""
+_COARSE_BELOW = 0.25
+"""Of a bit beyond the whole ones: scales of 64 columns take 0.31 and more."""
 _RESQ_WIDE = ("w4g64z5s5", "w5g64zs5", "w8g64zs6")
 """Weights whose inputs all have 8 bits."""
 _RESQ_EMBEDDINGS = ("w3g32z4s4", "w4g32zs4", "w5g32zs5", "w6g64zs6", "w8g64zs6")
@@ -64,6 +75,19 @@ _FLOAT_LINEARS = (
 TEXT_DAMPING, STREAM_DAMPING = 0.01, 0.05
 """Records are few: Whisper's decoder sees some two thousand tokens, for matrices with as many
 columns. On its utterances 0.05 costs a quarter less KL than 0.01 (scratch, one seed)."""
+STREAM_EMBEDDINGS = (
+    "w6g64zs6@1/64+w4g32zs4@1/16+w3g32z4s4@1/4+w2g32z4s4",
+    "w6g64zs6@1/32+w4g32zs4@7/32+w3g32z4s4",
+    "w8g64zs6@1/64+w6g64zs6@1/16+w4g32zs4@1/4+w3g32z4s4",
+    "w6g64zs6@1/32+w4g32zs4",
+    "w8g64zs6@1/64+w5g32zs5@3/16+w4g32zs4",
+    "w8g64zs6@1/32+w6g64zs6@1/8+w5g32zs5",
+)
+"""Further candidates of embeddings where a model is calibrated on records: blocks of rows. A large
+vocabulary may be half of such a model, and few of its rows decide what an error in it costs."""
+SIXTEEN_BITS = ("bf16", "f16")
+"""Further candidates of every weight there: to stay as it is. A budget that leaves 8 bits and more
+for each parameter is best spent by leaving what a task is sensitive to alone."""
 METHODS = ("resq", "resq-fp")
 """What --scheme knows: candidates, a rotation and a KV cache under one name (`method_fields`), in
 integers or in the floating-point formats of microscaling hardware."""
@@ -101,9 +125,10 @@ def method_fields(method: str, activations: float | None = None) -> dict[str, An
     low = 4 if activations is None else int(activations)
     if not 2 <= low <= 8:
         raise UsageError(f"activations can have 2 to 8 bits, not {activations:g}")
+    coarse = activations is not None and activations - low < _COARSE_BELOW
     linears = [
         f"{weight}a{bits}{'' if bits == 8 else 'z'}{group}{high}"
-        for weight, high, inputs in _RESQ_LINEARS
+        for weight, high, inputs in (*_RESQ_LINEARS, *(_RESQ_COARSE if coarse else ()))
         for group, more in inputs
         if 2 <= (bits := low + more) <= 8
     ]
@@ -128,7 +153,8 @@ class Recipe(BaseModel):
                    models of several parts, records of all that they do (`calibration.records`).
     windows, seqlen, seed: calibration windows (records of every stream), their length in tokens,
                    the seed of every draw.
-    schemes:       candidate schemes.
+    schemes:       candidate schemes; by default, a model that is calibrated on records has
+                   STREAM_EMBEDDINGS and SIXTEEN_BITS, too (`for_streams`).
     gradients:     False scores every block by its own output error alone.
     damping:       added to the diagonal of Hessians, as a fraction of its mean; by default
                    TEXT_DAMPING, or STREAM_DAMPING for models that are calibrated on records.
@@ -203,12 +229,9 @@ class Recipe(BaseModel):
                 scheme = Scheme.parse(name)
             except FormatError as error:
                 raise ValueError(str(error)) from error
-            if scheme.weight is None:
-                raise ValueError(
-                    f"{name} leaves a weight as it is and cannot be a candidate; the most exact "
-                    "one is w8g32"
-                )
             parsed.append(str(scheme))
+        if all(name in KEPT for name in parsed):
+            raise ValueError(f"{parsed[0]} leaves a weight as it is: name a scheme that does not")
         return tuple(dict.fromkeys(parsed))
 
     @field_validator("kv")
@@ -259,9 +282,13 @@ class Recipe(BaseModel):
         formats without that.
 
         Blocks of rows are for embeddings alone, and factors for linears and convolutions; a kind
-        that has nothing else gets the plain formats of these.
+        that has nothing else gets the plain formats of these. Schemes that leave a weight as it is
+        are for weights of all kinds that are stored so (`pipeline.run.candidates`).
         """
-        parsed = {name: Scheme.parse(name) for name in self.schemes}
+        return (*self._rounding_candidates(kind), *(n for n in self.schemes if n in KEPT))
+
+    def _rounding_candidates(self, kind: str) -> tuple[str, ...]:
+        parsed = {name: Scheme.parse(name) for name in self.schemes if name not in KEPT}
         fitting = {name: s for name, s in parsed.items() if _suits(s, kind)}
         if not fitting:
             fitting = {str(s): s for s in (Scheme(found.weight) for found in parsed.values())}
@@ -311,6 +338,21 @@ class Recipe(BaseModel):
         if self.swaps and self.probe_windows < 2:
             raise ValueError("swaps need at least 2 probe_windows to tell a gain from chance")
         return self
+
+    @property
+    def leaves_weights(self) -> bool:
+        """Whether weights that stay as they are count among the candidates."""
+        return any(name in KEPT for name in self.schemes)
+
+    def for_streams(self) -> Recipe:
+        """The recipe of a model that is calibrated on records: with the further candidates of
+        these, unless candidates were named, or latencies are limited (the native engine runs
+        weights of one packed matrix)."""
+        if "schemes" in self.model_fields_set or self.latency:
+            return self
+        return self.model_copy(
+            update={"schemes": (*self.schemes, *STREAM_EMBEDDINGS, *SIXTEEN_BITS)}
+        )
 
     @staticmethod
     def create(**given: Any) -> Recipe:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -154,7 +152,15 @@ def compress(
         quantlib compress MODEL -o OUT --data records.jsonl --bits 4.5 --balance minmax
         quantlib compress path/to/model --bits 4 --data text.txt -o OUT --dry-run
     """
-    budget, fields = _asked(locals())  # before any other name: the options alone
+    asked: dict[str, Any] = {"data": data, "seqlen": seqlen, "windows": windows, "seed": seed}
+    asked |= {"preset": preset, "fast": fast, "schemes": schemes, "method": scheme}
+    asked |= {"rotation": rotation, "kv": kv, "nonlinear": nonlinear, "refine": refine}
+    asked |= {"weighting": weighting, "keep": keep, "latency": latency, "activations": activations}
+    fields = recipe_fields(recipe, **asked)
+    rules: dict[str, Any] = {"floor": floor, "ceiling": ceiling, "pin": pin, "engine": engine}
+    rules |= {"component_size": component_size, "task_weights": task_weights, "balance": balance}
+    rules |= {"latency": latency_of(fields.get("latency"), threads, mode)}
+    budget = budget_of(size, bits, activations=activations, **rules)
     if dry_run:
         _dry_run(model, budget, fields, download, json)
         return
@@ -164,19 +170,6 @@ def compress(
         print_json(described(result))
     else:
         show(result, model)
-
-
-def _asked(options: Mapping[str, Any]) -> tuple[Budget, dict[str, Any]]:
-    """The budget and the recipe's fields, from the options of `compress` by their names."""
-    chosen = _taken(recipe_fields, options)
-    fields = recipe_fields(options["recipe"], method=options["scheme"], **chosen)
-    asked = latency_of(fields.get("latency"), options["threads"], options["mode"])
-    return budget_of(**{**_taken(budget_of, options), "latency": asked}), fields
-
-
-def _taken(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are parameters of a function, too."""
-    return {name: options[name] for name in signature(function).parameters if name in options}
 
 
 def _run(model: str, budget: Budget, arguments: dict[str, Any]) -> Result:

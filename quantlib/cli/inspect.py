@@ -76,6 +76,7 @@ def _inspect_packed(path: str, coverage: bool, json: bool) -> None:
     """The component table of a checkpoint of ours."""
     from quantlib.checkpoint.contents import contents
     from quantlib.checkpoint.reader import read_layout
+    from quantlib.cli import surroundings
     from quantlib.search.budget import format_size
 
     checkpoint = read_layout(path)
@@ -95,6 +96,7 @@ def _inspect_packed(path: str, coverage: bool, json: bool) -> None:
                 "components": [asdict(row) for row in found.components],
                 "beside": [asdict(row) for row in found.beside],
                 "schemes": {name: str(scheme) for name, scheme in checkpoint.schemes.items()},
+                **surroundings.described(checkpoint.around),
             }
         )
         return
@@ -108,6 +110,7 @@ def _inspect_packed(path: str, coverage: bool, json: bool) -> None:
                 ("parameters", f"{model_map.parameters:,}"),
                 ("weight files", f"{total}, of which headers {format_size(found.header_bytes)}"),
                 ("bits per parameter", f"{found.bits:.3f}, everything counted"),
+                *surroundings.rows(checkpoint.around),
             ]
         )
     )

@@ -246,7 +246,8 @@ Kv = Annotated[
         help="KV cache that the checkpoint is made for: 16 (as it is), 8, 4; mean bits such as "
         "5.2, scales counted, of which every layer's keys and values get their share; or a "
         "format's name such as int4h16 (16 columns of a head at 8 bits) or int4k4 (the first 4 "
-        "tokens as they are); by what a token is, text=int8,image_input=int4g32,image_output=int4.",
+        "tokens as they are); by what a token is, text=int8,image_input=int4g32,image_output=int4 "
+        "(int4+static: with a scale for every place in an image, known beforehand).",
         rich_help_panel=RECIPE,
     ),
 ]

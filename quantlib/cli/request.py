@@ -69,17 +69,29 @@ def recipe_fields(
 
 
 def kv_fields(kv: str | None) -> dict[str, Any]:
-    """--kv as fields of a recipe: one format for all tokens, or one for each kind of them. Raises
-    UsageError when a kind is named twice."""
+    """--kv as fields of a recipe: one format for all tokens, or one for each kind of them, with
+    "+static" behind those whose scales are known beforehand. Raises UsageError when a kind is named
+    twice, and for another word behind the plus."""
     from quantlib.recipe import kv_name
 
     if kv is None or "=" not in kv:
         return {"kv": kv_name(kv)}
-    pairs = [part.partition("=") for part in kv.split(",")]
-    formats = {kind.strip(): kv_name(name.strip()) for kind, _, name in pairs}
-    if len(formats) < len(pairs):
-        raise UsageError(f"--kv {kv} gives two formats to one kind of token: give each one")
-    return {"kv": "f32", "kv_modalities": formats}
+    formats: dict[str, str | None] = {}
+    static: list[str] = []
+    for part in kv.split(","):
+        kind, _, name = (text.strip() for text in part.partition("="))
+        name, plus, how = (text.strip() for text in name.partition("+"))
+        if kind in formats:
+            raise UsageError(f"--kv {kv} gives two formats to one kind of token: give each one")
+        if plus and how != "static":
+            raise UsageError(
+                f"--kv {kv}: what can stand behind the plus is static, a scale for every place in "
+                f"an image that is known beforehand, not {how!r}"
+            )
+        formats[kind] = kv_name(name)
+        static += [kind] if plus else []
+    known = {"kv_static": tuple(static)} if static else {}
+    return {"kv": "f32", "kv_modalities": formats, **known}
 
 
 def _is_relative_path(data: Any, file: Path) -> bool:

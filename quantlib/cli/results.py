@@ -67,11 +67,36 @@ def show(result: Result, model: str) -> None:
         places.append(("report", str(result.report)))
     console.print(facts(places))
     out = shlex.quote(str(result.path))
+    data, request = first_data_and_request(result.path, result.plan.task)
+    asked = [] if request is None else [f"quantlib generate {out} {request}"]
     next_commands(
         f"quantlib inspect {out}",
-        f"quantlib eval {out} --against {shlex.quote(model)} --data HELD_OUT_TEXT",
-        f"quantlib generate {out} {shlex.quote(_first_prompt(result.path))}",
+        f"quantlib eval {out} --against {shlex.quote(model)} --data {data}",
+        *asked,
     )
+
+
+def first_data_and_request(checkpoint: Path, task: str) -> tuple[str, str | None]:
+    """What to evaluate a checkpoint on, and what to ask it for at first: of a model of several
+    parts what makes it one, nothing of an encoder. task: its plan's."""
+    from quantlib.calibration.paths import find
+    from quantlib.calibration.paths.route import ANSWER
+    from quantlib.calibration.records import QUESTION, TEXT
+    from quantlib.checkpoint.disk import read_json
+    from quantlib.pipeline.plan import TASK
+    from quantlib.runtime.media_images import DRAWERS
+
+    model_type = str(read_json(checkpoint / "config.json").get("model_type"))
+    routes = None if task == TASK else find(model_type)
+    if routes is None:
+        return "HELD_OUT_TEXT", shlex.quote(_first_prompt(checkpoint))
+    data, streams = "HELD_OUT.jsonl", {route.stream: route for route in routes.routes}
+    if model_type in DRAWERS:
+        return data, "'a red three on a black background' --image out.png"
+    if ANSWER in streams:
+        looks = QUESTION in streams[ANSWER].kinds
+        return data, "'What is this?' --image-input photo.png" if looks else "--audio clip.wav"
+    return data, shlex.quote(_first_prompt(checkpoint)) if TEXT in streams else None
 
 
 def _first_prompt(checkpoint: Path) -> str:

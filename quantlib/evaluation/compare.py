@@ -162,12 +162,13 @@ def is_packed(folder: Path) -> bool:
 
 def load_dense(folder: Path) -> tuple[nn.Module, Any]:
     """Open a folder with `transformers`, in float32: a reference should add no rounding."""
-    from quantlib.models.skeleton import model_class
+    from quantlib.models.skeleton import from_pretrained
 
     config = read_json(folder / "config.json")
-    named = model_class(str(config.get("model_type")) if isinstance(config, dict) else "")
+    model_type = str(config.get("model_type")) if isinstance(config, dict) else ""
+    options = {"dtype": torch.float32, "use_safetensors": True}
     try:
-        model = named.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+        model = from_pretrained(model_type, folder, **options).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"model {folder} could not be opened: {reason[0]}") from error

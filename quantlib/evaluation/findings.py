@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantlib.calibration.media import read_image
+from quantlib.calibration.paths.route import ANSWER, HEARING
 from quantlib.calibration.records import GENERATION, KINDS, SPEECH, Record
 from quantlib.evaluation.figures import (
     Figure,
@@ -105,7 +106,7 @@ def _told(found: Found, name: str, asked: Asked) -> list[Figure]:
     """Teacher-forced predictions. Where nobody knows the truth only agreement has a meaning."""
     what = _WHAT.get(name, "token")
     known = None if found.theirs is None else found.theirs.observed[name].scores
-    task = name if name != "answer" else asked.task
+    task = asked.task if name in (ANSWER, HEARING) else name
     rows = token_figures(task, what, found.ours.observed[name].scores, known, found.seed)
     if name in (GUIDED, CODES):
         return [figure for figure in rows if figure.name in agreement(what)]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from quantlib.calibration.objectives import TokenObjective, VectorObjective
-from quantlib.calibration.paths.route import Route, objective
-from quantlib.calibration.records import GENERATION, KINDS, QUESTION, SPEECH, Record
+from quantlib.calibration.paths.route import ANSWER, HEARING, Route, objective
+from quantlib.calibration.records import GENERATION, KINDS, SPEECH, Record
 from quantlib.calibration.streams import Sample
 from quantlib.errors import UsageError
 from quantlib.evaluation.judge import Judge
@@ -52,7 +52,8 @@ class Asked:
     @property
     def task(self) -> str:
         """The stream's name; "speech" for answers about sounds."""
-        return "speech" if SPEECH in self.route.kinds else self.route.stream
+        heard = self.route.stream in (ANSWER, HEARING) and SPEECH in self.route.kinds
+        return "speech" if heard else self.route.stream
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,7 @@ class Questions:
     def written(self) -> dict[str, Sequence[Sample]]:
         """Stream -> samples whose answers are written again, word by word."""
         return {
-            name: asked.samples
-            for name, asked in self.streams.items()
-            if name == "answer" and {QUESTION, SPEECH} & set(asked.route.kinds)
+            name: asked.samples for name, asked in self.streams.items() if name in (ANSWER, HEARING)
         }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,6 +87,20 @@ def model_class(model_type: str) -> Any:
     if family.architecture == pisces.PiscesForConditionalGeneration.__name__:
         return pisces.PiscesForConditionalGeneration  # ours: transformers has no such model
     return getattr(transformers, family.architecture)
+
+
+def from_pretrained(model_type: str, folder: Path, **options: Any) -> Any:
+    """`from_pretrained` of `model_class`, without what Qwen2.5-Omni's own does behind it: it opens
+    a pickle of voices (`calibration.paths.voices`). Raises what transformers raises."""
+    named = model_class(model_type)
+    if hasattr(named, "load_speakers"):
+        return vars(PreTrainedModel)["from_pretrained"].__func__(named, folder, **options)
+    return named.from_pretrained(folder, **options)
+
+
+def writer(model: Any) -> Any:
+    """The part of a model that writes text: the model itself, but of Qwen2.5-Omni the thinker."""
+    return getattr(model, "thinker", model)
 
 
 def materialize(

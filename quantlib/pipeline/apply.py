@@ -22,9 +22,10 @@ from quantlib.checkpoint.tensorfile import LazyTensor
 from quantlib.checkpoint.writer import PLAN_FILE, source_files, write_checkpoint
 from quantlib.errors import CheckpointError, UsageError
 from quantlib.evaluation.language import LanguageResult
-from quantlib.formats.scheme import Scheme
+from quantlib.formats.scheme import KEPT, Scheme
 from quantlib.formats.weight import ORDER
 from quantlib.models.headers import TORCH_DTYPES
+from quantlib.models.modelmap import ModelMap
 from quantlib.pipeline.dense import Trials, measured_kl, plan_keys
 from quantlib.pipeline.inputs import bank_clips, cache_settings
 from quantlib.pipeline.measure import measure_plan
@@ -34,6 +35,8 @@ from quantlib.pipeline.reround import reround
 from quantlib.pipeline.rotate import online_rotation
 from quantlib.pipeline.run import Run
 from quantlib.search.plan import Plan
+
+LEFT = "left by the plan: what rounding it would save wins less elsewhere than it costs here"
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,10 @@ def apply(
     if refine:
         better, refinement = _refined(run, plan)
         keys |= better
+    left = [name for name, scheme in plan.schemes.items() if scheme in KEPT]
+    model_map = run.model_map.keeping_weights(left, LEFT)
+    packed = {weight.name: plan.schemes[weight.name] for weight in model_map.weights}
+    keys = {name: keys[name] for name in packed}
     small = source_files(run.source.path)
     plan_text = plan.to_json()
     recipe = run.recipe.model_dump(mode="json", exclude={"data"})
@@ -93,16 +100,16 @@ def apply(
     with run.stage("write", 1) as progress:
         path = write_checkpoint(
             out,
-            {**checkpoint_tensors(run, keys), **scales},
+            {**checkpoint_tensors(run, keys, model_map), **scales},
             run.source.config,
-            plan.schemes,
-            {weight.name: weight.shape for weight in run.model_map.weights},
+            packed,
+            {weight.name: weight.shape for weight in model_map.weights},
             clips={name: clips for name, key in keys.items() if (clips := bank_clips(run, key))},
             rotation=online_rotation(run),
             caches=cache_settings(run),
             nonlinear=operators,
             kv=kv,
-            files={**small, PLAN_FILE: plan_text.encode(), MAP_FILE: map_bytes(run.model_map)},
+            files={**small, PLAN_FILE: plan_text.encode(), MAP_FILE: map_bytes(model_map)},
             provenance={"source": run.source_hash, "recipe": recipe},
             identity=digest([run.source_hash, recipe, plan_text, keys, hashes]),
             overwrite=overwrite,
@@ -136,15 +143,20 @@ def _require_entries(run: Run, plan: Plan, keys: Mapping[str, str]) -> None:
         )
 
 
-def checkpoint_tensors(run: Run, keys: Mapping[str, str]) -> dict[str, LazyTensor]:
+def checkpoint_tensors(
+    run: Run, keys: Mapping[str, str], model_map: ModelMap | None = None
+) -> dict[str, LazyTensor]:
     """Every tensor of the checkpoint by name, read when it is written: packed weights from the bank
-    (`keys`: weight -> bank key), kept parameters from the source."""
+    (`keys`: weight -> bank key), kept parameters from the source.
+
+    model_map: says what is kept, where that is more than the run's.
+    """
     tensors: dict[str, LazyTensor] = {}
     for name, key in keys.items():
         tensors |= {name + suffix: value for suffix, value in run.bank.lazy(key).items()}
         if name in run.orders:
             tensors[name + ORDER] = LazyTensor.of(run.orders[name].to(torch.int32))
-    for row in run.model_map.kept:
+    for row in (model_map or run.model_map).kept:
         dtype = TORCH_DTYPES[row.dtype]
         read = partial(_read_kept, run, row.name, dtype)
         tensors[row.name] = LazyTensor(dtype, row.shape, read)

@@ -33,6 +33,8 @@ _FILE_OVERHEAD = 8 + 8 + len(json.dumps({"__metadata__": {"format": "pt"}}, sepa
 
 def weight_bytes(weight: Weight, scheme: Scheme) -> int:
     """Bytes that `weight` stored in `scheme` adds to the checkpoint: payload and header entries."""
+    if scheme.weight is None:
+        return weight.nbytes + _header_entry(weight.name, weight.stored_shape)
     shape = weight.parameters // weight.in_features, weight.in_features  # stacks as [E*N, K]
     entries = sum(
         _header_entry(weight.name + suffix, stored)

@@ -22,7 +22,7 @@ from quantlib.evaluation.estimate import Estimate
 from quantlib.evaluation.language import LanguageResult, evaluate_language
 from quantlib.evaluation.reference import reference_logprobs
 from quantlib.formats.composite import dequantize_stored, unpack_stored
-from quantlib.formats.scheme import Scheme
+from quantlib.formats.scheme import KEPT, Scheme
 from quantlib.models import skeleton
 from quantlib.pipeline.inputs import RoundedInputs, bank_clips, round_cache
 from quantlib.pipeline.measure import entry_key
@@ -124,8 +124,10 @@ def plan_keys(
 
 def bank_weight(run: Run, name: str, scheme: str, key: str | None = None) -> Tensor:
     """A weight as the bank holds it, dequantized to float32 in the shape of its parameter, its
-    columns in the order of its inputs."""
+    columns in the order of its inputs; one that stays as it is, as the source has it."""
     weight = run.model_map.weight(name)
+    if scheme in KEPT:
+        return run.source.read(name).float()
     shape = (weight.parameters // weight.in_features, weight.in_features)
     tensors = run.bank.get(key or entry_key(run, name, scheme))
     packed = unpack_stored(tensors, shape, Scheme.parse(scheme))

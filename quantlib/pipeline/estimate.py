@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from quantlib.calibration.passes import SAMPLED_HEAD_TOKENS
 from quantlib.calibration.paths import find
 from quantlib.calibration.paths.route import Routes
 from quantlib.checkpoint.disk import require_free
-from quantlib.formats.scheme import Scheme
+from quantlib.formats.scheme import KEPT, Scheme
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.rows import LinearGroup, Weight
 from quantlib.pipeline import bytecount
@@ -135,7 +136,9 @@ def _bank_bytes(model_map: ModelMap, recipe: Recipe) -> int:
     schemes = candidates(model_map, recipe)
     for weight in model_map.weights:
         sizes = [
-            bytecount.weight_bytes(weight, Scheme.parse(name)) for name in schemes[weight.name]
+            bytecount.weight_bytes(weight, Scheme.parse(name))
+            for name in schemes[weight.name]
+            if name not in KEPT
         ]
         total += sum(sizes)
         if recipe.refine and weight.block is not None and weight.kind != "experts":
@@ -239,8 +242,9 @@ def _rounding(model_map: ModelMap, recipe: Recipe, group: LinearGroup) -> int:
     result, gradient and three temporaries), and the codes (a byte each) of all candidates."""
     members = model_map.members(group)
     width, own = members[0].in_features, _parameters(members)
-    rows = min(RoundingOptions().rows, own // width * len(recipe.schemes))
-    return 3 * own + 6 * rows * width + own * len(recipe.schemes) // 2 + 3 * width**2
+    count = sum(name not in KEPT for name in recipe.candidates(group.kind))
+    rows = min(RoundingOptions().rows, own // width * count)
+    return 3 * own + 6 * rows * width + own * count // 2 + 3 * width**2
 
 
 # -- time ----------------------------------------------------------------------------------------
@@ -252,22 +256,24 @@ def _operations(model_map: ModelMap, recipe: Recipe) -> float:
     forward = tokens * _parameters(model_map.weights)
     moments = tokens * sum(_moments(model_map, group) for group in model_map.groups)
     sweeps = 1.5 + 2 * recipe.passes
-    rounding = sum(w.parameters * w.in_features * (sweeps + 1) for w in model_map.weights)
+    efforts = [(w.kind, w.parameters * w.in_features * (sweeps + 1)) for w in model_map.weights]
+    layouts = {kind: _layouts(recipe.candidates(kind)) for kind, _ in efforts}
+    measuring = sum(layouts[kind] * effort for kind, effort in efforts)
+    rounding = sum(effort for _, effort in efforts)
     trials = recipe.probes + recipe.swaps + 2 * recipe.refine
     probes = recipe.probe_windows * recipe.seqlen * trials * _parameters(model_map.weights)
     learning = 3 * recipe.learning * recipe.seqlen * _parameters(model_map.weights)
     refine = (6 * forward + moments + rounding + learning) if recipe.refine else 0
     calibration = 4 * forward + moments
-    bases = {"none": 0, "gradients": calibration + forward + 2 * moments}
-    found = bases.get(recipe.rotation, forward + 2 * moments) + calibration
-    return found + _layouts(recipe) * rounding + probes + refine
+    bases = 0 if recipe.rotation == "none" else forward + 2 * moments
+    return bases + calibration + measuring + probes + refine
 
 
-def _layouts(recipe: Recipe) -> int:
+def _layouts(schemes: Iterable[str]) -> int:
     """How many times a weight is rounded: candidates may differ in their activations alone, and
     what factors leave is rounded for itself."""
     columns = 4096  # any number that every share of wide columns divides
-    parsed = [Scheme.parse(name) for name in recipe.schemes]
+    parsed = [Scheme.parse(name) for name in schemes if name not in KEPT]
     alike = {scheme.segments(columns) for scheme in parsed if not scheme.is_composite}
     return len(alike) + sum(scheme.is_composite for scheme in parsed)
 

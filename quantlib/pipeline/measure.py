@@ -18,7 +18,7 @@ from torch import Tensor
 from quantlib.calibration.statistics import EmbeddingStatistics, GroupStatistics
 from quantlib.checkpoint.bank import LayerBank
 from quantlib.formats.composite import CompositeWeight, StoredWeight, pack_stored
-from quantlib.formats.scheme import Scheme
+from quantlib.formats.scheme import KEPT, Scheme
 from quantlib.formats.weight import QuantizedWeight, unpack
 from quantlib.models.rows import LinearGroup, Weight
 from quantlib.pipeline import bytecount, parts
@@ -154,6 +154,10 @@ def _measure_group(
     ]
     if not missing:
         return
+    _keep(run, [(name, scheme) for name, scheme in missing if scheme in KEPT])
+    missing = [(name, scheme) for name, scheme in missing if scheme not in KEPT]
+    if not missing:
+        return
     wanted = {name for _, name in missing}
     schemes = [s for s in run.candidates[weights[0].name] if str(s) in wanted]
     if group.kind in ("embedding", "head"):
@@ -170,6 +174,15 @@ def _measure_group(
                 extra = {_extra("loss", task): loss for task, (loss, _) in found.items()}
                 extra |= {_extra("error", task): error for task, (_, error) in found.items()}
                 batch.put(name, scheme, run.rounding_hash, tensors, extra, seconds)
+
+
+def _keep(run: Run, kept: Sequence[tuple[str, str]]) -> None:
+    """Entries of weights that stay as they are: they lose nothing, and their tensors are the
+    source's."""
+    nothing = {_extra(what, task): 0.0 for what in ("loss", "error") for task in run.tasks}
+    with run.bank.batch() as batch:
+        for name, scheme in kept:
+            batch.put(name, scheme, run.rounding_hash, {}, nothing)
 
 
 Candidates = list[tuple[str, list[str], StoredWeight, list[Matrix]]]

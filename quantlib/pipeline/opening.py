@@ -31,11 +31,13 @@ from quantlib.transforms.binding import wire
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is made from: the model, its map and tokenizer, the windows of text or the records
-    of all streams, and what everything would cost in time, where a latency is limited."""
+    """What a run is made from: the model, its map, the recipe (with all candidates), its tokenizer,
+    the windows of text or the records of all streams, and what everything would cost in time, where
+    a latency is limited."""
 
     source: Source
     model_map: ModelMap
+    recipe: Recipe
     tokenizer: Any
     windows: Tensor | None
     workload: Workload | None
@@ -58,6 +60,7 @@ def load_inputs(
     source = Source.open(model, allow_download=download)
     model_map = mapped(source, recipe)
     whole = is_whole(model_map, recipe)
+    recipe = recipe.for_streams() if whole else recipe
     check_whole(recipe) if whole else check_blockwise(recipe)
     check_rotatable(source, recipe)
     check_inputs(model_map, candidates(model_map, recipe))
@@ -72,12 +75,12 @@ def load_inputs(
         check_request(model_map, schemes, budget, costs)
     if whole:
         workload = read_workload(source, model_map, recipe)
-        return Inputs(source, model_map, None, None, workload, costs)
+        return Inputs(source, model_map, recipe, None, None, workload, costs)
     tokenizer = load_tokenizer(source.path)
     _check_length(source, recipe)
     windows = read_windows(recipe, tokenizer)
     _check_vocabulary(source, model_map, windows)
-    return Inputs(source, model_map, tokenizer, windows, None, costs)
+    return Inputs(source, model_map, recipe, tokenizer, windows, None, costs)
 
 
 def _check_length(source: Source, recipe: Recipe) -> None:
@@ -120,9 +123,8 @@ def open_run(
     inputs = load_inputs(model, recipe, budget=budget, download=download, progress=progress)
     with WorkDir.open(work) as workdir:
         workfiles.claim_folder(workdir.path, inputs.source, inputs.model_map)
-        run = Run(
-            inputs.source, inputs.model_map, workdir, recipe, inputs.tokenizer, progress or Silent()
-        )
+        said = progress or Silent()
+        run = Run(inputs.source, inputs.model_map, workdir, inputs.recipe, inputs.tokenizer, said)
         run.workload, run.costs = inputs.workload, inputs.costs
         if inputs.windows is not None:
             run.all_windows = inputs.windows

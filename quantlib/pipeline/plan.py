@@ -30,7 +30,7 @@ from quantlib.search.plan import Plan
 from quantlib.search.problem import Problem
 from quantlib.search.sensitivity import Entry, Sensitivity
 from quantlib.search.solve import Solution, solve
-from quantlib.search.tasks import COMBINED, Objective
+from quantlib.search.tasks import COMBINED, Objective, task_cost
 from quantlib.search.weights import ENGINES
 
 TASK = "kl"
@@ -41,7 +41,11 @@ TASK = "kl"
 class Budget:
     """What the user allows: at most one of `size` (as `90MB`, `30%`) and `bits` (true bits per
     parameter), bytes of components (`search.components`), latencies, mean bits of activations
-    (`search.activations`), rules, and what is minimised over several tasks."""
+    (`search.activations`), rules, and what is minimised over several tasks.
+
+    task_limits: task -> the most its predicted loss may be, in its unit: what one plan is predicted
+                 to lose in each task, for another that is to be no worse in any (`no_worse`).
+    """
 
     size: str | None = None
     bits: float | None = None
@@ -53,6 +57,7 @@ class Budget:
     activations: float | None = None
     components: tuple[str, ...] = ()
     objective: Objective = field(default_factory=Objective)
+    task_limits: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.latency and self.engine != "quantlib":
@@ -106,6 +111,7 @@ class Budget:
             **self.latency.limits(),
             **parse_activation_bits(self.activations),
             **component_limits(self.components, model_map.components()),
+            **{task_cost(task): limit for task, limit in self.task_limits.items()},
         }
 
     def asked_for(self, plan: Plan, model_map: ModelMap) -> bool:
@@ -131,6 +137,7 @@ def allocation_problem(
 
     costs: what each candidate takes, for budgets that limit it (`pipeline.latency`).
     """
+    _check_task_limits(budget.task_limits, table.tasks)
     weights = model_map.weights
     spent: dict[str, Mapping[tuple[str, str], float]] = {**(costs.costs if costs else {})}
     fixed = dict(costs.fixed) if costs else {}
@@ -151,6 +158,25 @@ def allocation_problem(
         costs=spent,
         fixed_costs=fixed,
     )
+
+
+def _check_task_limits(limits: Mapping[str, float], tasks: Sequence[str]) -> None:
+    """Raise UsageError for a limit on the loss of a task that cannot have one."""
+    if limits and len(tasks) == 1:
+        raise UsageError(f"{tasks[0]} is the only task: its loss is minimised, and needs no limit")
+    for task in limits:
+        if task not in tasks:
+            raise UsageError(
+                f"there is a limit on the loss of task {task!r}, and what is measured are the "
+                f"losses of {', '.join(tasks)}"
+            )
+
+
+def no_worse(problem: Problem, schemes: Mapping[str, str]) -> dict[str, float]:
+    """`Budget.task_limits` under which no task of a problem is predicted to lose more than when its
+    weights have these schemes; none where there is one task, whose loss is minimised. Raises
+    SearchError for schemes that are no choices of the problem."""
+    return problem.task_losses(problem.picks(schemes)) if problem.scales else {}
 
 
 def sizes_only(
@@ -184,6 +210,7 @@ def check_request(
 ) -> None:
     """Raise what `search` would raise after measuring: UsageError for the budget's text or rules,
     SearchError for budgets that no allocation fits, with the least that is possible."""
+    budget = replace(budget, task_limits={})  # nothing is known of losses yet
     problem = sizes_only(model_map, schemes, budget, costs)
     solve(problem, budget.in_bytes(model_map), budget.limits(model_map))
 

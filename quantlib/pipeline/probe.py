@@ -165,7 +165,9 @@ def _predicted(table: Sensitivity, plan: Mapping[str, str], task: str) -> float:
 
 
 def probe_plans(problem: Problem, count: int) -> list[dict[str, str]]:
-    """Up to `count` different plans, weight -> scheme, at budgets spread over PROBE_RANGE."""
+    """Up to `count` different plans, weight -> scheme, at budgets spread over PROBE_RANGE; nothing
+    in them stays as it is."""
+    problem = problem.rounding()
     solver = Solver(problem)
     low, high = problem.bytes(problem.smallest()), problem.bytes(problem.best())
     first, last = PROBE_RANGE

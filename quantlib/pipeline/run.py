@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +21,7 @@ from quantlib.checkpoint.provenance import digest, file_sha256
 from quantlib.checkpoint.workdir import WorkDir
 from quantlib.errors import UsageError
 from quantlib.formats.composite import has_room
-from quantlib.formats.scheme import Scheme
+from quantlib.formats.scheme import KEPT, Scheme
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
 from quantlib.pipeline.plan import TASK
@@ -191,17 +192,20 @@ def candidates(model_map: ModelMap, recipe: Recipe) -> dict[str, tuple[str, ...]
     """Weight -> names of its candidate schemes, as the recipe has them for its kind.
 
     Members of a group have the same; left out are those that have more factors, dimensions or
-    blocks than one of them has room for.
+    blocks than one of them has room for, and to stay as they are in another type than theirs.
     """
     found = {}
     for group in model_map.groups:
         members = model_map.members(group)
-        shapes = [(w.parameters // w.in_features, w.in_features) for w in members]
+        sizes = [(w.parameters // w.in_features, w.in_features) for w in members]
+        windows = [w.tensor_shape[2:] for w in members]
+        stored = {KEPT_AS.get(weight.dtype, "") for weight in members}
         for weight in members:
             found[weight.name] = tuple(
                 name
                 for name in recipe.candidates(weight.kind)
-                if all(has_room(Scheme.parse(name), shape) for shape in shapes)
+                if {name} == stored or name not in KEPT
+                if all(map(has_room, repeat(Scheme.parse(name)), sizes, windows))
             )
             if not found[weight.name]:
                 raise UsageError(
@@ -217,6 +221,8 @@ def read_windows(recipe: Recipe, tokenizer: Any) -> Tensor:
     return load_windows(recipe.data, tokenizer, recipe.seqlen, wanted, recipe.seed)
 
 
+KEPT_AS = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
+"""Types of parameters in files -> the schemes that leave them so."""
 STATISTICS_VERSION = 1
 """Raise when the meaning of the statistics changes: old work directories then calibrate again."""
 ROUNDING_VERSION = 3

@@ -22,6 +22,7 @@ from quantlib.calibration.paths.workload import (
 )
 from quantlib.calibration.records import TEXT, is_records, read_records
 from quantlib.errors import ModelError, UsageError
+from quantlib.formats.scheme import KEPT as KEPT_FORMATS
 from quantlib.models.families import EMBEDDINGS, HEAD
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
@@ -90,6 +91,12 @@ def check_blockwise(recipe: Recipe) -> None:
         raise UsageError(
             f"weighting={recipe.weighting!r} is for models that are calibrated on records: of a "
             "language model every token counts by its own gradient"
+        )
+    if recipe.leaves_weights:
+        named = ", ".join(name for name in recipe.schemes if name in KEPT_FORMATS)
+        raise UsageError(
+            f"{named} among the candidates is for models of several parts: of a language model, "
+            "name what is to stay as it is with --keep"
         )
 
 

@@ -192,7 +192,7 @@ def _frame(axes: Axes, stack: Stack, rows: int, slanted: bool) -> None:
     labels = [words.shorten(label, 18) for label in stack.labels]
     axes.set_xticks(places, labels, fontsize=10.5, **turn)
     shown = range(0, len(stack.blocks), 1 if len(stack.blocks) <= _TALL else 5)
-    numbers = [stack.blocks[index].rpartition(".")[2] for index in shown]
+    numbers = [stack.numbers[index] for index in shown]
     heights = [len(stack.before) + index + 0.5 for index in shown]
     axes.set_yticks(heights, numbers, fontsize=9.5, color=MUTED)
 

@@ -1,9 +1,9 @@
 """Sorting weights into the rows and columns of a grid: repeated blocks down, weights of a block
 across.
 
-Names alone decide, so this works for any model: blocks that differ only in their number
-("model.layers.3") form one stack, and a weight's path inside its block, without the numbers of
-experts, is its column.
+Names alone decide, so this works for any model: blocks that differ only in their numbers
+("model.layers.3", "decoder.up.0.block.1") form one stack, and a weight's path inside its block,
+without the numbers of experts, is its column.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 
 from quantlib.report.data import WeightRow
 
+_NUMBER = re.compile(r"(?<=[._])\d+(?=\.|$)")
+
 
 @dataclass
 class Stack:
     """Blocks with a common prefix, and the weights that stand before and after them in the model.
 
+    prefix: their name; * stands for a number before the last one.
     cells: (index into blocks, index into columns) -> weights there, several for the experts of a
         layer.
     """
@@ -35,6 +38,11 @@ class Stack:
         """All weights of the grid."""
         inside = [row for cell in self.cells.values() for row in cell]
         return [*self.before, *inside, *self.after]
+
+    @property
+    def numbers(self) -> list[str]:
+        """What tells the blocks apart: "3", or "0.1" where there is more than one number."""
+        return [".".join(_NUMBER.findall(block)) for block in self.blocks]
 
     @property
     def labels(self) -> list[str]:
@@ -69,7 +77,7 @@ def stacks(weights: Sequence[WeightRow]) -> list[Stack]:
         if weight.block is None:
             waiting.append(weight)
             continue
-        prefix = re.sub(r"\.\d+$", "", weight.block)
+        prefix = _NUMBER.sub("*", weight.block).removesuffix(".*")
         if prefix not in found:
             found[prefix] = Stack(prefix, before=waiting)
             waiting = []

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from quantlib.calibration.paths.route import ANSWER, HEARING
 from quantlib.models.components import component_table
 from quantlib.models.modelmap import ModelMap
 from quantlib.report.data import ComponentRow, KeptRow, TaskRow
@@ -124,7 +125,7 @@ def _measured(suite: Mapping[str, Any], task: str) -> tuple[float | None, float 
     """What an evaluation found of what is predicted of a task: its divergence from the original.
 
     Answers that are speech are evaluated as "speech"."""
-    names = (task, "speech") if task == "answer" else (task,)
+    names = (task, "speech") if task in (ANSWER, HEARING) else (task,)
     for figure in suite.get("figures", ()):
         if figure["task"] in names and figure["name"].startswith(DIVERGENCES):
             return figure["model"]["value"], figure["model"]["standard_error"]

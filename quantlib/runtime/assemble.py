@@ -29,17 +29,20 @@ from quantlib.formats.weight import QuantizedWeight, pack
 from quantlib.models.window import Convolution, Window
 from quantlib.runtime.composite import (
     BlockedEmbedding,
+    BlockedLinear,
+    CanonicalConvolution,
     FactoredConvolution,
     FactoredLinear,
     ThinConvolution,
 )
 from quantlib.runtime.convolution import QuantizedConvolution
+from quantlib.runtime.fused_turn import take_turn
 from quantlib.runtime.modules import (
+    PackedEmbedding,
     QuantizedEmbedding,
     QuantizedExperts,
     QuantizedLinear,
     TiedHead,
-    TiedSource,
     packed_modules,
     packed_weights,
 )
@@ -163,7 +166,7 @@ def _set_inputs(model: nn.Module, inputs: Mapping[str, Inputs]) -> None:
         if given.activations:
             check_activations(columns, given.activations)
         if order is not None:
-            if isinstance(module, QuantizedEmbedding):
+            if isinstance(module, PackedEmbedding):
                 raise ModelError(f"{name} is an embedding: its columns are outputs, in their order")
             if order.dtype != torch.int32 or tuple(order.shape) != (columns,):
                 raise ModelError(
@@ -200,6 +203,8 @@ def _replace(
             by_parameter = {name.rpartition(".")[2]: segments[name] for name in names}
             new = _experts(old, module_name, by_parameter, mode)
         _keep_hooks(old, new)
+        if isinstance(new, QuantizedLinear):
+            new.turn = take_turn(new)
         model.set_submodule(module_name, new.train(old.training))
     for name, scheme in several.items():
         module_name = name.rpartition(".")[0]
@@ -216,13 +221,12 @@ def _tie(model: nn.Module, head_name: str, source_name: str, mode: str) -> None:
     head, source = (
         model.get_submodule(name.rpartition(".")[0]) for name in (head_name, source_name)
     )
-    known = isinstance(source, QuantizedEmbedding | BlockedEmbedding)
-    if not isinstance(head, nn.Linear) or not known:
+    if not isinstance(head, nn.Linear) or not isinstance(source, PackedEmbedding):
         raise ModelError(
             f"{head_name} is tied to {source_name}, but only a head can be tied to a quantized "
             f"embedding: keep {source_name} in 16 bits"
         )
-    new = TiedHead(cast("TiedSource", source), head.bias, mode)
+    new = TiedHead(source, head.bias, mode)
     _keep_hooks(head, new)
     model.set_submodule(head_name.rpartition(".")[0], new.train(head.training))
 
@@ -281,22 +285,26 @@ def _composite(old: nn.Module, name: str, scheme: Scheme, mode: str) -> PackedMo
             weight, (rows, width) = old.weight, (old.num_embeddings, old.embedding_dim)
             scale = _embed_scale(old, name)
             return BlockedEmbedding(rows, width, scheme, scale, weight.dtype, weight.device)
-        if isinstance(old, nn.Linear) and scheme.low_rank and not scheme.low_rank.alone:
+        if isinstance(old, nn.Linear) and not (scheme.low_rank and scheme.low_rank.alone):
             if type(old).forward is not nn.Linear.forward:
                 raise _unknown(old, name)
             sizes = old.in_features, old.out_features
-            return FactoredLinear(*sizes, scheme, old.bias, mode, old.weight.device)
+            kind = BlockedLinear if scheme.rows else FactoredLinear
+            return kind(*sizes, scheme, old.bias, mode, old.weight.device)
         if isinstance(old, Convolution) and scheme.low_rank is not None:
             window, weight = Window.of(name, _plain_convolution(old, name)), old.weight
             bias = cast("nn.Parameter | None", old.bias)
             placed = weight.dtype, weight.device
             thin = ThinConvolution if scheme.low_rank.alone else FactoredConvolution
-            return thin(old.out_channels, window, scheme, bias, *placed)
+            form = CanonicalConvolution if scheme.low_rank.window else thin
+            return form(old.out_channels, window, scheme, bias, *placed)
     except FormatError as error:
         raise ModelError(f"{name}: {error}") from error
+    alone = scheme.low_rank is not None and scheme.low_rank.alone
+    kinds = "convolutions" if alone else "linears and convolutions"
     raise ModelError(
         f"{name} is a {type(old).__name__}, and {scheme} is for "
-        f"{'embeddings' if scheme.rows else 'linears and convolutions'}: give it another scheme"
+        f"{'embeddings and linears' if scheme.rows else kinds}: give it another scheme"
     )
 
 

@@ -23,11 +23,39 @@ from quantlib.models.window import Window, from_rows
 from quantlib.runtime.packed_module import SCHEME, Activations, PackedModule, Segments, multiply
 
 
-class QuantizedConvolution(PackedModule):
-    """`nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` on a packed weight, in the dtype of its input."""
+class PackedConvolution(PackedModule):
+    """Base of convolutions on packed weights: what models ask of `nn.Conv1d` and its kin.
+
+    dtype: of the dense filters that `weight` makes; it follows the model's casts.
+    """
 
     bias: nn.Parameter | None
     groups = 1
+
+    def __init__(
+        self, filters: int, window: Window, bias: nn.Parameter | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.filters, self.window, self.dtype = filters, window, dtype
+        # under torch's names, for models that ask
+        self.in_channels, self.out_channels = window.channels, filters
+        self.kernel_size, self.stride, self.dilation = window.size, window.stride, window.dilation
+        self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense filters [N, channels, *window], for code that asks for their dtype or shape;
+        made anew."""
+        shape = (self.filters, self.window.channels, *self.window.size)
+        return self.dequantize("weight").to(self.dtype).view(shape)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
+
+class QuantizedConvolution(PackedConvolution):
+    """`nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` on a packed weight, in the dtype of its input."""
 
     def __init__(
         self,
@@ -38,23 +66,14 @@ class QuantizedConvolution(PackedModule):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        self.filters, self.window, self.dtype = filters, window, dtype
-        # under torch's names, for models that ask
-        self.in_channels, self.out_channels = window.channels, filters
-        self.kernel_size, self.stride, self.dilation = window.size, window.stride, window.dilation
+        super().__init__(filters, window, bias, dtype)
         self._dense: Tensor | None = None
         self.register_packed("weight", (filters, window.columns), segments, device)
-        self.register_parameter("bias", bias)
 
     @property
     def weight(self) -> Tensor:
-        """The dense filters [N, channels, *window], for code that asks for their dtype or shape;
-        made anew unless they are kept already."""
-        shape = (self.filters, self.window.channels, *self.window.size)
-        if self._dense is not None:
-            return self._dense
-        return self.dequantize("weight").to(self.dtype).view(shape)
+        """As of `PackedConvolution`; the filters that are kept, where they are."""
+        return super().weight if self._dense is None else self._dense
 
     def set_inputs(
         self, name: str, activations: Activations = (), order: Tensor | None = None
@@ -104,7 +123,7 @@ class QuantizedConvolution(PackedModule):
         super().exchange_packed(name, segments, tensors)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
-        self.dtype, self._dense = fn(torch.empty(0, dtype=self.dtype)).dtype, None
+        self._dense = None
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:

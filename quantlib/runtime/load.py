@@ -280,8 +280,11 @@ class QuantizedModel:
         """What is to write `count` texts of at most `capacity` tokens."""
         if self.engine == "native":
             return self.make_engine(max(count, 1), max(capacity, 1))
-        _require_words(self.model)
-        return TransformersTexts(self.model)
+        from quantlib.models.skeleton import writer
+
+        model = writer(self.model)
+        _require_words(model)
+        return TransformersTexts(model)
 
 
 def load(
@@ -370,15 +373,15 @@ def _stop_tokens(path: Path, config: Any) -> set[int]:
 
 
 def _load_model(path: Path, dtype: torch.dtype | str) -> Any:
-    from quantlib.models.skeleton import model_class
+    from quantlib.calibration.paths.voices import read_voices
+    from quantlib.models.skeleton import from_pretrained
     from quantlib.runtime.transformers_plugin import register
 
     register()
-    named = model_class(_load_config(path).model_type)
+    model_type = _load_config(path).model_type
+    options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
     try:
-        model, info = named.from_pretrained(
-            path, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+        model, info = from_pretrained(model_type, path, **options)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"transformers cannot load {path}: {error}") from error
     absent = sorted(info["missing_keys"])
@@ -386,6 +389,8 @@ def _load_model(path: Path, dtype: torch.dtype | str) -> Any:
         raise CheckpointError(
             f"{path} lacks {absent[0]} ({len(absent)} parameters in all): make the checkpoint again"
         )
+    if hasattr(model, "speaker_map"):
+        model.speaker_map = read_voices(path)
     return model
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quantlib.calibration.objectives import TokenObjective
 from quantlib.calibration.paths import find, known
-from quantlib.calibration.paths.route import Route, Routes, objective
+from quantlib.calibration.paths.route import ANSWER, HEARING, Route, Routes, objective
 from quantlib.calibration.paths.tools import Tools
 from quantlib.calibration.paths.unified import janus_prompt
 from quantlib.calibration.records import QUESTION, SPEECH, Record
@@ -85,7 +85,7 @@ class Media:
         route = self.route(kind)
         if kind == QUESTION and not question.strip():
             raise UsageError("there is no question about the picture: write one")
-        if kind == SPEECH and question.strip():
+        if kind == SPEECH and question.strip() and route.stream != HEARING:
             raise UsageError(
                 f"{self.model.config.model_type} writes down what is said in a sound and takes no "
                 "prompt beside it: leave it out"
@@ -149,7 +149,7 @@ class Media:
     def route(self, kind: str) -> Route:
         """The route by which the model answers about records of this kind."""
         for route in self.routes.routes:
-            if route.stream == "answer" and kind in route.kinds:
+            if route.stream in (ANSWER, HEARING) and kind in route.kinds:
                 return route
         raise UsageError(
             f"models of type {self.model.config.model_type!r} do not answer about {_WANTED[kind]}"

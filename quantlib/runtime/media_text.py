@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from quantlib.errors import UsageError
+from quantlib.models.skeleton import writer
 from quantlib.runtime.generate import Sampling, choose
 
 
@@ -58,8 +59,11 @@ def write_text(
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}: use 1 or more")
     sampling = sampling or Sampling()
+    heard = model.config.is_encoder_decoder
     options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
+        # Whisper's loop adds the length of its prompt. With the other limit it warns at every call
+        # that there are two: its generation config has one, too.
+        "max_length" if heard else "max_new_tokens": max_new_tokens,
         "do_sample": False,
         "num_beams": 1,
         "guidance_scale": 1.0,  # what a generation config says of it is meant for pictures
@@ -67,9 +71,8 @@ def write_text(
     if sampling.temperature > 0:
         options["logits_processor"] = LogitsProcessorList([Drawing(sampling, 1)])
     began = time.perf_counter()
-    output = model.generate(**inputs, **options)
+    output = writer(model).generate(**inputs, **options)
     seconds = time.perf_counter() - began
-    heard = model.config.is_encoder_decoder
     prompt = inputs["decoder_input_ids" if heard else "input_ids"][0].tolist()
     tokens = output[0].tolist()
     if not heard or tokens[: len(prompt)] == prompt:  # Whisper's own loop may leave it out

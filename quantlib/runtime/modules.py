@@ -7,8 +7,8 @@ packed weights, or their tiles, and nothing else (`packed_module.py`). No dense 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,8 @@ class QuantizedLinear(PackedModule):
         return self.multiply("weight", x, self.bias)
 
 
-class QuantizedEmbedding(PackedModule):
-    """`nn.Embedding` on a packed weight `[num_embeddings, embedding_dim]`.
+class PackedEmbedding(PackedModule, ABC):
+    """Base of embeddings on packed weights, which can be a head's weight too.
 
     dtype:       of the output; it follows the model's casts.
     embed_scale: the constant that Gemma's scaled embeddings multiply their output by, rounded to
@@ -58,44 +58,48 @@ class QuantizedEmbedding(PackedModule):
         self,
         num_embeddings: int,
         embedding_dim: int,
-        segments: Segments,
-        embed_scale: float | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
+        embed_scale: float | None,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.embed_scale, self.dtype = embed_scale, dtype
-        self.register_packed("weight", (num_embeddings, embedding_dim), segments, device)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        rows = embedding(ids, self.handles("weight")[0], self.dtype)
+    @abstractmethod
+    def project(self, x: Tensor, bias: Tensor | None, mode: str) -> Tensor:
+        """x [..., D] times the transposed weight, plus bias [V]: what a tied head computes."""
+
+    def scaled(self, rows: Tensor) -> Tensor:
+        """Rows as the embedding hands them out, times the constant where there is one."""
         if self.embed_scale is None:
             return rows
         return rows * torch.tensor(self.embed_scale, dtype=self.dtype, device=rows.device)
-
-    def project(self, x: Tensor, bias: Tensor | None, mode: str) -> Tensor:
-        """x [..., D] times the transposed weight, plus bias [V]: what a tied head computes."""
-        return multiply(x, self.handles("weight")[0], bias, mode, self.rounding("weight"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return super()._apply(fn, recurse)
 
 
-class TiedSource(Protocol):
-    """An embedding that can be a head's weight: `QuantizedEmbedding`, or one in blocks."""
+class QuantizedEmbedding(PackedEmbedding):
+    """`nn.Embedding` on a packed weight `[num_embeddings, embedding_dim]`."""
 
-    num_embeddings: int
-    embedding_dim: int
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        segments: Segments,
+        embed_scale: float | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, embed_scale, dtype)
+        self.register_packed("weight", (num_embeddings, embedding_dim), segments, device)
 
-    def project(self, x: Tensor, bias: Tensor | None, mode: str) -> Tensor: ...
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.scaled(embedding(ids, self.handles("weight")[0], self.dtype))
 
-    def packed_weights(self) -> dict[str, tuple[tuple[int, ...], Segments]]: ...
-
-    def packed_device(self, name: str) -> torch.device: ...
-
-    def dequantize(self, name: str = ..., dtype: torch.dtype = ...) -> Tensor: ...
+    def project(self, x: Tensor, bias: Tensor | None, mode: str) -> Tensor:
+        return multiply(x, self.handles("weight")[0], bias, mode, self.rounding("weight"))
 
 
 class TiedHead(nn.Module):
@@ -109,7 +113,7 @@ class TiedHead(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(
-        self, source: TiedSource, bias: nn.Parameter | None = None, mode: str = SCHEME
+        self, source: PackedEmbedding, bias: nn.Parameter | None = None, mode: str = SCHEME
     ) -> None:
         super().__init__()
         self._source = (source,)
@@ -119,7 +123,7 @@ class TiedHead(nn.Module):
         self.register_parameter("bias", bias)
 
     @property
-    def source(self) -> TiedSource:
+    def source(self) -> PackedEmbedding:
         """The embedding that owns the weight."""
         return self._source[0]
 

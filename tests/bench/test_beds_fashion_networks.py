@@ -57,7 +57,7 @@ def test_the_splits_do_not_overlap(cache: Path) -> None:
         pictures("dev", cache)
 
 
-@pytest.mark.parametrize(("name", "weights", "decided"), [("resnet", 10, 10), ("vit", 20, 14)])
+@pytest.mark.parametrize(("name", "weights", "decided"), [("resnet", 16, 16), ("vit", 20, 14)])
 def test_every_parameter_of_a_network_has_its_row(
     tmp_path: Path, name: str, weights: int, decided: int
 ) -> None:
@@ -74,7 +74,7 @@ def test_every_parameter_of_a_network_has_its_row(
     layers = Layers(trainable.model, space)
     example = torch.zeros(1, 1, SIDE, SIDE)
     products = layers.count_products(lambda: trainable.model(pixel_values=example))
-    assert 5e5 < sum(products.values()) < 2e6
+    assert 1e5 < sum(products.values()) < 2e6
     assert all(p.requires_grad for p in trainable.model.parameters())
 
 
@@ -121,12 +121,15 @@ def test_what_ships_answers_as_what_was_trained(
     monkeypatch.setattr(
         trained_search, "pictures", lambda split: fashion_networks.pictures(split, cache)
     )
-    for method in ("fliqs-mixed", "csq"):
+    methods = ["fliqs-mixed", "fliqs-float-8th", "csq"]
+    for method in methods + (["fliqs-int-width"] if NETWORKS[name].setting else []):
         row = Row(NETWORKS[name], ENTRIES[method], 0)
         found = trained_search.measured(row)
+        assert found["checkpoint"] is not None
         assert found["checkpoint"]["changed"] == 0
         assert found["checkpoint"]["bytes"] <= found["checkpoint"]["planned_bytes"]
-        assert found["bits_product"] <= 16 * (1 + 1e-9)
+        allowed = 32 if method.endswith("8th") else 16
+        assert found["bits_product"] <= allowed * (1 + 1e-9)
         assert trained_search.measured(row) == found, "rows are made once"
 
 

@@ -23,9 +23,9 @@ from quantlib.bench.comparisons import (
     tasks_of,
     write_chosen,
 )
-from quantlib.bench.multimodal import Row, measured, rows_of
-from quantlib.bench.multimodal_measure import Judging, compressed
-from quantlib.bench.multimodal_table import compared, table
+from quantlib.bench.multimodal import Row, measured, rows_of, state_of
+from quantlib.bench.multimodal_measure import Judging, compressed, guarded, opened, sparing
+from quantlib.bench.multimodal_table import by_task, compared, points_lost, table
 from quantlib.calibration.records import GENERATION, QUESTION, TEXT, read_records
 from quantlib.checkpoint.reader import read_layout
 from quantlib.checkpoint.writer import PLAN_FILE
@@ -35,6 +35,9 @@ from quantlib.formats.scheme import Scheme
 from quantlib.formats.weight import dequantize
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
+from quantlib.pipeline import bytecount
+from quantlib.pipeline.compress import measured_table, recipe_for
+from quantlib.pipeline.plan import Budget, search
 from quantlib.search.plan import Plan
 
 from ..models.stacked_models import build, save
@@ -198,6 +201,43 @@ def test_the_result_file_has_every_row_that_is_kept(
     assert all("key" not in row for row in written[-1]["rows"])
 
 
+def test_rows_of_an_older_method_are_stale(
+    bed: Bed,
+    counted: list[Row],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """They are listed as such, and a run measures them again without being asked to."""
+    monkeypatch.setitem(multimodal.BEDS, "tiny", bed)
+    row = Row(bed, WHOLE, 4.0, 0)
+    assert state_of(row, 10) == "missing"
+    measured(row, Judging(bed, 10))
+    assert state_of(row, 10) == "measured"
+    monkeypatch.setattr(multimodal, "VERSION", multimodal.VERSION + 1)
+    assert state_of(row, 10) == "stale"
+    multimodal.main("tiny", ["budgets"], 1, [4.0], 10, only_list=True)
+    assert capsys.readouterr().out.splitlines() == [
+        "stale     whole-4-0",
+        "missing   language-model-only-4-0",
+    ]
+    measured(row, Judging(bed, 10))
+    assert len(counted) == 2
+
+
+def test_stale_rows_stay_in_the_result_file_and_are_compared_with_nothing(
+    bed: Bed, counted: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[dict[str, Any]] = []
+    monkeypatch.setattr(multimodal.record, "write", lambda _, rows: written.append(rows) or Path())
+    older, newer = Row(bed, WHOLE, 4.0, 0), Row(bed, WHOLE, 4.0, 1)
+    measured(older, Judging(bed, 10))
+    monkeypatch.setattr(multimodal, "VERSION", multimodal.VERSION + 1)
+    measured(newer, Judging(bed, 10))
+    multimodal.write_results(bed, [older, newer], 10)
+    assert [row["seed"] for row in written[0]["rows"]] == [1]
+    assert [row["seed"] for row in written[0]["stale_rows"]] == [0]
+
+
 def test_a_damaged_row_is_measured_again(bed: Bed, counted: list[Row]) -> None:
     row = Row(bed, WHOLE, 4.0, 0)
     measured(row, Judging(bed, 10))
@@ -260,6 +300,33 @@ def test_a_row_is_compressed_and_judged(
     assert len(list(row.folder().glob("work-*"))) == 1, "one calibration serves both methods"
     assert "vision_tower" in other["kept_in_16_bits"]
     assert other["bytes"] > found["bytes"], "the tower as it was: its file has 32 bits"
+
+
+def test_no_task_loses_more_than_with_bits_for_the_language_model_alone(
+    llava: Path, tmp_path: Path
+) -> None:
+    """By prediction, at the same size; and where the language model alone cannot be made so small,
+    nothing is asked."""
+    leaving = {**QUICK, "schemes": [*QUICK["schemes"], "w2g32z4s4", "f32"]}
+    recipe = recipe_for(Budget(), data=str(llava / "calibration.jsonl"), **leaving)
+    with opened(llava / "model", tmp_path / "work", recipe) as run:
+        table = measured_table(run)
+        others = {w.component for w in run.model_map.weights} - {*comparisons.WORDS}
+        words, theirs = sparing(run, table, others)
+        fixed = 8 * bytecount.fixed_bytes(words.model_map, 1 << 40) / run.model_map.parameters
+        budget = Budget(bits=fixed + 4)
+        guard = guarded(run, table, budget)
+        language, _, _ = search(words.model_map, theirs, budget)
+        plan, problem, solution = search(run.model_map, table, guard)
+        losses = problem.task_losses(solution.picks)
+        assert set(guard.task_limits) == set(table.tasks)
+        for task, limit in guard.task_limits.items():
+            spent = sum(theirs.entry(n, s).loss[task] for n, s in language.schemes.items())
+            assert limit == pytest.approx(spent, rel=1e-9, abs=0)
+            assert losses[task] <= limit * (1 + 1e-9)
+        assert plan.bytes <= budget.in_bytes(run.model_map)
+        small = Budget(bits=fixed / 2)
+        assert guarded(run, table, small) == small
 
 
 def test_what_no_record_runs_is_rounded_plainly(llava: Path, tmp_path: Path) -> None:
@@ -327,6 +394,40 @@ def test_the_table_has_a_line_for_every_figure(rows: list[dict[str, Any]]) -> No
     lines = table(compared(rows)).splitlines()
     assert lines[0] == "4 bits  answer: KL  whole 0.2  language model only 0.4  text only -"
     assert lines[1].endswith("(full precision 0.9)")
+
+
+def test_tasks_are_won_by_seeds_that_are_closer_to_full_precision() -> None:
+    def pair(seed: int, mine: float, theirs: float) -> list[dict[str, Any]]:
+        named = {"KL per token (nats)": mine, "right": 0.9}
+        other = {"KL per token (nats)": theirs, "right": 0.8}
+        return [row("whole", seed, **named), row("language model only", seed, **other)]
+
+    (entry,) = by_task([*pair(0, 0.1, 0.4), *pair(1, 0.3, 0.3), *pair(2, 0.5, 0.3)])
+    assert (entry["closer"], entry["as close"], entry["farther"]) == (1, 1, 1)
+    assert entry["whole"] == pytest.approx(0.3)
+    assert entry["language model only"] == pytest.approx(1 / 3)
+    alone = [row("whole", 0, **{"KL per token (nats)": 0.1})]
+    assert by_task(alone) == []
+    lacking = {"method": "language model only", "bits": 4.0, "seed": 0, "infeasible": "no"}
+    (entry,) = by_task([*alone, lacking])
+    assert entry["whole"] == 0.1
+    assert entry["language model only"] is entry["closer"] is entry["farther"] is None
+
+
+def test_points_are_of_shares_and_positive_where_something_was_lost() -> None:
+    rows = [
+        row("whole", seed, **{"answers right": value}) for seed, value in ((0, 0.85), (1, 0.93))
+    ]
+    for one in rows:
+        one["figures"][0] |= {"better": "higher", "reference": {"value": 0.9}}
+    (entry,) = points_lost(compared(rows))
+    assert entry == {
+        "bits": 4.0,
+        "task": "answer",
+        "figure": "answers right",
+        "points": pytest.approx(1.0),
+    }
+    assert points_lost(compared([row("whole", 0, right=0.9)])) == []
 
 
 def test_the_command_refuses_a_bed_it_does_not_know() -> None:

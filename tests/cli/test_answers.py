@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from quantlib.cli.results import first_data_and_request
+
 from .conftest import QUICK, Run
 
 
@@ -223,6 +225,24 @@ def test_the_first_prompt_suits_the_model(
     for file in copied.glob("chat_template*"):
         file.unlink()
     assert "'The capital of France is'" in run(*apply, tmp_path / "continues").stderr
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task", "data", "request_"),
+    [
+        ("janus", "tasks", "HELD_OUT.jsonl", "'a red three on a black background' --image out.png"),
+        ("llava", "tasks", "HELD_OUT.jsonl", "'What is this?' --image-input photo.png"),
+        ("whisper", "answer", "HELD_OUT.jsonl", "--audio clip.wav"),
+        ("dinov2", "vectors", "HELD_OUT.jsonl", None),
+        ("janus", "kl", "HELD_OUT_TEXT", "'The capital of France is'"),
+    ],
+)
+def test_what_to_try_first_is_what_the_model_was_calibrated_for(
+    model_type: str, task: str, data: str, request_: str | None, tmp_path: Path
+) -> None:
+    """Pictures of a model that draws, nothing of an encoder; text where all else was kept."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert first_data_and_request(tmp_path, task) == (data, request_)
 
 
 @pytest.fixture(scope="module")

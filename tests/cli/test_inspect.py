@@ -63,6 +63,8 @@ def test_what_lies_beside_a_rotated_model_is_listed(
     command = ("compress", model, "-o", out, "--data", text, "--bits", 8, *QUICK)
     assert run(*command, "--rotation", "pca").code == 0
     found = run("inspect", out, "--json").json
+    assert found["rotated"]
+    assert "rotated" in run("inspect", out).stdout
     assert found["beside"]
     assert all("rotation" in row["reason"] for row in found["beside"])
     parts = [*found["components"], *found["beside"]]

@@ -24,8 +24,20 @@ def test_formats_by_modality_take_its_place() -> None:
     }
 
 
+def test_scales_of_images_can_be_known_beforehand() -> None:
+    recipe = Recipe.create(data="a", **kv_fields("text=8,image_output=4+static"))
+    assert recipe.kv_modalities == {"text": "int8", "image_output": "int4"}
+    assert recipe.kv_static == ("image_output",)
+
+
 @pytest.mark.parametrize(
-    ("kv", "what"), [("text=8,text=4", "two formats"), ("text=8,video=4", "kv_modalities")]
+    ("kv", "what"),
+    [
+        ("text=8,text=4", "two formats"),
+        ("text=8,video=4", "kv_modalities"),
+        ("text=8,image_output=4+fixed", "not 'fixed'"),
+        ("text=8+static", "kv_static"),
+    ],
 )
 def test_what_makes_no_sense_is_refused(kv: str, what: str) -> None:
     with pytest.raises(UsageError, match=what):

@@ -10,6 +10,7 @@ import torch
 import quantlib
 from quantlib.checkpoint.contents import contents
 from quantlib.checkpoint.reader import read_layout
+from quantlib.cli import surroundings
 from quantlib.errors import UsageError
 from quantlib.kernels.kv_format import KvFormat
 from quantlib.pipeline.compress import compress
@@ -68,6 +69,14 @@ def test_a_checkpoint_is_made_for_its_caches_and_its_integers(
     assert result.file_bytes <= result.plan.budget
     beside = {row.name: row.bytes for row in contents(checkpoint).beside}
     assert sum(beside.values()) == sum(meta.nbytes for meta in scales.values())
+
+    told = surroundings.described(checkpoint.around)
+    assert told["kv"] == FORMATS
+    assert told["kv_static"] == len(scales)
+    assert sum(told["integers"].values()) == len(checkpoint.around.nonlinear)
+    shown = dict(surroundings.rows(checkpoint.around))
+    assert "scales of image_output known for every place" in shown["KV cache"]
+    assert "image_output int4/int8" in shown["KV cache"]
 
     loaded = quantlib.load(result.path, engine="plain").model
     assert nonlinear.attached(loaded) == dict(checkpoint.around.nonlinear)

@@ -8,7 +8,15 @@ import pytest
 
 from quantlib.errors import UsageError
 from quantlib.formats.scheme import Scheme
-from quantlib.recipe import FUSED_SCHEMES, NATIVE_SCHEMES, PRESETS, Recipe, method_fields
+from quantlib.recipe import (
+    FUSED_SCHEMES,
+    NATIVE_SCHEMES,
+    PRESETS,
+    SIXTEEN_BITS,
+    STREAM_EMBEDDINGS,
+    Recipe,
+    method_fields,
+)
 from quantlib.search.activations import mean_bits
 
 
@@ -31,6 +39,24 @@ def test_schemes_are_kept_once_and_under_their_canonical_names() -> None:
     assert recipe.schemes == ("w4g64z", "w8")
 
 
+def test_records_bring_further_candidates_unless_some_were_named() -> None:
+    more = Recipe.create(data="x.jsonl").for_streams()
+    assert more.schemes == (*NATIVE_SCHEMES, *STREAM_EMBEDDINGS, *SIXTEEN_BITS)
+    assert more.for_streams() == more
+    assert more.candidates("linear") == (*NATIVE_SCHEMES, *SIXTEEN_BITS)
+    assert set(more.candidates("embedding")) == set(more.schemes)
+    for given in ({"schemes": ("w4g64",)}, {"preset": "fast"}, {"latency": ("12ms",)}):
+        recipe = Recipe.create(data="x.jsonl", **given)
+        assert recipe.for_streams() == recipe
+
+
+def test_weights_of_every_kind_may_stay_as_they_are() -> None:
+    recipe = Recipe.create(data="x", schemes=("w4g64a8", "f16", "w8g32"))
+    assert recipe.candidates("linear") == ("w4g64a8", "f16")
+    assert recipe.candidates("embedding") == ("w8g32", "f16")
+    assert recipe.leaves_weights
+
+
 @pytest.mark.parametrize("schemes", [NATIVE_SCHEMES, FUSED_SCHEMES])
 def test_our_own_candidates_are_valid_and_different(schemes: tuple[str, ...]) -> None:
     assert Recipe.create(data="text.txt", schemes=schemes).schemes == schemes
@@ -47,7 +73,7 @@ def test_our_own_candidates_are_valid_and_different(schemes: tuple[str, ...]) ->
         ({"window": 4}, r"no field 'window'; the fields are data, preset, seqlen, windows"),
         ({"schemes": []}, r"schemes: name at least one candidate"),
         ({"schemes": ["w9"]}, r"schemes: 'w9' is not a scheme: write for example w4g64"),
-        ({"schemes": ["w4g64", "bf16"]}, r"bf16 leaves a weight as it is and cannot be a candi"),
+        ({"schemes": ["bf16"]}, r"bf16 leaves a weight as it is: name a scheme that does not"),
         ({"schemes": ["w4g64a8z"]}, r"w4g64a8z: activations of 8 bits cannot be asymmetric"),
         ({"kv": "int3"}, r"kv: 'int3' is not a format of a KV cache"),
         ({"rotation": "random"}, r"rotation: .*'pca'"),
@@ -130,3 +156,15 @@ def test_models_calibrated_on_records_are_damped_more_and_weighted_less() -> Non
     said = Recipe.create(data="records.jsonl", damping=0.02, weighting="token")
     assert said.damping_of(streams=True) == said.damping_of(streams=False) == 0.02
     assert said.stream_weighting == "token"
+
+
+def test_inputs_of_four_bits_and_no_more_may_have_one_scale_for_all_low_columns() -> None:
+    """Scales of groups take 0.3 bits: with them, a mean of 4.0 would leave codes of 3."""
+    strict, usual = (method_fields("resq", bits)["schemes"] for bits in (4.0, 4.5))
+    coarse = [name for name in strict if name not in usual]
+    assert coarse
+    assert not set(usual) - set(strict)
+    for name in coarse:
+        scheme = Scheme.parse(name)
+        assert not scheme.activation.group
+        assert mean_bits(scheme, 1536) < 4.25

@@ -39,9 +39,13 @@ STREAMS = {
     "emu3": ("text", "answer", "image", "decoder", "codes"),
     "chameleon": ("text", "answer", "codes"),
     "whisper": ("answer",),
+    "qwen2_5_omni": ("text", "answer", "hearing", "codec", "spectrogram", "sound"),
     "bert": ("vectors",),
     "dinov2": ("vectors",),
     "clip": ("vectors",),
+    "siglip": ("vectors",),
+    "clip_vision": ("vectors",),
+    "siglip_vision": ("vectors",),
 }
 CASES: list[Any] = [
     "janus",
@@ -51,12 +55,17 @@ CASES: list[Any] = [
     "idefics3",
     "gemma3",
     "qwen2_5_vl",
+    "qwen2_5_omni",
     "chameleon",
     pytest.param("emu3", marks=pytest.mark.slow),
     "whisper",
     "bert",
     "dinov2",
     "clip",
+    "smolvlm",
+    "siglip",
+    "clip_vision",
+    "siglip_vision",
 ]
 Squeeze = Callable[..., Result]
 
@@ -109,7 +118,7 @@ def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(difference / expected[allowed].abs().max())
 
 
-@pytest.mark.parametrize("case", ["janus", "llava_siglip", "gemma3", "whisper"])
+@pytest.mark.parametrize("case", ["janus", "llava_siglip", "gemma3", "whisper", "qwen2_5_omni"])
 def test_nothing_stays_without_a_reason(case: str, squeezed: Squeeze) -> None:
     """Every matrix is packed, or is named with why not."""
     result = squeezed(case)

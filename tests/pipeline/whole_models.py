@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 import transformers
 from PIL import Image
@@ -27,6 +28,7 @@ SPECIAL = {
     "<eos>": 2,
     "<image>": IMAGE,
     "<boi>": 94,
+    "<audio>": 86,
     "<eoi>": 93,
     "<unk>": 92,
     "<fake_token_around_image>": 91,
@@ -54,6 +56,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         sep_token="<eos>",
         extra_special_tokens={
             "image_token": "<image>",
+            "audio_token": "<audio>",
             "boi_token": "<boi>",
             "eoi_token": "<eoi>",
             "eof_token": "<eof>",
@@ -124,6 +127,23 @@ def _whisper(words: Any) -> Any:
     return sounds
 
 
+class _OmniFiles:
+    """Qwen2.5-Omni's image processor and feature extractor, published as one file; its processor
+    itself cannot be made without torchvision."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        settings = _whisper(None).to_dict() | _qwen(None).to_dict()
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+
+
+def _omni(_: Any) -> Any:
+    return _OmniFiles()
+
+
+def _siglip(_: Any) -> Any:
+    return transformers.SiglipImageProcessorPil(size=_square(28), **PLAIN)
+
+
 def _pixels(_: Any) -> Any:
     return transformers.CLIPImageProcessorPil(
         size={"shortest_edge": 28}, crop_size=_square(28), **PLAIN
@@ -142,8 +162,13 @@ PROCESSORS: dict[str, Callable[[Any], Any]] = {
     "chameleon": _chameleon,
     "emu3": _emu3,
     "whisper": _whisper,
+    "qwen2_5_omni": _omni,
     "dinov2": _pixels,
     "clip": _pixels,
+    "clip_vision": _pixels,
+    "siglip": _siglip,
+    "siglip_vision": _siglip,
+    "smolvlm": _idefics,
 }
 GENERATION = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "guidance_scale": 2.0}
 
@@ -151,16 +176,59 @@ GENERATION = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "guidance
 def build(case: str) -> PreTrainedModel:
     """As `stacked_models.build`; Emu3 with the sizes that its processor expects, and codes of both
     one-vocabulary models under names that their models understand."""
-    if case not in ("emu3", "chameleon"):
+    if case not in ("emu3", "chameleon", "qwen2_5_omni"):
         return stacked_models.build(case)
     architecture, config, settings = stacked_models.MODELS[case]
+    if case == "qwen2_5_omni":
+        return _random(architecture, config, {**settings, **_speaking(settings)})
     words = {**settings["vocabulary_map"], "<|extra_200|>": SPECIAL["<|extra_200|>"]}
     if case == "emu3":
         vq = {"channel_multiplier": [1, 1, 1, 2], "attn_resolutions": [3]}
         settings = {**settings, "vq_config": {**settings["vq_config"], **vq}}
     else:  # letters are digits
         words = {"<image>": IMAGE, **{f"IMGIMG{_letters(code)}Z": 50 + code for code in range(20)}}
-    settings = {**settings, "vocabulary_map": words}
+    return _random(architecture, config, {**settings, "vocabulary_map": words})
+
+
+def _speaking(settings: dict[str, Any]) -> dict[str, Any]:
+    """Tokens of Qwen2.5-Omni's talker that are in the small vocabulary."""
+    placeholders = {
+        "audio_token_index": SPECIAL["<audio>"],
+        "image_token_index": IMAGE,
+        "video_token_index": 92,
+        "vision_start_token_id": SPECIAL["<boi>"],
+        "vision_end_token_id": SPECIAL["<eoi>"],
+        "audio_start_token_id": 84,
+        "audio_end_token_id": 85,
+    }
+    text = {f"tts_text_{name}_token_id": 60 + n for n, name in enumerate(("start", "end", "pad"))}
+    codec = ("start", "end", "pad", "mask")
+    codes = {f"tts_codec_{name}_token_id": 70 + n for n, name in enumerate(codec)}
+    sound = settings["token2wav_config"]
+    # what pools a voice reads the outputs of the three blocks in the middle at once
+    dit = {**sound["dit_config"], "enc_channels": [16, 16, 16, 16, 48], "num_embeds": 96}
+    return {
+        "token2wav_config": {**sound, "dit_config": dit},
+        "thinker_config": {**settings["thinker_config"], **placeholders},
+        "talker_config": {**settings["talker_config"], **placeholders, **text, **codes},
+    }
+
+
+def write_voice(folder: Path, size: int = 12, bins: int = 8) -> Path:
+    """A voice for the small Qwen2.5-Omni, as `calibration.paths.voices` reads it."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "w.cond": torch.randn(1, size, generator=generator),
+        "w.ref_mel": torch.randn(1, 9, bins, generator=generator),
+        "w.bos_token": torch.tensor(63),
+    }
+    file = folder / "voices" / "speakers.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    safetensors.torch.save_file(tensors, file)
+    return file
+
+
+def _random(architecture: str, config: str, settings: dict[str, Any]) -> PreTrainedModel:
     parsed = getattr(transformers, config)(**settings)
     model: PreTrainedModel = getattr(transformers, architecture)(parsed).float().eval()
     generator = torch.Generator().manual_seed(0)
@@ -184,6 +252,8 @@ def save(case: str, folder: Path) -> Path:
     words = tokenizer()
     if case in PROCESSORS:
         PROCESSORS[case](words).save_pretrained(folder)
+    if case == "qwen2_5_omni":
+        write_voice(folder)
     words.save_pretrained(folder)
     return folder
 
@@ -210,10 +280,14 @@ def words(seed: int, count: int = 6) -> str:
 
 
 KINDS = {
+    "qwen2_5_omni": ("text", "question", "speech"),
     "whisper": ("speech",),
     "bert": ("text",),
     "dinov2": ("picture",),
     "clip": ("pair",),
+    "siglip": ("pair",),
+    "clip_vision": ("picture",),
+    "siglip_vision": ("picture",),
     "janus": ("text", "question", "generation"),
     "janus_mixture": ("text", "question", "generation"),
     "emu3": ("text", "question", "generation"),

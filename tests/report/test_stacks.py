@@ -59,6 +59,16 @@ def test_blocks_that_differ_leave_holes():
     assert set(stack.cells) == {(0, 0), (1, 1)}
 
 
+def test_levels_of_a_decoder_share_a_grid_and_keep_both_numbers():
+    levels = [row for n in range(2) for row in in_blocks(f"decoder.up.{n}.block", 2, ["conv1"])]
+    middle = [weight(f"decoder.mid.block_{n}.conv1", f"decoder.mid.block_{n}") for n in (1, 2)]
+    first, second = stacks([*middle, *levels])
+    assert (first.prefix, first.numbers) == ("decoder.mid.block_*", ["1", "2"])
+    assert (second.prefix, second.numbers) == ("decoder.up.*.block", ["0.0", "0.1", "1.0", "1.1"])
+    (layers,) = stacks(in_blocks("model.layers", 2, ["q"]))
+    assert (layers.prefix, layers.numbers) == ("model.layers", ["0", "1"])
+
+
 def test_no_blocks_no_grid():
     assert stacks([weight("a"), weight("b")]) == []
 

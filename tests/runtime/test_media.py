@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
@@ -45,6 +46,26 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Media]:
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
     return media_folders.picture(tmp_path / "photo.png", 5)
+
+
+def test_a_limit_of_the_generation_config_is_no_reason_to_warn(
+    media: dict[str, Media],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whisper's has one, and the text ends where it was told all the same."""
+    heard, sound = media["whisper"], media_folders.sound(tmp_path / "a.wav", 3)
+    monkeypatch.setattr(heard.model.generation_config, "max_length", 20)
+    known = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_warning()
+    try:
+        counts = [len(heard.answer("", audio=sound, max_new_tokens=n).tokens) for n in (2, 5)]
+    finally:
+        transformers.utils.logging.set_verbosity(known)
+    assert "max_length" not in caplog.text
+    assert counts[0] <= 2
+    assert counts[0] <= counts[1] <= 5
 
 
 # -- drawing ---------------------------------------------------------------------------------------

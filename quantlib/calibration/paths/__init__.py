@@ -3,8 +3,10 @@
     routes      a route: one stream, as data
     tools       tokenizer and processors beside a model
     reading     text, and answers about pictures
-    vlm, unified, continuous, speech, vectors
+    vlm, unified, continuous, speech, omni, vectors
                 the families
+    talker, voices
+                speaking, in models that do
     workload    records of a run, by stream, calibrated on and held back
 
 `find("janus")` is what a family's models do; None where nobody has said so.
@@ -12,7 +14,7 @@
 
 from __future__ import annotations
 
-from quantlib.calibration.paths import continuous, speech, unified, vectors, vlm
+from quantlib.calibration.paths import continuous, omni, speech, unified, vectors, vlm
 from quantlib.calibration.paths.route import Routes
 
 FAMILIES: tuple[Routes, ...] = (
@@ -20,6 +22,7 @@ FAMILIES: tuple[Routes, ...] = (
     *unified.FAMILIES,
     *continuous.FAMILIES,
     *speech.FAMILIES,
+    *omni.FAMILIES,
     *vectors.FAMILIES,
 )
 

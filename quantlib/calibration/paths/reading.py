@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantlib.calibration.media import read_image
 from quantlib.calibration.objectives import TokenObjective
-from quantlib.calibration.paths.route import Route
+from quantlib.calibration.paths.route import ANSWER, Route
 from quantlib.calibration.paths.tools import Tools, row
 from quantlib.calibration.records import QUESTION, TEXT, Record
 from quantlib.calibration.streams import Sample
@@ -83,37 +83,48 @@ def question(
     placeholder: Callable[[Tools], str] = placeholder_of,
 ) -> tuple[dict[str, Any], Tensor]:
     """The inputs of a question about a picture with its answer behind it, and the answer's tokens
-    int64 [terms], the last of which ends it.
+    (`with_answer`)."""
+    texts = tools.asked(record.text, record.answer, placeholder(tools))
+    image = read_image(record.file)
+    return with_answer(tools, texts, lambda text: encode(tools, text, image), record.where)
 
+
+def with_answer(
+    tools: Tools, texts: tuple[str, str], encode: Callable[[str], dict[str, Any]], where: str
+) -> tuple[dict[str, Any], Tensor]:
+    """The inputs of a prompt with its answer behind it, and the answer's tokens int64 [terms], the
+    last of which ends it.
+
+    texts:  of `Tools.asked`. encode: a text with a placeholder -> inputs of `forward`.
     Raises DataError when the answer is not where the tokenizer has it: the processor then changes
     the text in a way nobody foresaw.
     """
-    prompt, full = tools.asked(record.text, record.answer, placeholder(tools))
+    prompt, full = texts
     asked, told = tools.ids(prompt), tools.ids(full)
     shared = next((i for i, pair in enumerate(zip(asked, told)) if pair[0] != pair[1]), len(asked))
     answer = told[min(shared, len(told) - 1) :]
-    inputs = encode(tools, full, read_image(record.file))
+    inputs = encode(full)
     ids = inputs["input_ids"]
     if ids[0, -len(answer) :].tolist() != answer:
         raise DataError(
-            f"{record.where}: the processor in {tools.folder} puts other tokens behind the answer "
-            "than its tokenizer: they do not belong together"
+            f"{where}: the processor in {tools.folder} puts other tokens behind the answer than "
+            "its tokenizer: they do not belong together"
         )
     end = tools.token("eos")
     if end is not None and answer[-1] != end:
         answer.append(end)
         inputs = {name: _longer(value, ids.shape) for name, value in inputs.items()}
         inputs["input_ids"][0, -1] = end
-    tools.fits(inputs["input_ids"], record.where)
+    tools.fits(inputs["input_ids"], where)
     return inputs, torch.tensor(answer)
 
 
-def answer_sample(tools: Tools, inputs: Mapping[str, Any], answer: Tensor) -> Sample:
-    """Of what `question` returns."""
+def answer_sample(inputs: Mapping[str, Any], answer: Tensor, placeholder: int) -> Sample:
+    """Of what `with_answer` returns; placeholder: the token that stands for what is not text."""
     ids = inputs["input_ids"]
     where = torch.zeros(ids.shape, dtype=torch.bool)
     where[0, -len(answer) - 1 : -1] = True
-    modality = (ids[0] == tools.image_token_id).to(torch.int64)
+    modality = (ids[0] == placeholder).to(torch.int64)
     objective = TokenObjective(where.reshape(-1), answer)
     return Sample({**inputs, "use_cache": False}, objective, modality)
 
@@ -128,13 +139,13 @@ def answers(
 
     def sample(tools: Tools, _: Any, record: Record) -> Sample:
         inputs, answer = question(tools, record, encode, placeholder)
-        return answer_sample(tools, inputs, answer)
+        return answer_sample(inputs, answer, tools.image_token_id)
 
     def check(tools: Tools, record: Record) -> None:
         inputs, _ = question(tools, record, encode, placeholder)
         fits(tools, inputs, record.where)
 
-    return Route("answer", (QUESTION,), reaches, sample, check, modalities=MODALITIES)
+    return Route(ANSWER, (QUESTION,), reaches, sample, check, modalities=MODALITIES)
 
 
 def _longer(value: Any, shape: torch.Size) -> Any:

@@ -17,6 +17,9 @@ from quantlib.calibration.records import Record
 from quantlib.calibration.streams import Run, Sample, call
 from quantlib.models.modelmap import ModelMap
 
+ANSWER, HEARING = "answer", "hearing"
+"""Streams whose samples end with words that the model writes: about a picture (of Whisper: about a
+sound), and about a sound in models that do both."""
 MakeSample = Callable[[Tools, Any, Record], Sample]
 """(tools, the full-precision model, record) -> sample, whose loss is an `Objective`. The model is
 asked for what only it can tell: the codes of a picture. Raises DataError for unfit media."""

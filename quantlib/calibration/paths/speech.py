@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from quantlib.calibration.media import read_audio
 from quantlib.calibration.objectives import TokenObjective
 from quantlib.calibration.paths.reading import WORDS
-from quantlib.calibration.paths.route import Route, Routes
+from quantlib.calibration.paths.route import ANSWER, Route, Routes
 from quantlib.calibration.paths.tools import Tools, row
 from quantlib.calibration.records import SPEECH, Record
 from quantlib.calibration.streams import Sample
@@ -36,8 +38,9 @@ def transcript(tools: Tools, answer: str) -> tuple[list[int], int]:
     return [*prefix, *words, end], len(prefix)
 
 
-def spectrogram(tools: Tools, record: Record) -> Any:
-    """float32 [1, bins, frames]. Raises DataError for sounds of another rate, or too long."""
+def sound_of(tools: Tools, record: Record) -> NDArray[np.float32]:
+    """The samples of a record's sound. Raises DataError for another rate than the model's, and for
+    more than it hears at once."""
     rate = int(tools.sounds.sampling_rate)
     sound = read_audio(record.file, rate)
     longest = int(tools.sounds.n_samples)
@@ -46,8 +49,13 @@ def spectrogram(tools: Tools, record: Record) -> Any:
             f"{record.file} is {len(sound) / rate:.1f} s long, and the model hears "
             f"{longest / rate:.1f} s at once: cut it into pieces, each with its words"
         )
-    features = tools.sounds(sound, sampling_rate=rate, return_tensors="pt")
-    return features["input_features"]
+    return sound
+
+
+def spectrogram(tools: Tools, record: Record) -> Any:
+    """float32 [1, bins, frames]. Raises DataError as `sound_of`."""
+    sound, rate = sound_of(tools, record), int(tools.sounds.sampling_rate)
+    return tools.sounds(sound, sampling_rate=rate, return_tensors="pt")["input_features"]
 
 
 def _sample(tools: Tools, _: Any, record: Record) -> Sample:
@@ -77,4 +85,4 @@ def _check(tools: Tools, record: Record) -> None:
         )
 
 
-FAMILIES = (Routes(("whisper",), (Route("answer", (SPEECH,), (*WORDS, AUDIO), _sample, _check),)),)
+FAMILIES = (Routes(("whisper",), (Route(ANSWER, (SPEECH,), (*WORDS, AUDIO), _sample, _check),)),)

@@ -94,9 +94,15 @@ class Tools:
         return float(self.generation.get("guidance_scale") or GUIDANCE)
 
     @property
+    def reader(self) -> Mapping[str, Any]:
+        """Config of what reads: the whole, but of models with other parts that speak."""
+        found: Mapping[str, Any] = self.config.get("thinker_config") or self.config
+        return found
+
+    @property
     def text_config(self) -> Mapping[str, Any]:
         """Of the language model: the config itself, where it is of nothing else."""
-        found: Mapping[str, Any] = self.config.get("text_config") or self.config
+        found: Mapping[str, Any] = self.reader.get("text_config") or self.reader
         return found
 
     @property
@@ -109,13 +115,20 @@ class Tools:
     def image_token_id(self) -> int:
         """The token that stands where a picture is. Raises DataError when config.json names
         none."""
-        for key in ("image_token_id", "image_token_index"):
-            if self.config.get(key) is not None:
-                return int(self.config[key])
-        named = (self.config.get("vocabulary_map") or {}).get("<image>")
+        named = self._placeholder("image")
+        if named is None:
+            named = (self.config.get("vocabulary_map") or {}).get("<image>")
         if named is None:
             raise DataError(f"the config.json in {self.folder} names no token for pictures")
         return int(named)
+
+    @property
+    def audio_token_id(self) -> int:
+        """The same for sounds."""
+        named = self._placeholder("audio")
+        if named is None:
+            raise DataError(f"the config.json in {self.folder} names no token for sounds")
+        return named
 
     def token(self, name: str) -> int | None:
         """Id of a special token ("bos", "eos", "pad"): the tokenizer's, else the config's."""
@@ -134,8 +147,10 @@ class Tools:
         found = self.tokenizer(text, add_special_tokens=self.adds_special(text), verbose=False)
         return list(found["input_ids"])[:longest]
 
-    def asked(self, question: str, answer: str, placeholder: str) -> tuple[str, str]:
-        """The text that asks about a picture, and the same with the answer behind it.
+    def asked(
+        self, question: str, answer: str, placeholder: str, medium: str = "image"
+    ) -> tuple[str, str]:
+        """The text that asks about a picture (or "audio"), and the same with the answer behind it.
 
         By the chat template, where there is one; else the placeholder of the picture, the question
         and the answer in a row, with a space between the words.
@@ -145,8 +160,8 @@ class Tools:
             prompt = f"{placeholder}{question}"
             return prompt, f"{prompt} {answer}"
         content: Any = f"{placeholder}\n{question}"
-        if "image" in template:  # it knows what stands for a picture
-            content = [{"type": "image"}, {"type": "text", "text": question}]
+        if medium in template:  # it knows what stands for it
+            content = [{"type": medium}, {"type": "text", "text": question}]
         prompt = self._filled(template, content)
         return prompt, prompt + answer
 
@@ -165,6 +180,12 @@ class Tools:
                 f"{where}: {ids.shape[-1]} tokens, pictures counted, and the model was made for "
                 f"{self.longest}: shorten the texts"
             )
+
+    def _placeholder(self, medium: str) -> int | None:
+        for key in (f"{medium}_token_id", f"{medium}_token_index"):
+            if self.reader.get(key) is not None:
+                return int(self.reader[key])
+        return None
 
     def _filled(self, template: str, content: Any) -> str:
         """The template with one message of the user's, and the beginning of an answer."""

@@ -5,19 +5,17 @@ are budgeted as such.
 """
 
 from quantlib.models.families import (
-    GENERATION_HEAD,
     GENERATION_PROJECTOR,
     IMAGE_DECODER,
     IMAGE_ENCODER,
-    PROJECTOR,
     Family,
     KeptRule,
     Part,
     Submodel,
     each,
     keep,
-    whole,
 )
+from quantlib.models.tables.unified import JANUS_KEEPS, JANUS_READS, janus_head
 from quantlib.models.tables.vision import MLP, POSITIONS, attention
 
 _BLOCK = (
@@ -51,25 +49,18 @@ FAMILIES = (
         language=Submodel("model.language_model", "text_config", default="llama"),
         groups=(),
         parts=(
-            Submodel("model.vision_model", "vision_config", default="janus_vision_model"),
-            Part(PROJECTOR, each("model.aligner.fc1")),
-            Part(PROJECTOR, (whole(optional=True),), ("model.aligner.hidden_layers.*",)),
+            *JANUS_READS,
             *_tower(IMAGE_ENCODER, "model.image_encoder", "projection"),
             Part(
                 GENERATION_PROJECTOR,
                 each("model.generation_aligner.fc1", "model.generation_aligner.fc2"),
             ),
-            Part(
-                GENERATION_HEAD,
-                each("model.generation_head.proj_out", "model.generation_head.vector_head"),
-            ),
+            janus_head("proj_out", "vector_head"),
             *_tower(IMAGE_DECODER, "model.image_decoder", "condition", "time", "pixels"),
         ),
         kept=(
-            *keep(PROJECTOR, "bias", "model.aligner.*.bias"),
+            *JANUS_KEEPS,
             *_tower_kept(IMAGE_ENCODER, "model.image_encoder"),
-            *keep(GENERATION_PROJECTOR, "bias", "model.generation_aligner.*.bias"),
-            *keep(GENERATION_HEAD, "bias", "model.generation_head.*.bias"),
             *_tower_kept(IMAGE_DECODER, "model.image_decoder"),
         ),
     ),

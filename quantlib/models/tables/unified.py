@@ -27,6 +27,25 @@ from quantlib.models.families import (
 
 _GENERATION_EMBEDDINGS = "model.generation_embeddings"
 
+JANUS_READS = (
+    Submodel("model.vision_model", "vision_config", default="janus_vision_model"),
+    Part(PROJECTOR, each("model.aligner.fc1")),
+    Part(PROJECTOR, (whole(optional=True),), ("model.aligner.hidden_layers.*",)),
+)
+"""What Janus, and models of its form, read pictures with."""
+JANUS_KEEPS = (
+    *keep(PROJECTOR, "bias", "model.aligner.*.bias"),
+    *keep(GENERATION_PROJECTOR, "bias", "model.generation_aligner.*.bias"),
+    *keep(GENERATION_HEAD, "bias", "model.generation_head.*.bias"),
+)
+"""What is kept of that, and of what leads from the language model to pictures and back."""
+
+
+def janus_head(*outputs: str) -> Part:
+    """What the language model writes pictures with."""
+    return Part(GENERATION_HEAD, each(*(f"model.generation_head.{name}" for name in outputs)))
+
+
 FAMILIES = (
     Family(
         model_types=("janus",),
@@ -34,9 +53,7 @@ FAMILIES = (
         language=Submodel("model.language_model", "text_config", default="llama"),
         groups=(),
         parts=(
-            Submodel("model.vision_model", "vision_config", default="janus_vision_model"),
-            Part(PROJECTOR, each("model.aligner.fc1")),
-            Part(PROJECTOR, (whole(optional=True),), ("model.aligner.hidden_layers.*",)),
+            *JANUS_READS,
             Part(
                 GENERATION_EMBEDDINGS,
                 (
@@ -53,17 +70,10 @@ FAMILIES = (
                 (whole(optional=True),),
                 ("model.generation_aligner.hidden_layers.*",),
             ),
-            Part(
-                GENERATION_HEAD,
-                each("model.generation_head.proj_out", "model.generation_head.vision_head"),
-            ),
+            janus_head("proj_out", "vision_head"),
             Submodel("model.vqmodel", "vq_config", default="janus_vqgan"),
         ),
-        kept=(
-            *keep(PROJECTOR, "bias", "model.aligner.*.bias"),
-            *keep(GENERATION_PROJECTOR, "bias", "model.generation_aligner.*.bias"),
-            *keep(GENERATION_HEAD, "bias", "model.generation_head.*.bias"),
-        ),
+        kept=JANUS_KEEPS,
     ),
     Family(
         model_types=("chameleon",),
