@@ -198,7 +198,7 @@ def test_the_smallest_possible_size_is_possible(
         (("--bits", 5, "--engine", "abacus"), "unknown engine"),
         (("--bits", 5, "--schemes", "w4g77"), "group size 77"),
         (("--bits", 5, "--schemes", "int4"), "is not a scheme"),
-        (("--bits", 5, "--schemes", "bf16"), "cannot be a candidate"),
+        (("--bits", 5, "--schemes", "bf16"), "name what is to stay as it is with --keep"),
         (("--bits", 5, "--schemes", "w4g32a8z"), "cannot be asymmetric"),
         (("--bits", 5, "--pin", "q_proj=w4g32a8"), "and no candidate does"),
         (("--bits", 5, "--scheme", "resk"), "unknown --scheme 'resk'"),
