@@ -26,7 +26,7 @@ from quantlib.bench.peers.linear import Bind, PeerMissing, copies, peers
 from quantlib.bench.random_weights import random_weight
 from quantlib.bench.roofs import Measured, Roofs
 from quantlib.bench.targets import of_kernels, show_targets
-from quantlib.bench.timing import Candidate, Quartiles, interleaved
+from quantlib.bench.timing import Candidate, interleaved, quartiles, times_as_fast
 from quantlib.cli.console import answers, notes, print_json, table
 from quantlib.kernels.layouts import tile
 from quantlib.kernels.ops import linear
@@ -36,6 +36,8 @@ WIDTH_SCHEMES = tuple(f"w{bits}g128" for bits in range(2, 9))
 SHAPES = ((4096, 4096), (14336, 4096), (2048, 8192), (1536, 576), (576, 1536), (49152, 576))
 """[N, K]: those of the targets, then SmolLM2-135M's up, down and head."""
 TOKENS = (1, 8, 128, 512)
+BASE = "w4g128"
+"""What other widths are compared with."""
 OURS = "quantlib "
 """Before a scheme's name: what tells our candidates from peers."""
 
@@ -118,9 +120,10 @@ def measure(
     candidates |= {name: bind(tokens) for name, bind in contestants.peers.items()}
     times = interleaved(candidates, rounds)
     measured = roofs.take()
-    theirs = {name: times[name] for name in contestants.peers}
+    others = {name: times[name] for name in contestants.peers}
+    base = times.get(OURS + BASE)
     return [
-        _row(scheme, shape, tokens, times[OURS + scheme], theirs, nbytes, measured)
+        _row(scheme, shape, tokens, times[OURS + scheme], others, base, nbytes, measured)
         for scheme, nbytes in contestants.nbytes.items()
     ]
 
@@ -129,29 +132,35 @@ def _row(
     scheme: str,
     shape: tuple[int, int],
     tokens: int,
-    ours: Quartiles,
-    theirs: Mapping[str, Quartiles],
+    ours: Sequence[float],
+    peers: Mapping[str, Sequence[float]],
+    base: Sequence[float] | None,
     nbytes: int,
     roofs: Measured,
 ) -> dict[str, Any]:
     rows, columns = shape
     roof_ms = 1e3 * roofs.seconds(nbytes, 2.0 * tokens * rows * columns)
-    best = min(theirs, key=lambda name: theirs[name].median, default=None)
+    own = quartiles(ours)
+    theirs = {name: quartiles(times) for name, times in peers.items()}
+    ratios = {name: times_as_fast(ours, times) for name, times in peers.items()}
+    best = min(ratios, key=lambda name: ratios[name], default=None)
     return {
         "op": "linear",
         "scheme": scheme,
         "N": rows,
         "K": columns,
         "M": tokens,
-        "ms": ours.median,
-        "quartiles_ms": [ours.low, ours.high],
+        "ms": own.median,
+        "quartiles_ms": [own.low, own.high],
         "peers": {name: value.median for name, value in theirs.items()},
         "peer_quartiles_ms": {name: [value.low, value.high] for name, value in theirs.items()},
         "bytes": nbytes,
         "roof_ms": roof_ms,
-        "roof_share": roof_ms / ours.median,
+        "roof_share": roof_ms / own.median,
+        "times_as_fast": ratios,
         "best_peer": best,
-        "ratio": theirs[best].median / ours.median if best else None,
+        "ratio": ratios[best] if best else None,
+        "speed_of_w4g128": times_as_fast(ours, base) if base is not None else None,
         "roofs": roofs.to_json(),
     }
 

@@ -55,28 +55,28 @@ def of_kernels(rows: Sequence[Row], peer_bits: Mapping[str, int]) -> list[Target
                 if row is not None:
                     found += _of_row(row, bits, peer_bits)
                 if row is not None and base is not None and tokens == 1 and bits != 4:
-                    found.append(_per_byte(row, base, bits))
+                    found.append(_per_byte(row, base["bytes"], bits))
     return found
 
 
 def _of_row(row: Row, bits: int, peer_bits: Mapping[str, int]) -> Iterator[Target]:
-    int4 = [ms for name, ms in row["peers"].items() if peer_bits[name] == 4]
-    every = list(row["peers"].values())
-    tokens, ms, where = row["M"], row["ms"], _where(row)
+    int4 = [ratio for name, ratio in row["times_as_fast"].items() if peer_bits[name] == 4]
+    every = list(row["times_as_fast"].values())
+    tokens, where = row["M"], _where(row)
     if tokens == 1 and bits == 4:
-        yield Target(where, "share of the read bandwidth", row["roof_ms"] / ms, 0.9)
+        yield Target(where, "share of the read bandwidth", row["roof_ms"] / row["ms"], 0.9)
         if every:
-            yield Target(where, "speed against the best peer", min(every) / ms, 1.6)
+            yield Target(where, "speed against the best peer", min(every), 1.6)
     if tokens == 8 and bits == 4 and int4:
-        yield Target(where, "speed against the best int4 peer", min(int4) / ms, 3.5)
+        yield Target(where, "speed against the best int4 peer", min(int4), 3.5)
     if tokens in (128, 512) and every:
-        yield Target(where, "speed against the best peer of any precision", min(every) / ms, 2.1)
+        yield Target(where, "speed against the best peer of any precision", min(every), 2.1)
 
 
-def _per_byte(row: Row, base: Row, bits: int) -> Target:
+def _per_byte(row: Row, base_bytes: int, bits: int) -> Target:
     """Speed per byte, relative to 4 bits: fewer bits must be faster nearly in proportion, more bits
     slower by no more than their bytes."""
-    value = (base["ms"] / row["ms"]) * (row["bytes"] / base["bytes"])
+    value = row["speed_of_w4g128"] * row["bytes"] / base_bytes
     return Target(_where(row), "speed per byte against 4 bits", value, 0.85 if bits < 4 else 1.0)
 
 

@@ -4,8 +4,9 @@ all of them alike.
 A candidate runs in bursts of a few calls, a pause before each: threads of the one before, which
 spin for a while after their work, have gone to sleep by then, and the first call of a burst, which
 wakes the candidate's own, is not counted. Every round has an order of its own, so that nobody
-always follows the same one. A round's figure is the median of its burst; what is reported are the
-quartiles over rounds.
+always follows the same one. A round's figure is the median of its burst. Over rounds come
+quartiles; two candidates are compared round by round, because a machine that others use is faster
+in one second than in the next.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Candidate = Callable[[int], object]
 BURST_SECONDS = 0.006
 """What a burst should last: long beside a wake-up (50 us), short beside a disturbance."""
 MAX_BURST = 60
-PAUSE_SECONDS = 0.02
+PAUSE_SECONDS = 0.01
 SLOW_SECONDS = 0.02
 """From here on the first call counts as well: a wake-up is nothing beside it."""
 
@@ -46,8 +47,13 @@ def quartiles(values: Sequence[float]) -> Quartiles:
     return Quartiles(low, median, high)
 
 
-def interleaved(candidates: Mapping[str, Candidate], rounds: int) -> dict[str, Quartiles]:
-    """Quartiles in milliseconds of each candidate over `rounds`, after one round of warm-up.
+def times_as_fast(one: Sequence[float], other: Sequence[float]) -> float:
+    """How many times as fast `one` is: the median over rounds of the times of `other` over its."""
+    return quartiles([theirs / mine for mine, theirs in zip(one, other, strict=True)]).median
+
+
+def interleaved(candidates: Mapping[str, Candidate], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each candidate in every round, after one round of warm-up.
 
     What a candidate raises is passed on.
     """
@@ -59,7 +65,7 @@ def interleaved(candidates: Mapping[str, Candidate], rounds: int) -> dict[str, Q
         for burst in order.sample(list(bursts.values()), len(bursts)):
             time.sleep(PAUSE_SECONDS)
             burst.measure()
-    return {name: quartiles(burst.medians).scaled(1e3) for name, burst in bursts.items()}
+    return {name: [1e3 * seconds for seconds in burst.medians] for name, burst in bursts.items()}
 
 
 class _Burst:

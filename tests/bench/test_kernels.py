@@ -41,7 +41,9 @@ def test_a_row_for_every_scheme_and_number_of_tokens(small: None) -> None:
         low, high = row["quartiles_ms"]
         assert 0 < low <= row["ms"] <= high < math.inf
         assert row["roof_share"] == pytest.approx(row["roof_ms"] / row["ms"])
-        assert row["ratio"] == pytest.approx(row["peers"]["torch float32"] / row["ms"])
+        assert row["times_as_fast"] == {"torch float32": row["ratio"]}
+        assert 0 < row["ratio"] < math.inf
+        assert row["speed_of_w4g128"] is None  # no such row to compare with
     assert set(found["roofs"]) == {"read_gb_per_s", "multiply_gop_per_s"}
     assert found["peers_missing"] == {"absent, 96x160": "absent is not installed: run `make peers`"}
 
@@ -57,10 +59,11 @@ def test_without_any_peer_there_is_nothing_to_compare(
 def test_the_roof_is_that_of_the_packed_bytes() -> None:
     """40 bytes at 10 bytes a second and 2 * 3 * 4 * 5 operations at 1000: reading takes longer."""
     measured = roofs.Measured(10.0, 1000.0)
-    times = kernels.Quartiles(7000.0, 8000.0, 9000.0)
-    row = kernels._row("w4g128", (4, 5), 3, times, {}, 40, measured)
+    times, base = [7000.0, 8000.0, 9000.0], [14000.0, 8000.0, 18000.0]
+    row = kernels._row("w4g128", (4, 5), 3, times, {}, base, 40, measured)
     assert row["roof_ms"] == pytest.approx(4000.0)
     assert row["roof_share"] == pytest.approx(0.5)
+    assert row["speed_of_w4g128"] == pytest.approx(2.0)
 
 
 @pytest.fixture
@@ -78,11 +81,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 
 
 def result(plan: kernels.Plan) -> dict[str, Any]:
-    quartiles = kernels.Quartiles(1.0, 2.0, 3.0)
+    times = [1.0, 2.0, 3.0]
     measured = roofs.Measured(1e9, 0.0)
     rows = [
-        kernels._row("w4g128", (4096, 4096), tokens, quartiles, peers, 8, measured)
-        for tokens, peers in ((1, {"torch float32": quartiles.scaled(4.0)}), (8, {}))
+        kernels._row("w4g128", (4096, 4096), tokens, times, peers, times, 8, measured)
+        for tokens, peers in ((1, {"torch float32": [4.0, 8.0, 12.0]}), (8, {}))
     ]
     judged = kernels.of_kernels(rows, {"torch float32": 32})
     return {
