@@ -1,12 +1,13 @@
 """Timing candidates against each other in one process, in turn, so that a noisy machine disturbs
 all of them alike.
 
-A candidate runs in bursts of a few calls, a pause before each: threads of the one before, which
-spin for a while after their work, have gone to sleep by then, and the first call of a burst, which
-wakes the candidate's own, is not counted. Every round has an order of its own, so that nobody
-always follows the same one. A round's figure is the median of its burst. Over rounds come
-quartiles; two candidates are compared round by round, because a machine that others use is faster
-in one second than in the next.
+A candidate runs in bursts of a few calls. Before each burst the process is left alone until it uses
+no processor time: threads of the one before spin for a while after their work, some for longer than
+a burst lasts. The first call of a burst, which wakes the candidate's own, is not counted. Every
+round has an order of its own, so that nobody always follows the same one.
+
+A round's figure is the median of its burst. Over rounds come quartiles; two candidates are compared
+round by round, because a machine that others use is faster in one second than in the next.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ Candidate = Callable[[int], object]
 BURST_SECONDS = 0.006
 """What a burst should last: long beside a wake-up (50 us), short beside a disturbance."""
 MAX_BURST = 60
-PAUSE_SECONDS = 0.01
+PAUSE_SECONDS = 0.003
+MAX_PAUSES = 100
+"""Whoever spins for longer is part of the machine."""
+ASLEEP = 0.1
+"""Share of a pause: who uses less processor time than this sleeps."""
 SLOW_SECONDS = 0.02
 """From here on the first call counts as well: a wake-up is nothing beside it."""
 
@@ -63,9 +68,18 @@ def interleaved(candidates: Mapping[str, Candidate], rounds: int) -> dict[str, l
         burst.warm_up()
     for _ in range(rounds):
         for burst in order.sample(list(bursts.values()), len(bursts)):
-            time.sleep(PAUSE_SECONDS)
+            wait_for_sleep()
             burst.measure()
     return {name: [1e3 * seconds for seconds in burst.medians] for name, burst in bursts.items()}
+
+
+def wait_for_sleep() -> None:
+    """Return once the process's threads use no processor time."""
+    for _ in range(MAX_PAUSES):
+        before = time.process_time()
+        time.sleep(PAUSE_SECONDS)
+        if time.process_time() - before < ASLEEP * PAUSE_SECONDS:
+            return
 
 
 class _Burst:

@@ -79,3 +79,13 @@ def test_quartiles_are_those_of_the_values_and_nan_stays_visible() -> None:
     assert timing.quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == (2.0, 3.0, 4.0)
     assert timing.quartiles([7.0]).scaled(2.0) == (14.0, 14.0, 14.0)
     assert math.isnan(timing.quartiles([1.0, math.nan]).median)
+
+
+def test_a_burst_waits_for_threads_that_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processor time that grows by a whole pause, twice, and then by nothing."""
+    spent = iter([0.0, 0.003, 0.003, 0.006, 0.006, 0.006])
+    slept: list[float] = []
+    monkeypatch.setattr(timing.time, "process_time", lambda: next(spent))
+    monkeypatch.setattr(timing.time, "sleep", slept.append)
+    timing.wait_for_sleep()
+    assert slept == [timing.PAUSE_SECONDS] * 3
