@@ -112,7 +112,9 @@ def tables(run: Run, groups: Sequence[LinearGroup], folder: Path) -> dict[str, T
             atomic_save_tensors(kept, tensors)
         stored = read_tensors(kept)
         for name in group.members:
-            own = {key.partition("|")[2]: t for key, t in stored.items() if key.startswith(name)}
+            own = {
+                key[len(name) + 1 :]: t for key, t in stored.items() if key.startswith(f"{name}|")
+            }
             found[name] = _table(own)
     return found
 

@@ -145,7 +145,9 @@ def tables(run: Run, rounding: str, every: int, known: bool) -> dict[str, RowTab
             atomic_save_tensors(file, tensors)
         stored = read_tensors(file)
         for name in group.members:
-            own = {key.partition("|")[2]: t for key, t in stored.items() if key.startswith(name)}
+            own = {
+                key[len(name) + 1 :]: t for key, t in stored.items() if key.startswith(f"{name}|")
+            }
             found[name] = _table(own)
     return found
 

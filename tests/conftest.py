@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +140,28 @@ def wikipedia_held_out() -> Path:
     from quantlib.bench.assets import wikipedia_text
 
     return _asset(wikipedia_text, "held_out")
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """This process on the emulator of CUDA; what is launched there. Skipped without a compiler."""
+    from quantlib.kernels import dispatch
+    from quantlib.kernels.cpu.build import BuildError, find_compiler
+    from quantlib.kernels.cuda import launch
+
+    try:
+        find_compiler()
+    except BuildError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv(dispatch.VARIABLE, "emulator")
+    dispatch.forced.cache_clear()
+    dispatch.machine.cache_clear()
+    launched: list[Any] = []
+    run = launch.EmulatedRunner.run
+    monkeypatch.setattr(
+        launch.EmulatedRunner, "run", lambda self, one: (launched.append(one), run(self, one))
+    )
+    yield launched
+    monkeypatch.undo()
+    dispatch.forced.cache_clear()
+    dispatch.machine.cache_clear()

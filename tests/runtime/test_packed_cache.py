@@ -6,9 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quantlib.errors import UsageError
-from quantlib.kernels import dispatch
 from quantlib.kernels.cpu.build import BuildError, find_compiler
-from quantlib.kernels.cuda import launch
 from quantlib.kernels.kv_format import KvFormat
 from quantlib.runtime.generate import TransformersTexts
 from quantlib.runtime.packed_cache import PackedCache, packed_cache
@@ -24,23 +22,6 @@ def _compiler() -> None:
         find_compiler()
     except BuildError as error:
         pytest.skip(str(error))
-
-
-@pytest.fixture
-def emulated(monkeypatch):
-    """This process on the emulator; the kernels that are launched there."""
-    monkeypatch.setenv(dispatch.VARIABLE, "emulator")
-    dispatch.forced.cache_clear()
-    dispatch.machine.cache_clear()
-    launched = []
-    run = launch.EmulatedRunner.run
-    monkeypatch.setattr(
-        launch.EmulatedRunner, "run", lambda self, one: (launched.append(one), run(self, one))
-    )
-    yield launched
-    monkeypatch.undo()
-    dispatch.forced.cache_clear()
-    dispatch.machine.cache_clear()
 
 
 def tiny(states, dtype=torch.float16):

@@ -23,23 +23,6 @@ def _compiler() -> None:
         pytest.skip(str(error))
 
 
-@pytest.fixture
-def emulated(monkeypatch):
-    """This process on the emulator; what is launched there."""
-    monkeypatch.setenv(dispatch.VARIABLE, "emulator")
-    dispatch.forced.cache_clear()
-    dispatch.machine.cache_clear()
-    launched = []
-    run = launch.EmulatedRunner.run
-    monkeypatch.setattr(
-        launch.EmulatedRunner, "run", lambda self, one: (launched.append(one), run(self, one))
-    )
-    yield launched
-    monkeypatch.undo()
-    dispatch.forced.cache_clear()
-    dispatch.machine.cache_clear()
-
-
 def filled(form, lengths, head_dim=64, kv_heads=2, layers=1):
     """A cache whose sequences have so many positions."""
     cache = KVCache(layers, kv_heads, head_dim, max(lengths) + 1, len(lengths), form)

@@ -10,7 +10,7 @@ from quantlib.errors import FormatError
 from quantlib.formats import Scheme, pack, quantize_rtn
 from quantlib.kernels import accelerated, dispatch, ops, turned
 from quantlib.kernels.cpu.build import BuildError, find_compiler
-from quantlib.kernels.cuda import launch, quantizer
+from quantlib.kernels.cuda import quantizer
 from quantlib.kernels.packed import PackedWeight, activations_of
 from quantlib.runtime.fused_turn import InputTurn, take_turn
 from quantlib.runtime.modules import QuantizedLinear
@@ -28,23 +28,6 @@ def _compiler() -> None:
         find_compiler()
     except BuildError as error:
         pytest.skip(str(error))
-
-
-@pytest.fixture
-def emulated(monkeypatch):
-    """This process on the emulator; the names of the kernels that are launched there."""
-    monkeypatch.setenv(dispatch.VARIABLE, "emulator")
-    dispatch.forced.cache_clear()
-    dispatch.machine.cache_clear()
-    launched = []
-    run = launch.EmulatedRunner.run
-    monkeypatch.setattr(
-        launch.EmulatedRunner, "run", lambda self, one: (launched.append(one), run(self, one))
-    )
-    yield launched
-    monkeypatch.undo()
-    dispatch.forced.cache_clear()
-    dispatch.machine.cache_clear()
 
 
 def made(columns, rows=40, scheme=SCHEME):
