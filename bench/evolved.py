@@ -99,7 +99,7 @@ def results(
     return {"settings": vars(settings), "plans": counts, "known": rounded, "rows": rows}
 
 
-def keep_best(rows: Sequence[dict[str, Any]], settings: Settings) -> None:
+def keep_best(rows: Sequence[dict[str, Any]], settings: Settings, folder: Path = PROXIES) -> None:
     """Write a proxy's file for every model that formulas were evolved on."""
     for name in dict.fromkeys(row["evolved_on"] for row in rows):
         mine = [r for r in rows if r["evolved_on"] == name and r["columns"] == "training free"]
@@ -107,7 +107,7 @@ def keep_best(rows: Sequence[dict[str, Any]], settings: Settings) -> None:
         quality = {f"held_out_{key}": value for key, value in best["held_out"].items()}
         how = vars(settings) | {"seed": best["seed"]}
         proxy = Proxy(Expression.parse(best["expression"], COLUMNS), (name,), quality, how)
-        file = PROXIES / f"{name}.json"
+        file = folder / f"{name}.json"
         proxy.save(file)
         print(f"{file}: {proxy.expression.text}")
 

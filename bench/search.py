@@ -28,6 +28,7 @@ import typer
 from rich.console import Console
 
 from quantlib.bench import record
+from quantlib.bench.evolved import PROXIES
 from quantlib.bench.plans_measured import SUBJECTS, budgets_of, opened
 from quantlib.bench.search_judge import Judge
 from quantlib.bench.search_methods import Context, searches
@@ -47,11 +48,11 @@ UNITS = {"smollm2": "KL, nats per token", "dinov2": "half the squared relative e
 console = Console(stderr=True)
 
 
-def evolved_elsewhere(name: str, folder: Path = record.RESULTS) -> dict[str, Expression]:
+def evolved_elsewhere(name: str, folder: Path = PROXIES) -> dict[str, Expression]:
     """The formulas that were evolved on other models, by the name of their row."""
     found = {}
     for other in SUBJECTS:
-        file = folder / f"proxy_{other}.json"
+        file = folder / f"{other}.json"
         if other != name and file.exists():
             found[f"evolved on {other}"] = Proxy.load(file).expression
     return found

@@ -106,7 +106,7 @@ def test_a_formula_evolved_on_one_model_is_judged_on_the_other_and_kept(
     for row in found["rows"]:
         other = "dinov2" if row["evolved_on"] == "smollm2" else "smollm2"
         assert row["unseen"][other]["all"] > 0.8  # the truth is noise times energy, a seed of all
-    evolved.keep_best(found["rows"], settings)
+    evolved.keep_best(found["rows"], settings, folder)
     kept = search.evolved_elsewhere("dinov2", folder)
     assert list(kept) == ["evolved on smollm2"]
     values = kept["evolved on smollm2"].evaluate(subjects[1].columns)
