@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "abi.h"
+#include "places.h"
 
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -18,15 +19,19 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 // Calls part(0..threads-1), each on a thread of its own and all at once; seconds from the common
-// start to the last end, or 0 when the system gives no more threads.
+// start to the last end, or 0 when the system gives no more threads. Threads that start after a
+// pause are all put on the caller's processor at first: each takes a place of its own.
 template <typename Part>
 double timed(int32_t threads, Part part) {
   std::atomic<int32_t> ready{0};
   std::atomic<bool> start{false}, cancelled{false};
+  ql::Places places;
   std::vector<std::thread> helpers;
+  places.begin();
   try {
     for (int32_t index = 1; index < threads; ++index) {
       helpers.emplace_back([&, index] {
+        places.settle();
         ready.fetch_add(1);
         while (!start.load(std::memory_order_acquire)) std::this_thread::yield();
         if (!cancelled.load()) part(index);
