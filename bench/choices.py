@@ -3,13 +3,16 @@
     python -P -m quantlib.bench.choices --work DIR
     python -P -m quantlib.bench.choices --work DIR --family factors --bits 2.5
     python -P -m quantlib.bench.choices --work DIR --family factors --layer 3 --layer 15
+    python -P -m quantlib.bench.choices --work DIR --family linears --bits 3.0 --bits 3.5
 
 SmolLM2-135M-Instruct (the permuted copy of `bench.assets`), calibrated and rounded as `quantlib
 compress` does by default. Every family of candidates joins the default ones in one sensitivity
-table; the exact solver then chooses with and without it, under the same bytes, and both plans are
-measured on held-out windows. `gain` is the mean difference of KL over windows (positive: the family
-helps), with its standard error. What is done stays in DIR, rounded weights and measured plans: the
-command goes on where it was stopped. The result file has all rows measured so far.
+table; `linears` are mixtures of the others by rows (`pipeline.row_blocks`), for which nothing more
+is rounded. The exact solver then chooses with and without the family, under the same bytes, and
+both plans are measured on held-out windows. `gain` is the mean difference of KL over windows
+(positive: the family helps), with its standard error. What is done stays in DIR, rounded weights
+and measured plans: the command goes on where it was stopped. The result file has all rows measured
+so far.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ from quantlib.pipeline.dense import DensePlan
 from quantlib.pipeline.measure import entry_key, measure, measure_groups
 from quantlib.pipeline.opening import load_tokenizer, open_run
 from quantlib.pipeline.plan import Budget, allocation_problem
+from quantlib.pipeline.row_blocks import is_mixture, with_row_blocks
 from quantlib.pipeline.run import Run
 from quantlib.recipe import NATIVE_SCHEMES, Recipe
 from quantlib.search.plan import Plan
@@ -60,6 +64,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 """What joins the default candidates: shared exponents where two-level scales are beside them,
 factors where rounding alone is worst, rare tokens in 3 bits, in 2, or in fewer dimensions."""
+MIXED = "linears"
+"""A family without schemes of its own."""
 NONE, JOINT = "none", "all"
 BITS = (2.5, 2.75, 3.0, 3.25, 3.5)
 """True bits per parameter of the whole file."""
@@ -78,7 +84,7 @@ class Bench:
     ) -> None:
         self.work, self.windows, self.seqlen = work, windows, seqlen
         self.families = tuple(families)
-        extra = [name for family in families for name in FAMILIES[family]]
+        extra = [name for family in families for name in FAMILIES.get(family, ())]
         self.model = assets.fetch_smollm2()
         self.recipe = Recipe.create(
             data=str(assets.wikipedia_text("calibration")), schemes=(*NATIVE_SCHEMES, *extra)
@@ -136,9 +142,13 @@ class Bench:
     def _row(
         self, trial: _Trial, table: Sensitivity, bits: float, family: str, measured: bool
     ) -> dict[str, Any]:
-        plan = _plan(trial.run, _restricted(table, self._allowed(family)), bits)
+        offered = _restricted(table, self._allowed(family))
+        if MIXED in self.families and family in (MIXED, JOINT):
+            offered = with_row_blocks(trial.run, offered)
+        plan = _plan(trial.run, offered, bits)
         row: dict[str, Any] = {"bits": bits, "family": family, "bytes": plan.bytes}
         row |= {"predicted_sum": plan.loss, "chosen": _chosen(plan, self._allowed(family))}
+        row["mixed"] = sum(is_mixture(trial.run, *one) for one in plan.schemes.items())
         if measured:
             key = digest([self.windows, self.seqlen, sorted(plan.schemes.items())])
             if key not in self.known:
@@ -154,7 +164,7 @@ class Bench:
     def _allowed(self, family: str) -> tuple[str, ...]:
         """Candidates that join the default ones."""
         names = self.families if family == JOINT else () if family == NONE else (family,)
-        return tuple(str(Scheme.parse(n)) for name in names for n in FAMILIES[name])
+        return tuple(str(Scheme.parse(n)) for name in names for n in FAMILIES.get(name, ()))
 
 
 class _Trial:
@@ -220,7 +230,7 @@ def _sentence(row: dict[str, Any]) -> str:
         text += f", KL {row['kl']:.4f} +- {row['kl_error']:.4f}"
     if "gain" in row:
         text += f", gain {row['gain']['value']:.5f} +- {row['gain']['error']:.5f}"
-    return f"{text}; {row['chosen']}"
+    return f"{text}; {row['chosen']}, {row['mixed']} linears mixed"
 
 
 def _gain(base: dict[str, Any], row: dict[str, Any]) -> dict[str, float | None]:
@@ -240,7 +250,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True, help="work directory to use and keep")
-    parser.add_argument("--family", choices=FAMILIES, action="append")
+    parser.add_argument("--family", choices=(*FAMILIES, MIXED), action="append")
     parser.add_argument("--bits", type=float, action="append")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="held-out windows")
     parser.add_argument("--seqlen", type=int, default=SEQLEN, help="their length in tokens")
@@ -249,7 +259,7 @@ def main() -> None:
     )
     parser.add_argument("--predict", action="store_true", help="round and solve, measure no KL")
     options = parser.parse_args()
-    families = options.family or tuple(FAMILIES)
+    families = options.family or (*FAMILIES, MIXED)
     bench = Bench(options.work, families, options.windows, options.seqlen)
     if options.layer:
         rows = bench.matrices(options.layer)
@@ -258,7 +268,7 @@ def main() -> None:
     rows = bench.rows(options.bits or BITS, not options.predict)
     if not options.predict:
         about = {"windows": options.windows, "seqlen": options.seqlen}
-        candidates = {family: FAMILIES[family] for family in families}
+        candidates = {family: FAMILIES.get(family, ()) for family in families}
         print(record.write("choices", {**about, "families": candidates, "rows": rows}))
 
 

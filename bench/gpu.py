@@ -26,20 +26,16 @@ from quantlib.cli.console import answers, notes, print_json, table
 from quantlib.errors import FormatError, QuantlibError, UsageError
 from quantlib.formats import Scheme, dequantize, pack, quantize_rtn
 from quantlib.formats.activation import ActivationFormat, ActivationSegment
-from quantlib.formats.sparse import AMONG, KEPT
 from quantlib.kernels import accelerated, dispatch
-from quantlib.kernels.cuda import launch
 from quantlib.kernels.packed import PackedWeight, parse_layout
 from quantlib.kernels.triton.tune import graph_time
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192))
 """[N, K]."""
 TOKENS = (1, 8, 16, 64, 256, 2048)
-PRUNED = " 2:4"
-"""After a scheme: two of every four weights of a row are zero."""
 SCHEMES = (
     *("w2g128", "w3g128", "w4g128", "w4g64z5s5", "w5g128", "w6g128", "w8g128", "mxfp4"),
-    "w4g128" + PRUNED,
+    "w4g128:2of4",
 )
 OURS = {"cuda": dispatch.DECODE, "triton": dispatch.TRITON, "dequantized": dispatch.DENSE}
 """Our kernels by name -> what `dispatch` calls them."""
@@ -90,18 +86,16 @@ def _of_scheme(
     scheme: str, dense: Tensor, tokens: Sequence[int], missing: dict[str, str]
 ) -> list[dict[str, Any]]:
     shape = (dense.shape[0], dense.shape[1])
-    segments = Scheme.parse(scheme.removesuffix(PRUNED)).segments(shape[1])
-    pruned = scheme.endswith(PRUNED)
-    weight = quantize_rtn((_pruned(dense) if pruned else dense).float(), segments)
+    segments = Scheme.parse(scheme).segments(shape[1])
+    weight = quantize_rtn(dense.float(), segments)
     reference = dequantize(weight, torch.float16)
     packed = [
         PackedWeight.from_tensors(pack(weight), shape, segments)
         for _ in range(_copies(dense.nbytes // 4))
     ]
-    # The kernel that knows pruned weights reads them without their zeros.
-    nbytes = launch.pack(weight).nbytes if pruned else packed[0].nbytes
     rows = []
-    for name in ("cuda",) if pruned else (*OURS, *INTEGERS):
+    # Only one kernel reads pruned weights without their zeros.
+    for name in ("cuda",) if segments[0].format.sparse else (*OURS, *INTEGERS):
         calls = [_ours(name, one) for one in packed]
         for count in tokens:
             why = _why_not(name, scheme, packed[0].layout, count, dense.device)
@@ -110,15 +104,8 @@ def _of_scheme(
             if why:
                 missing[f"quantlib {name}, {scheme}, {count} tokens"] = why
                 continue
-            rows.append(_timed(f"quantlib {name}", scheme, nbytes, shape, count, calls))
+            rows.append(_timed(f"quantlib {name}", scheme, packed[0].nbytes, shape, count, calls))
     return rows
-
-
-def _pruned(dense: Tensor) -> Tensor:
-    """The weight [N, K] with zeros in place of the two smallest of every four of a row."""
-    fours = dense.unflatten(1, (-1, AMONG))
-    kept = fours.abs().topk(KEPT, dim=2).indices
-    return torch.zeros_like(fours).scatter(2, kept, fours.gather(2, kept)).flatten(1)
 
 
 def _ours(name: str, weight: PackedWeight) -> Call:

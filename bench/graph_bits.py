@@ -6,9 +6,10 @@ that rows differ by the choice alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from quantlib.search.columns import FORMATS, Assignment, Candidates, assignments
 from quantlib.search.gnn import ColumnGraph, column_graph
 from quantlib.search.gnn_bits import Lesson
 
+T = TypeVar("T")
 GPTQ = RoundingOptions(passes=0)
 FINER = ("w2g32z4s4", "w3g32z4s4", "w4g32zs4")
 """Whole weights may take these, too, whoever assigns the bits: finer groups compete with width."""
@@ -99,36 +101,64 @@ class Table:
 
 
 def tables(run: Run, groups: Sequence[LinearGroup], folder: Path) -> dict[str, Table]:
-    """Weight -> its table; those of a group are kept in a safetensors file of `folder`."""
+    """Weight -> its table, of plain GPTQ."""
+    return kept_tables(run, groups, folder, _measured, _table)
+
+
+def kept_tables(
+    run: Run,
+    groups: Sequence[LinearGroup],
+    folder: Path,
+    make: Callable[[Linear], Mapping[str, Tensor]],
+    read: Callable[[Mapping[str, Tensor]], T],
+) -> dict[str, T]:
+    """Weight -> what `read` makes of its tensors; those of a group are made once, linear by linear,
+    and kept in a safetensors file of `folder`."""
     folder.mkdir(exist_ok=True)
     found = {}
     for group in groups:
-        kept = folder / f"{group.name}.safetensors"
-        if not kept.exists():
-            tensors: dict[str, Tensor] = {}
-            for linear in linears(run, [group]):
-                parts = _measured(linear)
-                tensors |= {f"{linear.name}|{key}": value for key, value in parts.items()}
-            atomic_save_tensors(kept, tensors)
-        stored = read_tensors(kept)
-        for name in group.members:
-            own = {
-                key[len(name) + 1 :]: t for key, t in stored.items() if key.startswith(f"{name}|")
+        file = table_file(folder, group)
+        if not file.exists():
+            tensors = {
+                f"{linear.name}|{key}": value
+                for linear in linears(run, [group])
+                for key, value in make(linear).items()
             }
-            found[name] = _table(own)
+            atomic_save_tensors(file, tensors)
+        stored = read_tensors(file)
+        for name in group.members:
+            whole = f"{name}|"  # one name may begin another
+            own = {k.removeprefix(whole): t for k, t in stored.items() if k.startswith(whole)}
+            found[name] = read(own)
     return found
 
 
+def table_file(folder: Path, group: LinearGroup) -> Path:
+    """Where a group's tables are kept."""
+    return folder / f"{group.name}.safetensors"
+
+
+def graph_parts(graph: ColumnGraph, plain: str = "plain") -> dict[str, Tensor]:
+    """The tensors of a graph, as tables keep them. plain: the name of its prices."""
+    return {
+        "nodes": graph.nodes,
+        "edges": graph.edges.int(),
+        "edge_weight": graph.edge_weight,
+        "formats": graph.formats.contiguous(),
+        plain: graph.plain,
+    }
+
+
+def graph_of(parts: Mapping[str, Tensor], plain: str = "plain") -> ColumnGraph:
+    """Inverse of `graph_parts`."""
+    names = ("nodes", "edges", "edge_weight", "formats", plain)
+    nodes, edges, edge_weight, formats, prices = (parts[name] for name in names)
+    return ColumnGraph(nodes, edges.long(), edge_weight, formats, prices)
+
+
 def _table(parts: Mapping[str, Tensor]) -> Table:
-    graph = ColumnGraph(
-        parts["nodes"],
-        parts["edges"].long(),
-        parts["edge_weight"],
-        parts["formats"],
-        parts["plain"],
-    )
     rows, columns = parts["shape"].tolist()
-    return Table((rows, columns), parts["prices"], tuple(parts["finer"].tolist()), graph)
+    return Table((rows, columns), parts["prices"], tuple(parts["finer"].tolist()), graph_of(parts))
 
 
 def _measured(linear: Linear) -> dict[str, Tensor]:
@@ -147,11 +177,7 @@ def _measured(linear: Linear) -> dict[str, Tensor]:
         "shape": torch.tensor(weight.shape),
         "prices": torch.stack(found[: len(FORMATS)], dim=1),
         "finer": torch.stack([one.sum() for one in found[len(FORMATS) :]]),
-        "nodes": graph.nodes,
-        "edges": graph.edges.int(),
-        "edge_weight": graph.edge_weight,
-        "formats": graph.formats.contiguous(),
-        "plain": graph.plain,
+        **graph_parts(graph),
     }
 
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from quantlib.bench.graph_bits import Linear, groups_of, linears
-from quantlib.checkpoint.tensorfile import atomic_save_tensors, read_tensors
+from quantlib.bench.graph_bits import (
+    Linear,
+    graph_of,
+    graph_parts,
+    groups_of,
+    kept_tables,
+    table_file,
+)
 from quantlib.formats.composite import stored_bytes
 from quantlib.formats.scheme import Scheme, Segment, WeightFormat
 from quantlib.formats.size import payload_bytes
@@ -26,6 +33,9 @@ from quantlib.search.row_widths import RowAssignment, row_assignments
 SCHEMES = ("w2z4", "w2g128z4s4", *NATIVE_SCHEMES[:8])
 """What is chosen among, 2 to 5 bits, smallest first."""
 KNOWN = ("w2z", "w2g128z", "w2g64z", "w3z", "w3g128z", "w3g64z", "w4g128z")
+
+PLAIN = "plain_columns"
+"""The name of the graph's prices among a table's tensors; `plain` are those of rows."""
 
 
 def form(name: str) -> WeightFormat:
@@ -113,11 +123,7 @@ def table_of(run: Run, linear: Linear, known: bool) -> dict[str, Tensor]:
         "known": torch.stack(totals) if totals else torch.zeros(0, dtype=torch.float64),
         "columns": torch.stack(columns, dim=1),
         "plain": plain_row_prices(weight, conditional, linear.rows, formats),
-        "nodes": graph.nodes,
-        "edges": graph.edges.int(),
-        "edge_weight": graph.edge_weight,
-        "formats": graph.formats.contiguous(),
-        "plain_columns": graph.plain,
+        **graph_parts(graph, PLAIN),
     }
 
 
@@ -129,36 +135,12 @@ def tables(run: Run, rounding: str, every: int, known: bool) -> dict[str, RowTab
     """Linear -> its table; kept by group in a folder of the work directory. known: the formats of
     KNOWN are among the run's candidates."""
     folder = run.work.path / f"graph_rows_{rounding}{'_known' if known else ''}"
-    folder.mkdir(exist_ok=True)
     groups = groups_of(run, every)
-    missing = [group for group in groups if not (folder / f"{group.name}.safetensors").exists()]
-    measure_groups(run, missing)
-    found = {}
-    for group in groups:
-        file = folder / f"{group.name}.safetensors"
-        if not file.exists():
-            tensors = {
-                f"{linear.name}|{key}": value
-                for linear in linears(run, [group])
-                for key, value in table_of(run, linear, known).items()
-            }
-            atomic_save_tensors(file, tensors)
-        stored = read_tensors(file)
-        for name in group.members:
-            own = {
-                key[len(name) + 1 :]: t for key, t in stored.items() if key.startswith(f"{name}|")
-            }
-            found[name] = _table(own)
-    return found
+    measure_groups(run, [group for group in groups if not table_file(folder, group).exists()])
+    return kept_tables(run, groups, folder, partial(table_of, run, known=known), _table)
 
 
 def _table(own: Mapping[str, Tensor]) -> RowTable:
-    graph = ColumnGraph(
-        own["nodes"],
-        own["edges"].long(),
-        own["edge_weight"],
-        own["formats"],
-        own["plain_columns"],
-    )
     shape = (len(own["prices"]), len(own["columns"]))
+    graph = graph_of(own, PLAIN)
     return RowTable(shape, own["prices"], own["known"], own["columns"], own["plain"], graph)

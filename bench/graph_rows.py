@@ -17,13 +17,16 @@ plain GPTQ (`gptq`) or with coordinate descent behind it (`descent`):
     rows      the exact knapsack over blocks of rows of all linears, by what every row lost
     graph     blocks of rows by the graph network's prices: it was taught on the columns' errors of
               every fourth block, and nothing else was rounded for it
+    *_tied    rows, layers or graph with the prices of a linear (and so `predicted`) times what its
+              depth costs in truth over what was predicted, in the plan of `layers` at TIED bits on
+              held-back calibration text (`bench/graph_depths.py`)
 
 DIR is a work directory of `quantlib measure`: statistics and rounded weights that are there are
 used, others made. Finished rows are kept in DIR/graph_rows.json, so a command that was stopped goes
 on. `kl_ratio` is the KL over that of `uniform`, rounded alike, of the same windows; `kl_ratio_gptq`
-over that of `uniform` by plain GPTQ, where that was measured. `--packed` writes the plan of `rows`
-at PACKED bits as a checkpoint, whose linears have blocks of rows, and evaluates it through the
-kernels beside the dense model with the same weights.
+over that of `uniform` by plain GPTQ and `kl_ratio_known` over `known`, where they were measured.
+`--packed` writes the plan of `rows` at PACKED bits as a checkpoint, whose linears have blocks of
+rows, and evaluates it through the kernels beside the dense model with the same weights.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,6 +48,7 @@ from torch import Tensor
 from quantlib.bench import assets, record
 from quantlib.bench.graph import BUDGETS, SEQLEN, WINDOWS
 from quantlib.bench.graph_checkpoint import OTHERS, write_keys
+from quantlib.bench.graph_depths import block_of, depth_factors, put
 from quantlib.bench.graph_model import dense_model
 from quantlib.bench.graph_row_tables import KNOWN, SCHEMES, RowTable, tables
 from quantlib.bench.graph_sensitivity import ratio_error
@@ -65,16 +70,25 @@ from quantlib.recipe import Recipe
 from quantlib.rounding.stack import select_rows
 from quantlib.runtime.load import load
 from quantlib.search.baselines import uniform
-from quantlib.search.columns import chosen, column_problem
+from quantlib.search.columns import Candidates, chosen, column_problem
 from quantlib.search.gnn import ColumnNetwork
 from quantlib.search.gnn_bits import Training, train
 from quantlib.search.row_widths import RowAssignment
 from quantlib.search.solve import solve
 
-METHODS = ("uniform", "rows", "layers", "graph", "known")
+WHOLE = ("uniform", "known")
+"""Methods without a choice."""
+TIED = 2.5
+"""Bits of the plan in which depths are measured."""
+METHODS = (
+    *("uniform", "rows", "layers", "graph"),
+    *("rows_tied", "layers_tied", "graph_tied", "known"),
+)
 ROUNDINGS = {"descent": 3, "gptq": 0}
 """Passes of coordinate descent."""
 BASE = ("uniform", "gptq")
+RATIOS = {"kl_ratio": ("uniform", ""), "kl_ratio_gptq": BASE, "kl_ratio_known": ("known", "gptq")}
+"""Ratio -> method and rounding of what it is over; "": rounded alike."""
 TAUGHT = 4
 """Of so many blocks the network is taught on one."""
 TRAINING = Training(steps=100, batch=8)
@@ -88,24 +102,39 @@ def budget_bytes(found: Mapping[str, RowTable], bits: float) -> int:
     return max(int(bits * parameters / 8), smallest)
 
 
-def allocation(found: Mapping[str, RowTable], method: str, budget: int) -> dict[str, RowAssignment]:
-    """Linear -> its assignment."""
+def allocation(
+    found: Mapping[str, RowTable], method: str, budget: int, factors: Mapping[str, float]
+) -> dict[str, RowAssignment]:
+    """Linear -> its assignment. factors: of the prices of linears, for methods that are tied."""
     prices: dict[str, Tensor] = {}
+    method, _, tied = method.partition("_")
     if method == "graph":
         prices = network_prices(found, budget)
     candidates = {n: table.candidates(method, prices.get(n)) for n, table in found.items()}
+    if tied:
+        candidates = {name: _times(factors[name], own) for name, own in candidates.items()}
     problem = column_problem(candidates)
-    if method in ("uniform", "known"):
+    if method in WHOLE:
         smallest = sum(min(one.bytes) for one in candidates.values())
         return chosen(candidates, uniform(problem, max(budget, smallest)))
     return chosen(candidates, solve(problem, budget).picks)
 
 
+def _times(factor: float, own: Candidates[RowAssignment]) -> Candidates[RowAssignment]:
+    return Candidates([replace(one, loss=factor * one.loss) for one in own.assignments], own.bytes)
+
+
+def factors_of_depth(run: Run, found: Mapping[str, RowTable], file: Path) -> dict[str, float]:
+    """Linear -> the factor of its prices, kept in `file` once it was measured."""
+    plan = allocation(found, "layers", budget_bytes(found, TIED), {})
+    return depth_factors(run, plan, {name: one.loss for name, one in plan.items()}, file)
+
+
 def network_prices(found: Mapping[str, RowTable], budget: int) -> dict[str, Tensor]:
     """What a network says that was taught on the linears of every TAUGHT-th block."""
-    blocks = list(dict.fromkeys(name.split(".")[2] for name in found))
+    blocks = list(dict.fromkeys(map(block_of, found)))
     known = set(blocks[:: min(TAUGHT, len(blocks))])
-    lessons = {n: t.lesson() for n, t in found.items() if n.split(".")[2] in known}
+    lessons = {n: t.lesson() for n, t in found.items() if block_of(n) in known}
     least = sum(len(one.prices) * float(one.rates[0]) for one in lessons.values())
     share = sum(math.prod(found[n].shape) for n in lessons) / sum(
         math.prod(table.shape) for table in found.values()
@@ -132,9 +161,7 @@ class Judge:
         """Of weights as this run's bank has them."""
         parameters = dict(self.model.named_parameters())
         for name, one in plan.items():
-            for index, scheme in enumerate(one.formats):
-                rows = torch.nonzero(one.block == index)[:, 0]
-                parameters[name][rows] = bank_weight(run, name, scheme)[rows]
+            put(run, parameters[name], name, one)
         return self.evaluate(self.model)
 
     def evaluate(self, model: Any) -> LanguageResult:
@@ -143,12 +170,17 @@ class Judge:
 
 
 def row_of(
-    run: Run, judge: Judge, found: Mapping[str, RowTable], method: str, bits: float
+    run: Run,
+    judge: Judge,
+    found: Mapping[str, RowTable],
+    method: str,
+    bits: float,
+    factors: Mapping[str, float],
 ) -> dict[str, Any]:
     """One allocation: chosen and measured."""
     budget = budget_bytes(found, bits)
     started = time.process_time()
-    plan = allocation(found, method, budget)
+    plan = allocation(found, method, budget, factors)
     searched = time.process_time() - started
     result = judge.measure(run, plan)
     assert result.kl is not None
@@ -219,19 +251,19 @@ def packed_row(run: Run, judge: Judge, plan: Mapping[str, RowAssignment]) -> dic
 
 
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with their KL over that of `uniform`, rounded alike and by plain GPTQ, at the same
-    bits, and the paired errors of these."""
-    uniform_rows = {
-        (row["rounding"], row["bits"], row["windows"]): torch.tensor(row["kl_by_window"])
+    """The rows with their KL over that of others at the same bits, and the paired errors of these,
+    as RATIOS has them."""
+    by_window = {
+        (row["method"], row["rounding"], row["bits"], row["windows"]): row["kl_by_window"]
         for row in rows
-        if row["method"] == BASE[0]
     }
     out = []
     for row in rows:
         ours, found = torch.tensor(row["kl_by_window"]), dict(row)
-        for name, rounding in (("kl_ratio", row["rounding"]), ("kl_ratio_gptq", BASE[1])):
-            theirs = uniform_rows.get((rounding, row["bits"], row["windows"]))
-            if theirs is not None:
+        for name, (method, rounding) in RATIOS.items():
+            key = (method, rounding or row["rounding"], row["bits"], row["windows"])
+            if key in by_window:
+                theirs = torch.tensor(by_window[key])
                 found[name] = float(ours.sum() / theirs.sum())
                 found[f"{name}_error"] = ratio_error(ours, theirs)
         out.append(found)
@@ -252,40 +284,73 @@ class Kept:
         publish(list(self.rows.values()))
 
 
-def measure_all(
-    work: Path,
-    wanted: Sequence[str],
-    roundings: Sequence[str],
-    budgets: Sequence[float],
-    every: int,
-    windows: int,
-    packed: bool,
-) -> None:
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be measured: linears of every so many blocks, on so many held-out windows.
+
+    packed: one plan through the kernels, too.
+    """
+
+    methods: Sequence[str]
+    roundings: Sequence[str]
+    budgets: Sequence[float]
+    every: int
+    windows: int
+    packed: bool
+
+    def recipe(self, rounding: str) -> Recipe:
+        """Of the run that measures and rounds."""
+        known = KNOWN if self.known(rounding) else ()
+        return Recipe.create(
+            data=str(assets.wikipedia_text("calibration")),
+            passes=ROUNDINGS[rounding],
+            schemes=(*SCHEMES, *known, *((OTHERS,) if self.packed else ())),
+        )
+
+    def known(self, rounding: str) -> bool:
+        """Whether the formats of `known` are rounded, which is by plain GPTQ."""
+        return rounding == BASE[1] and "known" in self.methods
+
+    def methods_of(self, rounding: str) -> list[str]:
+        """The methods that are wanted of a rounding, in the order of METHODS."""
+        own = [method for method in METHODS if method in self.methods]
+        return own if self.known(rounding) else [method for method in own if method != "known"]
+
+
+def measure_all(work: Path, wanted: Wanted) -> None:
     """Measure what is not there yet."""
-    kept, data = Kept(work / "graph_rows.json"), str(assets.wikipedia_text("calibration"))
+    kept = Kept(work / "graph_rows.json")
     judge: Judge | None = None
-    for rounding in roundings:
-        plain = rounding == BASE[1]
-        known = plain and "known" in wanted
-        schemes = (*SCHEMES, *(KNOWN if known else ()), *((OTHERS,) if packed else ()))
-        recipe = Recipe.create(data=data, passes=ROUNDINGS[rounding], schemes=schemes)
-        with open_run(assets.fetch_smollm2(), work, recipe) as run:
+    for rounding in wanted.roundings:
+        with open_run(assets.fetch_smollm2(), work, wanted.recipe(rounding)) as run:
             calibrate(run)
-            found = tables(run, rounding, every, known)
             if judge is None:
                 held_out = str(assets.wikipedia_text("held_out"))
                 tokenizer = load_tokenizer(run.source.path)
-                judge = Judge(run.source, load_windows(held_out, tokenizer, SEQLEN, windows, 0))
-            for method in (m for m in METHODS if m in wanted and (m != "known" or plain)):
-                for bits in budgets:
-                    about: dict[str, Any] = {"method": method, "rounding": rounding}
-                    about |= {"bits": bits, "windows": windows}
-                    name = f"{method}@{bits:g}/{rounding}/{every}/{windows}"
-                    if name not in kept.rows:
-                        kept.keep(name, about | row_of(run, judge, found, method, bits))
-            if packed and not plain:
-                plan = allocation(found, "rows", budget_bytes(found, PACKED))
-                kept.keep("packed", {"linears": len(found)} | packed_row(run, judge, plan))
+                windows = load_windows(held_out, tokenizer, SEQLEN, wanted.windows, seed=0)
+                judge = Judge(run.source, windows)
+            measure_rounding(run, judge, kept, wanted, rounding)
+
+
+def measure_rounding(run: Run, judge: Judge, kept: Kept, wanted: Wanted, rounding: str) -> None:
+    """What is not there yet of one rounding."""
+    every, windows = wanted.every, wanted.windows
+    found = tables(run, rounding, every, wanted.known(rounding))
+    methods = wanted.methods_of(rounding)
+    factors: dict[str, float] = {}
+    if any(method.endswith("_tied") for method in methods):
+        file = run.work.path / f"depths_{rounding}_{every}.json"
+        factors = factors_of_depth(run, found, file)
+    for method in methods:
+        for bits in wanted.budgets:
+            about: dict[str, Any] = {"method": method, "rounding": rounding}
+            about |= {"bits": bits, "windows": windows}
+            name = f"{method}@{bits:g}/{rounding}/{every}/{windows}"
+            if name not in kept.rows:
+                kept.keep(name, about | row_of(run, judge, found, method, bits, factors))
+    if wanted.packed and rounding != BASE[1]:
+        plan = allocation(found, "rows", budget_bytes(found, PACKED), {})
+        kept.keep("packed", {"linears": len(found)} | packed_row(run, judge, plan))
 
 
 def publish(rows: Sequence[dict[str, Any]]) -> Path:
@@ -312,8 +377,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=WINDOWS, help="held-out windows")
     parser.add_argument("--packed", action="store_true", help="run a plan by the kernels, too")
     options = parser.parse_args()
-    measure_all(
-        options.work,
+    wanted = Wanted(
         options.method or METHODS,
         options.rounding or tuple(ROUNDINGS),
         options.budget or BUDGETS,
@@ -321,6 +385,7 @@ def main() -> None:
         options.windows,
         options.packed,
     )
+    measure_all(options.work, wanted)
 
 
 if __name__ == "__main__":

@@ -51,10 +51,6 @@ PARTS = ("budgets", "ablations", "further")
 SEEDS = 3
 LIMIT = 100
 """Test records of each stream."""
-VERSION = 2
-"""Raise when the same request comes to be compressed or judged in another way than before: rows of
-an older one are stale. 2: weights may stay in 16 bits, embeddings have blocks of rows, and factors
-are fitted with other components as they are."""
 
 console = Console(stderr=True)
 
@@ -156,15 +152,21 @@ def _read(row: Row) -> dict[str, Any] | None:
 
 def key_of(row: Row, limit: int) -> str:
     """sha256 over what a row depends on: the model, the records, the method, the settings (those
-    that are the recipe's own, too), and the versions of what is done with them."""
+    that are the recipe's own, too), and the versions of what is done with them.
+
+    Settings that are off do not count: what a recipe learns to do later leaves older rows as they
+    are, as long as nobody asks for it.
+    """
     bed = row.bed.folder()
     recipe = Recipe.create(data="-", **row.bed.fields(row.method)).for_streams()
+    settings = {name: value for name, value in recipe.model_dump(mode="json").items() if value}
     records = [bed / "calibration.jsonl", bed / "test.jsonl"]
     parts = [
         *(hashlib.sha256(file.read_bytes()).hexdigest() for file in records),
         *(Source.open(bed / "model").fingerprint, repr(row.method), row.bits, row.seed, limit),
-        *(row.bed.plain, recipe.model_dump(mode="json"), recipe.stream_weighting),
-        *(recipe.damping_of(streams=True), VERSION, STATISTICS_VERSION, ROUNDING_VERSION),
+        *(row.bed.plain, settings, recipe.stream_weighting),
+        *(recipe.damping_of(streams=True), row.bed.version),
+        *(STATISTICS_VERSION, ROUNDING_VERSION),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

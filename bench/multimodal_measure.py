@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantlib.bench.comparisons import WORDS, Bed, Request, tasks_of
+from quantlib.bench.comparisons import GUARDS, WORDS, Bed, Request, tasks_of
 from quantlib.calibration.records import read_records
 from quantlib.checkpoint.workdir import WorkDir
 from quantlib.errors import SearchError
@@ -101,10 +101,15 @@ def opened(model: Path, work: Path, recipe: Recipe) -> Iterator[Run]:
         yield Run(source, model_map, workdir, recipe, None, workload=workload)
 
 
-def guarded(run: Run, table: Sensitivity, budget: Budget) -> Budget:
-    """The budget with a limit on every task's predicted loss: what the best plan loses there that
-    spends as many bytes on WORDS and leaves the rest in 16 bits. As it is, where that is impossible
-    or leaving a weight is none of the candidates."""
+def guarded(
+    run: Run, table: Sensitivity, budget: Budget, shares: Iterable[float] = GUARDS
+) -> Budget:
+    """The budget with a limit on every task's predicted loss: a share of what the best plan loses
+    there that spends as many bytes on WORDS and leaves the rest in 16 bits.
+
+    shares: the first that some plan can keep is taken. The budget as it is, where none can be
+    kept, the bytes do not suffice for WORDS alone, or leaving a weight is none of the candidates.
+    """
     schemes = {weight.name: KEPT_AS[weight.dtype] for weight in run.model_map.weights}
     if any(scheme not in table.rows[name] for name, scheme in schemes.items()):
         return budget
@@ -115,7 +120,16 @@ def guarded(run: Run, table: Sensitivity, budget: Budget) -> Budget:
     except SearchError:
         return budget
     problem = allocation_problem(run.model_map, table, budget)
-    return replace(budget, task_limits=no_worse(problem, schemes | plan.schemes))
+    losses = no_worse(problem, schemes | plan.schemes)
+    for share in shares:
+        limits = {task: share * loss for task, loss in losses.items()}
+        limited = replace(budget, task_limits=limits)
+        try:
+            search(run.model_map, table, limited)
+        except SearchError:
+            continue
+        return limited
+    return budget
 
 
 def sparing(run: Run, table: Sensitivity, components: Iterable[str]) -> tuple[Run, Sensitivity]:

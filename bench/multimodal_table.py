@@ -4,6 +4,7 @@ average. Pure functions of the rows as they are kept (JSON)."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import hypot
 from statistics import fmean
 from typing import Any
 
@@ -15,6 +16,8 @@ for each task. Others, such as answers that are right, are the more noisy the fe
 are, and a compressed model may have them better by chance."""
 RIGHT = ("answers right", "all of it right", "digit right", "color right", "word error rate")
 """Figures that are shares, of which a point is a hundredth."""
+SURE = 2.0
+"""Standard errors of a difference, beyond which it is not one of the test records alone."""
 
 
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -83,7 +86,8 @@ def _is_better(whole: float | None, other: float | None, better: str) -> bool | 
 
 def by_task(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """For every budget and task, how far `whole` and `language model only` are from the model in
-    full precision, and how many seeds found `whole` closer, as close, or farther.
+    full precision, and how many seeds found `whole` closer, as close, or farther, and of the
+    latter, how many by more than SURE standard errors.
 
     Where no allocation of the language model alone fits, its value and these counts are None. Seeds
     count that both were measured with.
@@ -95,7 +99,8 @@ def by_task(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if not starts or not methods >= {WHOLE.name, LANGUAGE_ONLY.name}:
             continue
         pairs = _pairs(rows, entry)
-        closer = [_is_better(mine, theirs, entry["better"]) for mine, theirs in pairs]
+        closer = [_is_better(*_numbers(pair), entry["better"]) for pair in pairs]
+        surely = [pair for pair, won in zip(pairs, closer, strict=True) if won is False]
         known = entry["mean"][LANGUAGE_ONLY.name] is not None
         found.append(
             {
@@ -105,24 +110,49 @@ def by_task(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "closer": closer.count(True) if known else None,
                 "as close": closer.count(None) if known else None,
                 "farther": closer.count(False) if known else None,
+                "surely farther": sum(map(_apart, surely)) if known else None,
             }
         )
     return found
 
 
-def _pairs(rows: Sequence[dict[str, Any]], entry: dict[str, Any]) -> list[tuple[float, float]]:
+Estimated = dict[str, Any]
+"""The value of a figure and, where it is known, its standard error, as JSON."""
+
+
+def _pairs(
+    rows: Sequence[dict[str, Any]], entry: dict[str, Any]
+) -> list[tuple[Estimated, Estimated]]:
     """A figure of `whole` and of `language model only`, for every seed that both have."""
     pairs = []
     for seed in sorted({row["seed"] for row in rows}):
         mine = [r for r in rows if (r["bits"], r["seed"]) == (entry["bits"], seed)]
         mine = [row for row in mine if "figures" in row]
         both = [
-            _values(mine, method, entry["task"], entry["figure"])
+            [
+                figure["model"]
+                for row in mine
+                if row["method"] == method
+                for figure in row["figures"]
+                if (figure["task"], figure["name"]) == (entry["task"], entry["figure"])
+            ]
             for method in (WHOLE.name, LANGUAGE_ONLY.name)
         ]
         if all(both):
             pairs.append((both[0][0], both[1][0]))
     return pairs
+
+
+def _numbers(pair: tuple[Estimated, Estimated]) -> tuple[float, float]:
+    return float(pair[0]["value"]), float(pair[1]["value"])
+
+
+def _apart(pair: tuple[Estimated, Estimated]) -> bool:
+    """Whether two figures differ by more than SURE standard errors of their difference, taken as if
+    they were of different records: of the same ones, it is smaller rather than larger."""
+    mine, theirs = _numbers(pair)
+    error = hypot(*(one.get("standard_error") or 0.0 for one in pair))
+    return abs(mine - theirs) > SURE * error
 
 
 def points_lost(comparison: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

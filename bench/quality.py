@@ -3,23 +3,28 @@ counted.
 
     python -P -m quantlib.bench.quality                 everything below, one after the other
     python -P -m quantlib.bench.quality --part budgets  one part (see --help for their names)
+    python -P -m quantlib.bench.quality --part refined_rows --budget 89.5 --work DIR
 
 SmolLM2-135M-Instruct (the permuted copy of `bench.assets`), calibrated on nine tenths of the
 articles of a Wikipedia extract and evaluated on the tenth that was held out: KL(full precision ||
 quantized) over the second half of 512-token windows. Sizes are those of the whole safetensors file.
 Every allocation is measured on the same windows; errors are standard errors over windows. Baselines
 share everything with quantlib but the allocation: the same rounding, the same candidate schemes,
-the same bytes.
+the same bytes. `rows` and `refined_rows` are `budgets` and `refined` with mixtures of rows among
+the candidates, without probes. Budgets of the refined parts take half an hour of a core each:
+finished ones are kept in DIR, and the result file has all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +33,11 @@ from torch import Tensor
 
 from quantlib.bench import assets, record
 from quantlib.calibration.data import load_windows
+from quantlib.checkpoint.disk import atomic_write_text
 from quantlib.evaluation.language import LanguageResult, evaluate_language
-from quantlib.evaluation.reference import reference_logprobs
+from quantlib.evaluation.reference import Reference, reference_logprobs
+from quantlib.models import skeleton
+from quantlib.models.source import Source
 from quantlib.pipeline.compress import Result, compress, load_tokenizer, measured_table, open_run
 from quantlib.pipeline.dense import DenseTrial
 from quantlib.pipeline.plan import Budget, allocation_problem
@@ -47,7 +55,17 @@ TARGET_KL = (0.033, 0.062, 0.128, 0.265, 0.65)
 TARGET_REFINED = (0.024, 0.045, 0.092, 0.19, 0.45)
 """The same where plans are re-rounded."""
 WINDOWS, SEQLEN = 24, 512
-PARTS = ("presets", "budgets", "baselines", "prediction", "refinement", "refined", "swaps")
+PARTS = (
+    "presets",
+    "budgets",
+    "rows",
+    "baselines",
+    "prediction",
+    "refinement",
+    "refined",
+    "refined_rows",
+    "swaps",
+)
 RANDOM_PLANS = 40
 RANDOM_WINDOWS = 6
 """Windows each random plan is measured on: ranks need fewer than values do."""
@@ -67,6 +85,14 @@ class Bench:
         held_out = str(assets.wikipedia_text("held_out"))
         self.windows = load_windows(held_out, tokenizer, SEQLEN, WINDOWS, seed=0)
         self.recipe = Recipe.create(data=str(self.data))
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The full-precision model's predictions on the held-out windows."""
+        source = Source.open(self.model)
+        dense = skeleton.build(source)
+        skeleton.materialize(dense, "", source)
+        return reference_logprobs(dense, self.windows)
 
     def compress(self, size_mb: float, out: Path, work: Path, **recipe: Any) -> Result:
         """`quantlib compress` to a size in MB."""
@@ -96,45 +122,50 @@ class Bench:
         return trial
 
 
-def budgets(bench: Bench, scratch: Path, targets: Sequence[float], **recipe: Any) -> dict[str, Any]:
-    """Compress to each budget and measure the packed checkpoint as a user would load it."""
-    rows: list[dict[str, Any]] = []
-    source = load_reference(bench)
+def budgets(
+    bench: Bench,
+    scratch: Path,
+    name: str,
+    targets: Sequence[float],
+    wanted: Sequence[float] = BUDGETS_MB,
+    **recipe: Any,
+) -> dict[str, Any]:
+    """Compress to each of the `wanted` budgets and measure the packed checkpoint as a user would
+    load it; rows that were measured before are kept in the work directory under `name`."""
+    file = bench.work / f"quality_{name}.json"
+    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for size, target in zip(BUDGETS_MB, targets, strict=True):
-        started = time.monotonic()
-        result = bench.compress(size, scratch / f"out-{size}", bench.work, **recipe)
-        seconds = time.monotonic() - started
-        measured = evaluate_language(load(result.path).model, bench.windows, source)
-        row: dict[str, Any] = {
-            "budget_mb": size,
-            "bytes": result.file_bytes,
-            "target_kl": target,
-            "seconds": round(seconds, 1),
+        if size in wanted and str(size) not in known:
+            known[str(size)] = _budget_row(bench, scratch, size, target, recipe)
+            atomic_write_text(file, json.dumps(known) + "\n")
+    return {"rows": [known[str(size)] for size in BUDGETS_MB if str(size) in known]}
+
+
+def _budget_row(
+    bench: Bench, scratch: Path, size: float, target: float, recipe: Mapping[str, Any]
+) -> dict[str, Any]:
+    started = time.monotonic()
+    result = bench.compress(size, scratch / f"out-{size}", bench.work, **recipe)
+    row: dict[str, Any] = {
+        "budget_mb": size,
+        "bytes": result.file_bytes,
+        "target_kl": target,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    measured = evaluate_language(load(result.path).model, bench.windows, bench.reference)
+    row |= figures(measured) | {"plan_bytes": result.plan.bytes}
+    row["predicted"] = dict(result.plan.predicted)
+    row["mixed"] = sum("@" in scheme for scheme in result.plan.schemes.values())
+    if result.refinement:
+        row["held_back"] = {
+            "bank_kl": result.refinement.bank_kl,
+            "refined_kl": result.refinement.refined_kl,
         }
-        row |= figures(measured) | {"plan_bytes": result.plan.bytes}
-        row["predicted"] = dict(result.plan.predicted)
-        if result.refinement:
-            row["held_back"] = {
-                "bank_kl": result.refinement.bank_kl,
-                "refined_kl": result.refinement.refined_kl,
-            }
-        rows.append(row)
-        print(
-            f"{size} MB: {result.file_bytes:,} bytes, "
-            f"KL {row['kl']:.4f} +- {row['kl_error']:.4f} (target {target})"
-        )
-    return {"rows": rows}
-
-
-def load_reference(bench: Bench) -> Any:
-    """The full-precision model's predictions on the held-out windows."""
-    from quantlib.models import skeleton
-    from quantlib.models.source import Source
-
-    source = Source.open(bench.model)
-    dense = skeleton.build(source)
-    skeleton.materialize(dense, "", source)
-    return reference_logprobs(dense, bench.windows)
+    print(
+        f"{size} MB: {result.file_bytes:,} bytes, "
+        f"KL {row['kl']:.4f} +- {row['kl_error']:.4f} (target {target})"
+    )
+    return row
 
 
 def baselines(bench: Bench) -> dict[str, Any]:
@@ -192,12 +223,11 @@ def after_solving(
     """What further work on a plan adds at one budget, on the held-out windows: variants of the
     recipe by name."""
     rows: list[dict[str, Any]] = []
-    source = load_reference(bench)
     for name, recipe in variants.items():
         started = time.monotonic()
         result = bench.compress(82.8, scratch / f"out-{name}", bench.work, **recipe)
         row: dict[str, Any] = {"variant": name, "seconds": round(time.monotonic() - started, 1)}
-        row |= figures(evaluate_language(load(result.path).model, bench.windows, source))
+        row |= figures(evaluate_language(load(result.path).model, bench.windows, bench.reference))
         if result.refinement:
             compared = {
                 "bank_kl": result.refinement.bank_kl,
@@ -212,7 +242,6 @@ def after_solving(
 def presets(bench: Bench, scratch: Path, names: Sequence[str]) -> dict[str, Any]:
     """The presets from an empty work directory, timed."""
     rows: list[dict[str, Any]] = []
-    source = load_reference(bench)
     for preset in names:
         started = time.monotonic()
         result = bench.compress(
@@ -225,7 +254,7 @@ def presets(bench: Bench, scratch: Path, names: Sequence[str]) -> dict[str, Any]
             "seconds": round(seconds, 1),
             "stages": result.seconds,
         }
-        row |= figures(evaluate_language(load(result.path).model, bench.windows, source))
+        row |= figures(evaluate_language(load(result.path).model, bench.windows, bench.reference))
         rows.append(row)
         print(f"{preset}: {seconds:.0f} s, KL {row['kl']:.4f} at {result.file_bytes / 1e6:.1f} MB")
     return {"rows": rows}
@@ -250,6 +279,9 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, action="append")
     parser.add_argument("--preset", choices=PRESETS, action="append", help="for --part presets")
     parser.add_argument(
+        "--budget", type=float, choices=BUDGETS_MB, action="append", help="in MB, for some parts"
+    )
+    parser.add_argument(
         "--work", type=Path, help="work directory to use and keep (a temporary one by default)"
     )
     options = parser.parse_args()
@@ -257,10 +289,19 @@ def main() -> None:
     try:
         bench = Bench(options.work or scratch / "work")
         names = options.preset or tuple(PRESETS)
+        sizes = options.budget or BUDGETS_MB
+
+        def at_budgets(name: str, targets: Sequence[float], **recipe: Any) -> dict[str, Any]:
+            return budgets(bench, scratch, name, targets, sizes, **recipe)
+
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "presets": lambda: presets(bench, scratch, names),
-            "budgets": lambda: budgets(bench, scratch, TARGET_KL),
-            "refined": lambda: budgets(bench, scratch, TARGET_REFINED, refine=True),
+            "budgets": lambda: at_budgets("budgets", TARGET_KL),
+            "rows": lambda: at_budgets("rows", TARGET_KL, rows=True, probes=0),
+            "refined": lambda: at_budgets("refined", TARGET_REFINED, refine=True),
+            "refined_rows": lambda: at_budgets(
+                "refined_rows", TARGET_REFINED, refine=True, rows=True, probes=0
+            ),
             "baselines": lambda: baselines(bench),
             "prediction": lambda: prediction(bench),
             "refinement": lambda: after_solving(bench, scratch, REFINED),

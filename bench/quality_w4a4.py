@@ -10,12 +10,14 @@ quantlib's own pipeline (`bench.w4a4.ours`), and what `--plug` brings: a functio
 `Quantized`, of any module that can be imported.
 
 Calibration is the same for all: 24 windows of 512 tokens of the calibration text, or 24 clips of
-spoken prompts. Language models are measured on 12 held-out windows (KL from full precision and
-perplexity over second halves), Whisper on ten utterances (KL along the full-precision transcripts,
-word error rate of greedy transcripts). Methods with random rotations are run with every seed, the
-others once; a row has a seed's figures, the summary a method's mean and its 95 % interval over
-seeds. Each row is written when it is done, and rows that are there are not measured again
-(`--fresh` does).
+spoken prompts, 7 to 28 seconds long, with full precision's own transcripts. Language models are
+measured on 12 held-out windows (KL from full precision and perplexity over second halves), Whisper
+on ten utterances (KL along the full-precision transcripts, word error rate of greedy transcripts).
+Methods with random rotations are run with every seed, the others once; a row has a seed's figures,
+the summary a method's mean and its 95 % interval over seeds (three; of Whisper five, as they differ
+more there). Each row is written when it is done, and rows that are there are not measured again
+(`--again` does, and `--fresh` forgets all). What the table is held against (`bench.w4a4.claims`) is
+printed below it.
 
 GPTQ's Hessians are the full-precision model's, collected once and turned into each method's and
 seed's basis. `--hessians prefix` sums them behind what was rounded already, activations unrounded,
@@ -31,7 +33,7 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ import torch
 
 from quantlib.bench import assets, outliers, record, speech
 from quantlib.bench.w4a4 import ours
+from quantlib.bench.w4a4.claims import claims, told
 from quantlib.bench.w4a4.methods import ABLATIONS, METHODS, Method, Quantized, quantize
 from quantlib.bench.w4a4.subjects import Language, Speech, Subject
 from quantlib.calibration.data import load_windows
@@ -49,8 +52,11 @@ from quantlib.evaluation.estimate import Estimate
 
 NAME = "quality_w4a4"
 SEQLEN, CALIBRATION, HELD_OUT, CLIPS = 512, 24, 12, 24
-SEEDS = 3
 WHISPER = "whisper"
+SEEDS, WHISPER_SEEDS = 3, 5
+LENGTHS = (7, 14, 21, 28)
+"""Seconds of calibration clips, in turn. Whisper pads all it hears to 30 seconds, and utterances
+leave most of them empty: what the model makes of silence must be rounded well, too."""
 MODELS = (*outliers.KINDS, WHISPER)
 ABLATED = ("aligned", "rotated")
 """Models that ResQ's ablation is measured on."""
@@ -63,6 +69,7 @@ OURS: dict[str, Run] = {
     "quantlib": ours.quantlib,
     "quantlib_refined": ours.quantlib_refined,
     "quantlib_strict": ours.quantlib_strict,
+    "quantlib_codes": ours.quantlib_codes,
     "quantlib_floats": ours.quantlib_floats,
 }
 """`bench.w4a4.ours`."""
@@ -94,12 +101,14 @@ def open_whisper(clips: int) -> Speech:
 
     folder = speech.fetch_whisper()
     spoken = speech.utterances(speech.fetch_recordings(speech.UTTERANCES))
+    prompts = speech.calibration_clips(speech.fetch_recordings(speech.PROMPTS), clips)
+    lengths = [LENGTHS[index % len(LENGTHS)] * speech.RATE for index in range(clips)]
     return Speech(
         WHISPER,
         WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32),
         PreTrainedTokenizerFast.from_pretrained(folder),
         WhisperFeatureExtractor.from_pretrained(folder),
-        speech.calibration_clips(speech.fetch_recordings(speech.PROMPTS), clips),
+        [clip[:length] for clip, length in zip(prompts, lengths, strict=True)],
         [(one.audio, one.text) for one in spoken],
     )
 
@@ -157,18 +166,18 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
 def table(summary: Sequence[Row]) -> str:
     """The summary in lines of text."""
     lines = [
-        "model    method          W bits  A bits KV bits  KL                        ppl/WER   "
-        "of ResQ's KL"
+        "model    method          seeds  W bits  A bits KV bits  KL                        "
+        "ppl/WER   of ResQ's KL"
     ]
     for line in summary:
         bits, kl = line["bits"], line["kl"]
-        text = f"{line['model']:8} {line['method']:15}"
+        text = f"{line['model']:8} {line['method']:15} {line['seeds']:5}"
         text += "".join(f"{bits[each]:8.3f}" for each in ("weight_codes", "activation_codes", "kv"))
         text += f"  {kl['mean']:.4f}"
         if kl["interval"]:
             text += " ({:.4f} .. {:.4f})".format(*kl["interval"])
         quality = line["perplexity" if "perplexity" in line else "word_error_rate"]
-        text = f"{text:68}  {quality['mean']:<9.4g}"
+        text = f"{text:74}  {quality['mean']:<9.4g}"
         if "kl_of_resq" in line:
             text += f"  {line['kl_of_resq']:.2f}"
         lines.append(text)
@@ -185,6 +194,7 @@ class Results:
         self.rows: list[Row] = []
         self.models: Row = {}
         self.fresh = fresh
+        self.stale: set[tuple[str, str, int]] = set()
         if not fresh:
             self.read()
 
@@ -204,7 +214,14 @@ class Results:
     def has(self, model: str, method: str, seed: int) -> bool:
         """Whether the row is there."""
         key = (model, method, seed)
-        return any((row["model"], row["method"], row["seed"]) == key for row in self.rows)
+        return key not in self.stale and any(_key(row) == key for row in self.rows)
+
+    def forget(self, model: str, methods: Container[str]) -> None:
+        """Leave a model's rows of these methods to be measured again; the file keeps them until
+        one of them is."""
+        self.stale |= {
+            _key(row) for row in self.rows if row["model"] == model and row["method"] in methods
+        }
 
     def add(self, row: Row) -> None:
         """Keep a row beside those that are there by now, and write the file."""
@@ -215,22 +232,29 @@ class Results:
             if not self.fresh:
                 self.read()
             self.fresh = False
-            self.rows.append(row)
+            self.stale.discard(_key(row))
+            self.rows = [*(old for old in self.rows if _key(old) != _key(row)), row]
             self.write()
         finally:
             os.close(folder)
 
     def write(self) -> Path:
         """The file as it stands."""
+        summary = summarise(self.rows)
         return record.write(
             self.name,
             {
                 "settings": self.settings,
                 "models": self.models,
-                "summary": summarise(self.rows),
+                "summary": summary,
+                "claims": [claim.to_json() for claim in claims(summary)],
                 "rows": self.rows,
             },
         )
+
+
+def _key(row: Row) -> tuple[str, str, int]:
+    return row["model"], row["method"], row["seed"]
 
 
 def runs(
@@ -283,12 +307,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, action="append")
     parser.add_argument("--method", action="append", default=[], help="a method's or plug's name")
     parser.add_argument("--plug", type=plug, action="append", default=[])
-    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--seeds", type=int, help=f"default: {SEEDS}, Whisper {WHISPER_SEEDS}")
     parser.add_argument("--hessians", choices=HESSIANS, default=HESSIANS[0])
     parser.add_argument("--windows", type=int, default=CALIBRATION, help="of calibration")
     parser.add_argument("--held-out", type=int, default=HELD_OUT, help="windows to measure on")
     parser.add_argument("--out", default=NAME, help="name of the result file")
     parser.add_argument("--fresh", action="store_true", help="forget the rows of the result file")
+    parser.add_argument("--again", action="store_true", help="measure rows that are there, too")
     return parser.parse_args()
 
 
@@ -309,9 +334,14 @@ def main() -> None:
     results = Results(options.out, settings, options.fresh)
     prefix = options.hessians == "prefix"
     for model in options.model or MODELS:
+        seeds = options.seeds or (WHISPER_SEEDS if model == WHISPER else SEEDS)
+        if options.again:
+            results.forget(
+                model, {name for name, *_ in runs(model, options.method, plugs, 1, False)}
+            )
         todo = [
             run
-            for run in runs(model, options.method, plugs, options.seeds, prefix)
+            for run in runs(model, options.method, plugs, seeds, prefix)
             if not results.has(model, run[0], run[1])
         ]
         if not todo:
@@ -330,9 +360,11 @@ def main() -> None:
                 continue
             row = measure(subject, name, seed, run)
             results.add(row)
-            tidy(results, model, options.seeds)
+            tidy(results, model, seeds)
             print(f"{model} {name} seed {seed}: KL {row['kl']:.4f}  {row['seconds']}", flush=True)
-    print(table(summarise(results.rows)))
+    summary = summarise(results.rows)
+    print(table(summary))
+    print(told(claims(summary)))
 
 
 if __name__ == "__main__":

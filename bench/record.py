@@ -33,7 +33,7 @@ def machine() -> str:
 def write(name: str, rows: dict[str, Any]) -> Path:
     """Keep `rows` as `results/NAME.json` with date, machine, versions and the command that made
     them."""
-    words = [_module(), *(Path(w).name if "/" in w else w for w in sys.argv[1:])]
+    words = [_module(), *(Path(w).name if _is_path(w) else w for w in sys.argv[1:])]
     head = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": machine(),
@@ -44,6 +44,11 @@ def write(name: str, rows: dict[str, Any]) -> Path:
     RESULTS.mkdir(exist_ok=True)
     atomic_write_text(path, json.dumps({**head, **rows}, indent=1) + "\n")
     return path
+
+
+def _is_path(word: str) -> bool:
+    """Whether an argument is a path, of which the name is kept: schemes have slashes, too."""
+    return "/" in word and (Path(word).is_absolute() or Path(word).exists())
 
 
 def _module() -> str:

@@ -1,8 +1,14 @@
 """The rows of `bench.trained_search`, method by method, and the claims that are made of them.
 
-Seeds are few, so intervals are those of Student's t over seeds. Methods of a seed share their
-network and their batches: differences are taken within a seed, which is the sharper comparison, and
-both are told.
+Seeds are few, so intervals are those of Student's t over seeds. A seed draws a network, and
+networks differ by more than methods do. But methods of a seed share their network, their batches
+and the pictures they are judged on, so differences are taken picture by picture within a seed, and
+told with two intervals:
+
+    half_width    of other networks and other pictures: Student's t over the seeds' means, and
+                  beside it what pictures vary beyond that (crossed random effects, estimated by the
+                  analysis of variance)
+    on_pictures   of these very networks and other pictures; all there is to a single seed
 """
 
 from __future__ import annotations
@@ -11,7 +17,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from scipy.stats import norm
 from scipy.stats import t as student
+from torch import Tensor
 
 REFERENCES = {"int4": "over_int4", "e2m1": "over_e2m1", "full": "over_full"}
 """Methods that others are compared with -> the name of the difference."""
@@ -32,6 +41,36 @@ def interval(values: Sequence[float]) -> dict[str, float | None]:
     }
 
 
+def paired(differences: np.ndarray) -> dict[str, float | None]:
+    """Mean of differences [seeds, pictures], in percent, and half widths of 95 % intervals: over
+    seeds and pictures (None for one seed), never below that over pictures alone."""
+    seeds, count = differences.shape
+    by_seed, by_picture = differences.mean(1), differences.mean(0)
+    normal = float(norm.ppf(0.975))
+    variance = by_picture.var(ddof=1) / count
+    on_pictures = normal * math.sqrt(variance)
+    told = {"mean": 100 * float(differences.mean()), "on_pictures": 100 * on_pictures}
+    if seeds < 2:
+        return {**told, "half_width": None}
+    rest = differences - by_seed[:, None] - by_picture + differences.mean()
+    noise = float((rest**2).sum()) / ((seeds - 1) * (count - 1)) / (seeds * count)
+    of_seeds = float(student.ppf(0.975, seeds - 1)) * math.sqrt(by_seed.var(ddof=1) / seeds)
+    of_pictures = normal * math.sqrt(max(0.0, variance - noise))
+    half_width = max(on_pictures, math.hypot(of_seeds, of_pictures))
+    return {**told, "half_width": 100 * half_width}
+
+
+def as_hex(right: Tensor) -> str:
+    """Which pictures were named right, bool [n], eight to a byte."""
+    return np.packbits(right.numpy()).tobytes().hex()
+
+
+def from_hex(text: str, count: int) -> np.ndarray:
+    """Inverse of `as_hex`, as numbers 0 and 1."""
+    packed = np.frombuffer(bytes.fromhex(text), np.uint8)
+    return np.unpackbits(packed, count=count).astype(np.float64)
+
+
 def compared(rows: Rows) -> list[dict[str, Any]]:
     """One entry for each network and method: accuracy in percent, what is spent, and differences
     from the references in points, seed by seed."""
@@ -50,8 +89,8 @@ def compared(rows: Rows) -> list[dict[str, Any]]:
             }
             for reference, name in REFERENCES.items():
                 differences = _differences(of_method, of_network, reference)
-                if differences and method != reference:
-                    entry[name] = interval(differences)
+                if len(differences) and method != reference:
+                    entry[name] = paired(differences)
             found.append(entry)
     return found
 
@@ -62,16 +101,19 @@ def _mean(seconds: Sequence[float | None]) -> float | None:
     return interval(known)["mean"] if known else None
 
 
-def _differences(of_method: Rows, of_network: Rows, reference: str) -> list[float]:
-    """Points of accuracy above the reference of the same seed."""
-    theirs = {r["seed"]: r["accuracy"] for r in of_network if r["method"] == reference}
-    return [
-        100 * (row["accuracy"] - theirs[row["seed"]]) for row in of_method if row["seed"] in theirs
-    ]
+def _differences(of_method: Rows, of_network: Rows, reference: str) -> np.ndarray:
+    """Right answers more than the reference of the same seed has: -1, 0 or 1 [seeds, pictures]."""
+    theirs = {row["seed"]: row for row in of_network if row["method"] == reference}
+    pairs = [(row, theirs[row["seed"]]) for row in of_method if row["seed"] in theirs]
+    return np.array([_answers(own) - _answers(other) for own, other in pairs])
+
+
+def _answers(row: Mapping[str, Any]) -> np.ndarray:
+    return from_hex(row["right"], row["pictures"])
 
 
 def table(figures: Rows) -> str:
-    """Markdown."""
+    """Markdown; in brackets the half width on these very networks."""
     lines = [
         "| network | method | bits x bits | test % | over int4 | over e2m1 | over full | s |",
         "|---|---|---|---|---|---|---|---|",
@@ -88,5 +130,6 @@ def table(figures: Rows) -> str:
 def _said(figure: Mapping[str, float | None] | None, sign: str) -> str:
     if figure is None:
         return ""
-    half = figure["half_width"]
-    return f"{figure['mean']:{sign}.2f}" + ("" if half is None else f" ± {half:.2f}")
+    half, on_pictures = figure["half_width"], figure.get("on_pictures")
+    said = f"{figure['mean']:{sign}.2f}" + ("" if half is None else f" ± {half:.2f}")
+    return said + ("" if on_pictures is None else f" ({on_pictures:.2f})")

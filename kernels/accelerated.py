@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantlib.errors import UsageError
-from quantlib.formats.activation import ActivationSegment, fake_quantize, quantize
+from quantlib.formats.activation import ActivationSegment, fake_quantize, quantize, quantize_float8
 from quantlib.formats.weight import QuantizedWeight
 from quantlib.kernels import dispatch, reference
 from quantlib.kernels.cpu.build import BuildError
@@ -82,9 +82,9 @@ def multiply_rounded(
     """x [M, K], rounded as `activations` say, by a packed weight, with SEGMENTED or TRITON: [M, N]
     in x's dtype.
 
-    Triton multiplies in integers where it has a product for them (`triton.plan.integers`);
-    otherwise the rounded numbers, in float32. A CUDA kernel that cannot be had is passed over as in
-    `multiply`.
+    Triton multiplies codes where it has a product for them: integers, or 8-bit floats of the
+    weight's own kind where tensor cores take those (`triton.plan`); otherwise the rounded numbers,
+    in float32. A CUDA kernel that cannot be had is passed over as in `multiply`.
     """
     if kernel == dispatch.SEGMENTED:
         try:
@@ -94,6 +94,9 @@ def multiply_rounded(
     if kernel == dispatch.REFERENCE:
         return reference.linear(x, _unpacked(tensors, layout), bias, activations=activations)
     weight = split_weight(tensors, layout)
+    if triton.has_float8(x.device) and triton.float8_plan(weight, activations) is not None:
+        given = quantize_float8(x, activations)
+        return triton.float8_linear(*given, weight, activations, bias, x.dtype)
     if triton.integer_plan(weight, activations) is None:
         return triton.linear(fake_quantize(x, activations), weight, bias).to(x.dtype)
     rounder = inputs.quantize if inputs.can_quantize(activations) else quantize

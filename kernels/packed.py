@@ -8,7 +8,7 @@ segments, formats) travels as one short string, the layout, because that is what
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -22,13 +22,17 @@ from quantlib.formats.packing import pack_zeros, unpack_zeros
 from quantlib.formats.scheme import TENSOR, Segment, WeightFormat
 from quantlib.formats.weight import (
     PACKED,
+    PLACES,
     ROW_SCALE,
     SCALE,
     ZERO_POINT,
     QuantizedWeight,
+    pack,
     packed_layout,
     unpack,
 )
+
+_SPARSE = "2of4"
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +88,8 @@ class PackedWeight:
             form, tail = segment.format, f"_{index}" if index else ""
             per_row = form.group_size != TENSOR
             chosen[PACKED + tail] = self.tensors[PACKED + tail][rows]
+            if form.sparse:
+                chosen[PLACES + tail] = self.tensors[PLACES + tail][rows]
             scale = self.tensors[SCALE + tail]
             chosen[SCALE + tail] = scale[rows] if per_row else scale
             if ROW_SCALE + tail in self.tensors:
@@ -110,13 +116,14 @@ class PackedWeight:
 def layout_of(shape: Sequence[int], segments: Sequence[Segment]) -> str:
     """Shape and segments as text, for example `96x512|0:448:int4:64:6:f16|448:64:int8:0:0:f16`.
 
-    A segment is start, length, element, group size, bits of a zero point (0: symmetric) and scale.
+    A segment is start, length, element, group size, bits of a zero point (0: symmetric) and scale,
+    and `2of4` if it is sparse.
     """
     parts = [f"{shape[0]}x{shape[1]}"]
     for segment in segments:
         form = segment.format
         fields = (segment.start, segment.length, form.element, form.group_size, form.zero_bits)
-        parts.append(":".join(map(str, (*fields, form.scale))))
+        parts.append(":".join(map(str, (*fields, form.scale, *[_SPARSE] * form.sparse))))
     return "|".join(parts)
 
 
@@ -128,9 +135,11 @@ def parse_layout(layout: str) -> tuple[tuple[int, int], tuple[Segment, ...]]:
         rows, columns = (int(size) for size in head.split("x"))
         segments = []
         for part in parts:
-            start, length, element, group_size, zero_bits, scale = part.split(":")
-            symmetric = int(zero_bits) == 0
-            form = WeightFormat(element, int(group_size), symmetric, scale, int(zero_bits))
+            start, length, element, group_size, zero_bits, scale, *rest = part.split(":")
+            if rest not in ([], [_SPARSE]):
+                raise ValueError
+            symmetric, sparse = int(zero_bits) == 0, bool(rest)
+            form = WeightFormat(element, int(group_size), symmetric, scale, int(zero_bits), sparse)
             segments.append(Segment(int(start), int(length), form))
     except ValueError as error:
         raise FormatError(
@@ -143,6 +152,45 @@ def has_kernels(segments: Sequence[Segment]) -> bool:
     """Whether there are kernels for all elements: integers, and the floats of OCP. Others are
     stored like these and computed by the torch reference."""
     return all(s.format.is_integer or s.format.element in OCP_FLOATS for s in segments)
+
+
+@lru_cache(maxsize=4096)
+def dense_layout(layout: str) -> str:
+    """The layout of the same weight stored with all its zeros: itself where nothing is sparse."""
+    if _SPARSE not in layout:
+        return layout
+    shape, segments = parse_layout(layout)
+    return layout_of(shape, [_dense(segment) for segment in segments])
+
+
+def to_dense(tensors: Sequence[Tensor], layout: str) -> list[Tensor]:
+    """A weight's tensors, in the order of its layout -> those of its `dense_layout`, for kernels
+    that multiply zeros like all numbers. Raises FormatError on damaged values."""
+    if dense_layout(layout) == layout:
+        return list(tensors)
+    named = dict(zip(suffixes_of(layout), tensors))
+    return list(pack(_recast(unpack(named, *parse_layout(layout)), _dense)).values())
+
+
+def to_sparse(tensors: Sequence[Tensor], layout: str) -> list[Tensor]:
+    """The inverse of `to_dense`: tensors of the `dense_layout` -> those of the layout."""
+    if dense_layout(layout) == layout:
+        return list(tensors)
+    _, segments = parse_layout(layout)
+    dense = dense_layout(layout)
+    whole = unpack(dict(zip(suffixes_of(dense), tensors)), *parse_layout(dense))
+    own = {segment.start: segment for segment in segments}
+    return list(pack(_recast(whole, lambda segment: own[segment.start])).values())
+
+
+def _dense(segment: Segment) -> Segment:
+    return replace(segment, format=replace(segment.format, sparse=False))
+
+
+def _recast(weight: QuantizedWeight, segment_of: Callable[[Segment], Segment]) -> QuantizedWeight:
+    """The same codes in other formats."""
+    parts = (replace(part, segment=segment_of(part.segment)) for part in weight.segments)
+    return QuantizedWeight(weight.shape, tuple(parts))
 
 
 @lru_cache(maxsize=4096)

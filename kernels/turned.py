@@ -80,16 +80,6 @@ def _turned_linear(
 
 
 @_turned_linear.register_fake
-def _turned_linear_fake(
-    x: Tensor,
-    weight: list[Tensor],
-    layout: str,
-    bias: Tensor | None,
-    activations: str,
-    sylvester: int,
-    dense: Tensor | None,
-    factor: float,
-    order: Tensor | None,
-) -> Tensor:
-    (rows, _), _ = parse_layout(layout)
+def _turned_linear_fake(x: Tensor, _: list[Tensor], layout: str, *_others: object) -> Tensor:
+    (rows, _columns), _segments = parse_layout(layout)
     return x.new_empty(*x.shape[:-1], rows)

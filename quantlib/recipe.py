@@ -8,6 +8,7 @@ within a quarter of an hour on two cores for a 135M model, `fast` for three minu
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,6 +170,8 @@ class Recipe(BaseModel):
                    of it (`rounding.asymmetric`); 0 for none.
     learning:      steps of learned rounding for each block that is re-rounded (`rounding.learned`);
                    0 for none.
+    rows:          mixtures of the candidates by rows join those of linears (`pipeline.row_blocks`):
+                   smaller losses at the same size. Their weights are several matrices each.
     rotation:      the basis the model is changed to before anything is measured: "none"; "pca",
                    ResQ's; "weights" or "gradients", which also weigh what an error costs
                    (`transforms.bases`).
@@ -208,6 +211,7 @@ class Recipe(BaseModel):
     strength: float = Field(1.0, ge=0, le=1)
     learning: int = Field(0, ge=0, le=10_000)
     latency: tuple[str, ...] = ()
+    rows: bool = False
     rotation: Literal["none", "pca", "weights", "gradients"] = "none"
     kv: str = "f32"
     kv_modalities: dict[Modality, str] = Field(default_factory=dict)
@@ -281,9 +285,10 @@ class Recipe(BaseModel):
         it is, and for convolutions, whose inputs are no rows; if there are no others, the linears'
         formats without that.
 
-        Blocks of rows are for embeddings alone, and factors for linears and convolutions; a kind
-        that has nothing else gets the plain formats of these. Schemes that leave a weight as it is
-        are for weights of all kinds that are stored so (`pipeline.run.candidates`).
+        Blocks of rows are for embeddings alone, factors for linears and convolutions, and 2:4
+        sparsity for linears; a kind that has nothing else gets the plain formats of these. Schemes
+        that leave a weight as it is are for weights of all kinds that are stored so
+        (`pipeline.run.candidates`).
         """
         return (*self._rounding_candidates(kind), *(n for n in self.schemes if n in KEPT))
 
@@ -291,7 +296,7 @@ class Recipe(BaseModel):
         parsed = {name: Scheme.parse(name) for name in self.schemes if name not in KEPT}
         fitting = {name: s for name, s in parsed.items() if _suits(s, kind)}
         if not fitting:
-            fitting = {str(s): s for s in (Scheme(found.weight) for found in parsed.values())}
+            fitting = {str(s): s for s in (_plain(found) for found in parsed.values())}
         for_linears = [name for name, s in fitting.items() if s.activation.rounds or s.high]
         if not for_linears or kind in ("linear", "experts"):
             return tuple(for_linears or fitting)
@@ -335,6 +340,14 @@ class Recipe(BaseModel):
                 f"refine rounds weights again in one matrix each, and {factored[0]} has factors "
                 "beside it: leave out one of them"
             )
+        pruned = [name for name in self.schemes if _is_pruned(Scheme.parse(name))]
+        if self.learning and pruned:
+            raise ValueError(
+                f"learning moves the codes of all columns, and those that {pruned[0]} leaves out "
+                "stay zero: leave out one of them"
+            )
+        if self.rows and self.latency:
+            raise ValueError("latencies are timed of linears of one matrix: leave out rows")
         if self.swaps and self.probe_windows < 2:
             raise ValueError("swaps need at least 2 probe_windows to tell a gain from chance")
         return self
@@ -402,7 +415,16 @@ def _suits(scheme: Scheme, kind: str) -> bool:
         return kind == "embedding"
     if scheme.low_rank is not None:
         return kind == "conv" or (kind == "linear" and not scheme.low_rank.alone)
-    return True
+    return not _is_pruned(scheme) or kind in ("linear", "experts")
+
+
+def _is_pruned(scheme: Scheme) -> bool:
+    return scheme.weight is not None and scheme.weight.sparse
+
+
+def _plain(scheme: Scheme) -> Scheme:
+    """The format of a scheme's weights alone, with all of their numbers."""
+    return Scheme(scheme.weight and replace(scheme.weight, sparse=False))
 
 
 def _number(text: str) -> float | None:

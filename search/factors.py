@@ -3,14 +3,19 @@
 A predicted loss is a second-order expansion under gradients that were sampled at some tokens. For a
 head it is nearly exact; for an encoder, whose errors pass through everything behind it, it can be
 several times too small. One line through sums of all components (`calibrate.py`) cannot say so: it
-scales every component alike, and the search goes on spending its bytes on the wrong one. So a few
-plans round one component and leave the others at their best, and
+scales every component alike, and the search goes on spending its bytes on the wrong one.
 
-    log measured = a + b log sum_c f_c S_c
+Within a component a table of words has two kinds of candidates. Where its rows are in blocks of
+several widths, the calibration data says which rows are to lose what, and the prediction trusts the
+same data once more: it is too hopeful, by another factor than for rows that are all alike. So what
+a factor is of is a part (`part_of`): a component, or what of it is in blocks of rows. A few plans
+round one part and leave all else at its best, and
 
-is fitted to them: S_c are the predicted losses that a component's weights sum to, a and b are the
-line's, and f_c is what the component's losses are multiplied with. A prior keeps all factors near
-one, so that a component of which little was measured gets the common one.
+    log measured = a + b log sum_p f_p S_p
+
+is fitted to them: S_p are the predicted losses that the weights of a part sum to, a and b are the
+line's, and f_p is what the part's losses are multiplied with. A prior keeps all factors near one,
+so that a part of which little was measured gets the common one.
 """
 
 from __future__ import annotations
@@ -22,13 +27,14 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import least_squares
 
+from quantlib.formats.several import names_rows
 from quantlib.search.calibrate import HUBER
-from quantlib.search.problem import Problem
+from quantlib.search.problem import Choice, Item, Problem
 from quantlib.search.solve import Solver
 
 SHARES = (0.2, 0.35, 0.5)
-"""Budgets of a component's plans, as fractions of the way from its smallest size to its best one:
-3.5 to 5.5 bits, where its loss is above the noise and not yet beyond what anyone wants."""
+"""Budgets of a part's plans, as fractions of the way from its smallest size to its best one: 3.5 to
+5.5 bits, where its loss is above the noise and not yet beyond what anyone wants."""
 FACTOR_SPREAD = 1.0
 """Prior standard deviation of log f: a factor of e is nothing unusual."""
 SLOPE_SPREAD = 0.25
@@ -39,7 +45,7 @@ some 20 % on Whisper."""
 
 
 class Trial(NamedTuple):
-    """A measured plan: component -> sum of predicted losses; the loss that was measured, and its
+    """A measured plan: part -> sum of predicted losses; the loss that was measured, and its
     standard error."""
 
     sums: Mapping[str, float]
@@ -47,20 +53,23 @@ class Trial(NamedTuple):
     error: float
 
 
+def part_of(component: str, scheme: str) -> str:
+    """What the factor of a weight of this component in this scheme is of."""
+    return f"{component}, rows in blocks" if names_rows(scheme) else component
+
+
 def plans_alone(problem: Problem, component_of: Mapping[str, str]) -> list[dict[str, str]]:
-    """Plans (weight -> scheme) in which one component has less than its best, at SHARES of its own
+    """Plans (weight -> scheme) in which one part has less than its best, at SHARES of its own
     range, and every other weight has its best candidate.
 
     component_of: weight -> component, of those that are to be tried; weights that are left out
     always have their best. That may be to stay as it is, and what is tried is always rounded.
     """
     best = problem.schemes(problem.best())
+    rounded = replace(problem, weights=(), fixed_bytes=0).rounding()
     plans: list[dict[str, str]] = []
-    for component in dict.fromkeys(component_of.values()):
-        mine = [i for i in problem.items if component_of.get(i.members[0]) == component]
-        if not mine:
-            continue
-        part = replace(problem, items=tuple(mine), weights=(), fixed_bytes=0).rounding()
+    for items in _parts(rounded, component_of).values():
+        part = replace(rounded, items=tuple(items), weights=())
         low, high = part.bytes(part.smallest()), part.bytes(part.best())
         solver = Solver(part)
         for share in SHARES:
@@ -71,9 +80,24 @@ def plans_alone(problem: Problem, component_of: Mapping[str, str]) -> list[dict[
     return plans
 
 
+def _parts(problem: Problem, component_of: Mapping[str, str]) -> dict[str, list[Item]]:
+    """Part -> the items of its component that have choices of it, with these and no others."""
+    found: dict[str, list[Item]] = {}
+    for item in problem.items:
+        component = component_of.get(item.members[0])
+        if component is None:
+            continue
+        choices: dict[str, list[Choice]] = {}
+        for choice in item.choices:
+            choices.setdefault(part_of(component, choice.scheme), []).append(choice)
+        for part, mine in choices.items():
+            found.setdefault(part, []).append(replace(item, choices=tuple(mine)))
+    return found
+
+
 def fit_factors(trials: Sequence[Trial]) -> dict[str, float]:
-    """Component -> the factor on its predicted losses, their geometric mean near 1; empty where
-    fewer than two components, or than four plans, lose anything.
+    """Part -> the factor on its predicted losses, their geometric mean near 1; empty where fewer
+    than two parts, or than four plans, lose anything.
 
     Plans that lose nothing that could be measured are left out: they have no logarithm.
     """

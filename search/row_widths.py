@@ -61,8 +61,9 @@ def row_assignments(
     prices:  float64 [N, S], what every row loses in every format.
     formats: S different ones. rates: bytes of a row in each.
     step:    blocks have multiples of so many rows, but for the narrowest.
-    Within a weight, rows are ranked by what they lose in the narrowest format, and the dearest get
-    the widest: prices are close to a product of what a row matters and what a format loses.
+    Within a weight, rows are ranked by what they lose in the narrowest format that is used, and the
+    dearest get the widest: prices are close to a product of what a row matters and what a format
+    loses. So a scheme and prices say which rows are in which block (`rounding.rows.assign_rows`).
     Raises SearchError for prices that are no numbers >= 0.
     """
     rows, count = prices.shape
@@ -74,9 +75,8 @@ def row_assignments(
     ascending = sorted(range(count), key=lambda index: rates[index])
     ordered = prices.double()[:, ascending]
     sizes = torch.tensor([rates[index] for index in ascending], dtype=torch.float64)
-    ranked = torch.argsort(ordered[:, 0], descending=True, stable=True)
     alike = [torch.full((rows,), index) for index in range(count)]
-    mixed = [_snapped(picks, ranked, count, step) for picks in _cheapest(ordered, sizes)]
+    mixed = [_snapped(picks, ordered, step) for picks in _cheapest(ordered, sizes)]
     found: dict[str, RowAssignment] = {}
     for picks in (*alike, *mixed):
         one = _assignment(picks, ordered, [formats[index] for index in ascending])
@@ -103,15 +103,16 @@ def _cheapest(prices: Tensor, sizes: Tensor) -> list[Tensor]:
     return found
 
 
-def _snapped(picks: Tensor, ranked: Tensor, count: int, step: int) -> Tensor:
+def _snapped(picks: Tensor, prices: Tensor, step: int) -> Tensor:
     """As many rows in every format as `picks` has, but for whole steps: the dearest the widest."""
+    rows, count = prices.shape
     wanted = torch.bincount(picks, minlength=count).flip(0).cumsum(0)[:-1].tolist()
-    rows = len(picks)
     ends = [end if end == rows else min(rows, step * round(end / step)) for end in wanted]
-    out = torch.zeros_like(picks)
+    by_rank = torch.zeros_like(picks)
     for index, end in enumerate(reversed(ends)):  # from the narrowest up, each within the last
-        out[ranked[:end]] = index + 1
-    return out
+        by_rank[:end] = index + 1
+    ranked = torch.argsort(prices[:, by_rank[-1]], descending=True, stable=True)
+    return torch.empty_like(picks).index_copy_(0, ranked, by_rank)
 
 
 def _assignment(picks: Tensor, prices: Tensor, formats: Sequence[WeightFormat]) -> RowAssignment:

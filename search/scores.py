@@ -41,6 +41,16 @@ def output_score(weight: Tensor, error: Tensor, statistics: MatrixStatistics) ->
     return float(_row_energy(error, statistics.hessian).sum() / energy)
 
 
+def row_scores(weight: Tensor, error: Tensor, statistics: MatrixStatistics, name: str) -> Tensor:
+    """What every row of an error [N, K] costs, [N]: rows are independent, so these add up to
+    `fisher_score`, or where there are no gradients to `output_score`."""
+    fisher = statistics.fisher.get(name)
+    energy = _row_energy(error, statistics.hessian)
+    if fisher is not None:
+        return 0.5 * fisher * energy
+    return energy / _row_energy(weight, statistics.hessian).sum().clamp_(min=1e-30)
+
+
 def activation_score(
     weight: Tensor, inputs: Tensor, statistics: MatrixStatistics, name: str
 ) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -117,15 +117,15 @@ class Sensitivity:
         """This table with the calibration of its first task, and no others."""
         return self.with_calibrations({self.tasks[0]: calibration} if calibration else {})
 
-    def corrected(self, factors: Mapping[str, Mapping[str, float]]) -> Sensitivity:
-        """This table with losses and their errors multiplied: weight -> task -> factor, 1 where
-        none is given. Calibrations are dropped: they were of other sums."""
-        rows = {
-            weight: {
-                scheme: _multiplied(entry, factors.get(weight, {})) for scheme, entry in row.items()
-            }
-            for weight, row in self.rows.items()
-        }
+    def corrected(self, factor: Callable[[str, str, str], float]) -> Sensitivity:
+        """This table with losses and their errors multiplied by `factor(weight, scheme, task)`.
+        Calibrations are dropped: they were of other sums."""
+        rows: dict[str, dict[str, Entry]] = {}
+        for weight, row in self.rows.items():
+            rows[weight] = {}
+            for scheme, entry in row.items():
+                factors = {task: factor(weight, scheme, task) for task in self.tasks}
+                rows[weight][scheme] = _multiplied(entry, factors)
         return replace(self, rows=rows, calibrations={})
 
     def digest(self) -> str:
@@ -202,9 +202,9 @@ class Sensitivity:
 
 
 def _multiplied(entry: Entry, factors: Mapping[str, float]) -> Entry:
-    """An entry with the losses of these tasks multiplied, and their errors."""
-    loss = {task: value * factors.get(task, 1.0) for task, value in entry.loss.items()}
-    error = {task: value * factors.get(task, 1.0) for task, value in entry.error.items()}
+    """An entry with the losses of all tasks multiplied, and their errors."""
+    loss = {task: value * factors[task] for task, value in entry.loss.items()}
+    error = {task: value * factors[task] for task, value in entry.error.items()}
     return Entry(entry.bytes, loss, error)
 
 

@@ -29,14 +29,18 @@ from quantlib.bench import assets
 from quantlib.bench.packages import default_cache
 from quantlib.bench.w4a4 import ours_speech
 from quantlib.bench.w4a4.bits import Bits, count
+from quantlib.bench.w4a4.limits import Limits, Shapes, code_bits, side_codes, with_codes
 from quantlib.bench.w4a4.methods import Quantized, resq_slices
-from quantlib.bench.w4a4.sites import weight
 from quantlib.bench.w4a4.subjects import Language, Speech, Subject
+from quantlib.checkpoint.surroundings import CacheSettings
 from quantlib.errors import UsageError
 from quantlib.formats.scheme import Scheme
 from quantlib.formats.size import payload_bytes
-from quantlib.kernels.kv_format import KvFormat, SideFormat
+from quantlib.kernels.kv_format import KvFormat
+from quantlib.models import skeleton
 from quantlib.models.rows import Weight
+from quantlib.pipeline.caches import allocate as allocate_sides
+from quantlib.pipeline.caches import measured_losses
 from quantlib.pipeline.calibrate import calibrate
 from quantlib.pipeline.dense import DensePlan
 from quantlib.pipeline.inputs import cache_settings, round_cache
@@ -48,11 +52,12 @@ from quantlib.pipeline.reround import reround
 from quantlib.pipeline.rotate import rotated
 from quantlib.pipeline.run import Run
 from quantlib.recipe import Recipe, method_fields
-from quantlib.search.activations import ACTIVATION_BITS, mean_bits, rounds_inputs
+from quantlib.search.activations import mean_bits, rounds_inputs
 from quantlib.search.solve import solve
+from quantlib.transforms.binding import wire
 
 STRICT, STRICT_KV = 4.0, 4.5
-"""Bits of the strict point, with scales: of weights and of activations, and of the KV cache, whose
+"""Bits of the strict points: of weights and of activations, and of the KV cache with scales, whose
 smallest format has codes of 4 bits and 0.5 for scales in heads of 64."""
 OUTSIDE = "w8g64zs6"
 """Embeddings and head."""
@@ -63,6 +68,7 @@ FOLDERS = {
     "quantlib": "resq",
     "quantlib_refined": "resq",
     "quantlib_strict": "resq",
+    "quantlib_codes": "resq",
     "quantlib_floats": "resq-fp",
 }
 """Row -> what its work directory is named after: its candidates. Equal ones share what is measured
@@ -71,25 +77,28 @@ of a model."""
 
 def quantlib(subject: Subject, seed: int) -> Quantized:
     """At no more bits than ResQ, scales and zero points counted."""
-    allowed = resq_bits(subject)
-    return compressed(subject, seed, allowed.weights, allowed.activations, allowed.kv)
+    return compressed(subject, seed, resq_limits(subject))
 
 
 def quantlib_refined(subject: Subject, seed: int) -> Quantized:
     """The same plan, re-rounded block by block behind what was rounded before (`--refine`)."""
-    allowed = resq_bits(subject)
-    return compressed(subject, seed, allowed.weights, allowed.activations, allowed.kv, refine=True)
+    return compressed(subject, seed, resq_limits(subject), refine=True)
 
 
 def quantlib_strict(subject: Subject, seed: int) -> Quantized:
     """At 4.0 bits of weights and of activations, their scales and zero points counted."""
-    return compressed(subject, seed, STRICT, STRICT, STRICT_KV)
+    return compressed(subject, seed, Limits(STRICT, STRICT, STRICT_KV))
+
+
+def quantlib_codes(subject: Subject, seed: int) -> Quantized:
+    """At 4.0 bits of weights, activations and cache as ResQ's 4.36 are counted, codes alone, and
+    with scales at no more than ResQ's with scales."""
+    return compressed(subject, seed, replace(resq_limits(subject), codes=STRICT))
 
 
 def quantlib_floats(subject: Subject, seed: int) -> Quantized:
     """As `quantlib`, in MXFP4 and NVFP4 with MXFP6, MXFP8 and FP8 columns."""
-    allowed = resq_bits(subject)
-    return compressed(subject, seed, allowed.weights, allowed.activations, allowed.kv, "resq-fp")
+    return compressed(subject, seed, resq_limits(subject), "resq-fp")
 
 
 def work_folder(model: str, method: str) -> Path:
@@ -108,32 +117,32 @@ def resq_bits(subject: Subject) -> Bits:
     return count(subject.original, subject.sites, plans, heads)
 
 
+def resq_limits(subject: Subject) -> Limits:
+    """The same as limits, scales counted."""
+    allowed = resq_bits(subject)
+    return Limits(allowed.weights, allowed.activations, allowed.kv)
+
+
 def compressed(
-    subject: Subject,
-    seed: int,
-    weights: float,
-    activations: float,
-    kv: float,
-    method: str = "resq",
-    refine: bool = False,
+    subject: Subject, seed: int, limits: Limits, method: str = "resq", refine: bool = False
 ) -> Quantized:
-    """A model of a folder by the whole pipeline, within mean true bits of its linears and their
-    inputs.
+    """A model of a folder by the whole pipeline, within mean bits of its linears, their inputs, and
+    its cache.
 
     Raises UsageError for what cannot be refined: a model that is no chain of blocks.
     """
-    fields = method_fields(method, activations)
+    fields = method_fields(method, limits.codes or limits.activations)
     if isinstance(subject, Speech):
         if refine:
             raise UsageError(f"{subject.name} cannot be re-rounded: it is no chain of blocks")
-        spoken = ours_speech.rounded(subject, seed, fields["schemes"], weights, activations, kv)
+        spoken = ours_speech.rounded(subject, seed, fields["schemes"], limits)
         told = {"predicted": {name: round(kl, 4) for name, kl in spoken.predicted.items()}}
         return Quantized(spoken.model, speech_bits(subject, spoken), told)
     if not isinstance(subject, Language) or subject.folder is None:
         raise ValueError(f"{subject.name} is no language model in a folder")
     # Embeddings and head are pinned: no other scheme of theirs has to be measured.
     inside = [name for name in fields["schemes"] if rounds_inputs([name])]
-    fields |= {"schemes": (*inside, OUTSIDE), "kv": f"{kv:g}"}
+    fields |= {"schemes": (*inside, OUTSIDE), "kv": f"{limits.kv:g}"}
     recipe = Recipe.create(
         data=str(assets.wikipedia_text("calibration")),
         windows=len(subject.calibration),
@@ -148,7 +157,7 @@ def compressed(
         # The first window is the probes', of which there are none.
         run.all_windows = torch.cat([subject.calibration[:1], subject.calibration])
         first = rotated(run, 0)
-        schemes, caches = allocate(first, weights, activations), cache_settings(first)
+        schemes, caches = allocate(first, limits), allocated_caches(first, limits)
         run = first if seed == 0 else rotated(run, seed)
         measure_plan(run, schemes)
         plan = DensePlan(run)
@@ -162,41 +171,45 @@ def compressed(
     return Quantized(plan.model, found, notes)
 
 
-def allocate(run: Run, weights: float, activations: float) -> dict[str, str]:
-    """Weight -> scheme of least predicted loss within mean true bits of the blocks' linears and of
-    their inputs."""
+def allocate(run: Run, limits: Limits) -> dict[str, str]:
+    """Weight -> scheme of least predicted loss within the limits."""
     calibrate(run)
     quick = replace(run, recipe=run.recipe.model_copy(update={"passes": TABLE_PASSES}))
     quick.all_windows = run.all_windows
     table = predicted_table(quick, "rows")
     outside = [weight.name for weight in run.model_map.weights_in(None)]
     pins = tuple(f"{name}={OUTSIDE}" for name in outside)
-    problem = allocation_problem(run.model_map, table, Budget(pins=pins))
+    problem = with_codes(allocation_problem(run.model_map, table, Budget(pins=pins)), _shapes(run))
     own = problem.fixed_bytes + sum(table.rows[name][OUTSIDE].bytes for name in outside)
-    allowed = int(sum(w.parameters for w in _linears(run)) * weights / 8)
-    solution = solve(problem, own + allowed, {ACTIVATION_BITS: activations})
+    allowed = int(sum(w.parameters for w in _linears(run)) * limits.weights / 8)
+    solution = solve(problem, own + allowed, limits.costs)
     return dict(problem.schemes(solution.picks))
+
+
+def allocated_caches(run: Run, limits: Limits) -> dict[str, CacheSettings]:
+    """Attention module -> the format of its cache, of least loss within the limits."""
+    if limits.codes is None:
+        return cache_settings(run)
+    attentions = {a.module: a for a in wire(skeleton.build(run.source)).attentions}
+    losses = limits.sides(measured_losses(run), _head_dim(run.source.config))
+    found = allocate_sides(losses, attentions, limits.kv)
+    return {name: CacheSettings(kv) for name, kv in found.items()}
 
 
 def bits_of(run: Run, schemes: Mapping[str, str], caches: Sequence[KvFormat]) -> Bits:
     """The bits of a plan, counted as `bits.count` counts the baselines'."""
-    shapes = {w.name: (w.parameters // w.in_features, w.in_features) for w in _linears(run)}
-    head_dim = int(run.source.config.get("head_dim") or _head_dim(run.source.config))
-    return _counted(shapes, schemes, caches, head_dim)
+    return _counted(_shapes(run), schemes, caches, _head_dim(run.source.config))
 
 
 def speech_bits(subject: Speech, found: ours_speech.Rounded) -> Bits:
     """The same of a model in memory."""
-    shapes = {}
-    for reader in (reader for site in subject.sites for reader in site.readers):
-        rows, width = weight(subject.original, reader).shape
-        shapes[reader.weight] = rows, width
     head_dim = subject.wiring.attentions[0].head_dim
+    shapes = ours_speech.shapes(subject)
     return _counted(shapes, found.schemes, list(found.caches.values()), head_dim)
 
 
 def _counted(
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Shapes,
     schemes: Mapping[str, str],
     caches: Sequence[KvFormat],
     head_dim: int,
@@ -204,14 +217,11 @@ def _counted(
     total = stored = codes = acts = act_codes = 0.0
     for name, (rows, width) in shapes.items():
         scheme = Scheme.parse(schemes[name])
-        segments = scheme.segments(width)
         total += rows * width
-        stored += 8 * payload_bytes((rows, width), segments)
-        codes += rows * sum(part.length * part.format.bits for part in segments)
+        stored += 8 * payload_bytes((rows, width), scheme.segments(width))
         acts += rows * width * mean_bits(scheme, width)
-        act_codes += rows * sum(
-            part.length * part.format.bits for part in scheme.activations(width)
-        )
+        own_codes, own_act_codes = code_bits(schemes[name], rows, width)
+        codes, act_codes = codes + own_codes, act_codes + own_act_codes
     sides = [side for kv in caches for side in (kv.key, kv.value)]
     return Bits(
         stored / total,
@@ -219,16 +229,17 @@ def _counted(
         acts / total,
         act_codes / total,
         8 * sum(side.bytes_per_position(head_dim) for side in sides) / (head_dim * len(sides)),
-        sum(_code_bits(side, head_dim) for side in sides) / (head_dim * len(sides)),
+        sum(side_codes(str(side), head_dim) for side in sides) / (head_dim * len(sides)),
     )
 
 
-def _code_bits(side: SideFormat, head_dim: int) -> int:
-    return sum(group.columns * group.bits for group in side.groups(head_dim))
-
-
 def _head_dim(config: Mapping[str, Any]) -> int:
-    return int(config["hidden_size"]) // int(config["num_attention_heads"])
+    heads = int(config["num_attention_heads"])
+    return int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+
+
+def _shapes(run: Run) -> Shapes:
+    return {w.name: (w.parameters // w.in_features, w.in_features) for w in _linears(run)}
 
 
 def _linears(run: Run) -> list[Weight]:

@@ -1,14 +1,15 @@
 """quantlib's method on Whisper, in memory: `quantlib compress --scheme resq` goes through decoders
 block by block, and an encoder-decoder model is no chain of blocks.
 
-The parts are the pipeline's, in its order: gradients on labels sampled from the model; weighted
-bases, with prices from those gradients; a sample of the rows of every linear in every candidate
-scheme, rounded in the rotated basis; losses of weights and inputs predicted from Fisher
-information; the exact solver under mean true bits of weights and of inputs, and another one for the
-KV cache; then all rows in the schemes that were chosen, and clip factors. As of other models of
-several parts, tokens weigh by the root of their gradients and the damping is STREAM_DAMPING.
-Re-rounding behind rounded layers is left out. A cache's losses are measured instead of predicted:
-the decoder's KL with one side of one attention rounded.
+The parts are the pipeline's, in its order: means of inputs put into biases, which LayerNorms and
+GELU layers have (`transforms.means`); gradients on labels sampled from the model; weighted bases,
+with prices from those gradients; a sample of the rows of every linear in every candidate scheme,
+rounded in the rotated basis; losses of weights and inputs predicted from Fisher information; the
+exact solver under mean true bits of weights and of inputs, and another one for the KV cache; then
+all rows in the schemes that were chosen, and clip factors. As of other models of several parts,
+tokens weigh by the root of their gradients and the damping is STREAM_DAMPING. Re-rounding behind
+rounded layers is left out. A cache's losses are measured instead of predicted: the decoder's KL
+with one side of one attention rounded.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantlib.bench.w4a4.limits import Limits, with_codes
 from quantlib.bench.w4a4.sites import Site, cached, linear, weight
 from quantlib.bench.w4a4.subjects import Speech, divergence
 from quantlib.calibration.observe import Accumulator
@@ -60,6 +62,7 @@ from quantlib.transforms.bases import (
 )
 from quantlib.transforms.changes import changes
 from quantlib.transforms.energies import fisher_of
+from quantlib.transforms.means import means_of
 from quantlib.transforms.mixing import head_cuts, output_order, rotation_of
 from quantlib.transforms.moments import moments_of
 from quantlib.transforms.rotation import Rotation
@@ -100,22 +103,19 @@ class Measured:
 
 
 def rounded(
-    subject: Speech,
-    seed: int,
-    names: Sequence[str],
-    weights: float,
-    activations: float,
-    kv: float,
+    subject: Speech, seed: int, names: Sequence[str], limits: Limits, centred: bool = True
 ) -> Rounded:
-    """The model within mean true bits of its linears' weights, their inputs, and its KV cache.
+    """The model within mean bits of its linears' weights, their inputs, and its KV cache.
 
-    names: candidate schemes. Raises SearchError when none of them has so few bits.
+    names: candidate schemes. centred: means of inputs are in biases (`transforms.means`).
+    Raises SearchError when no candidate has so few bits.
     """
-    known = measured(subject, seed, tuple(names))
+    known = measured(subject, seed, tuple(names), centred)
     model = subject.copy(known.rotation)
     attentions = {a.module: a for a in subject.wiring.attentions}
-    caches = allocate(known.caches, attentions, kv)
-    chosen = _solved(subject, known.choices, weights, activations)
+    head_dim = subject.wiring.attentions[0].head_dim
+    caches = allocate(limits.sides(known.caches, head_dim), attentions, limits.kv)
+    chosen = _solved(subject, known.choices, limits)
     for site in subject.sites:
         order = known.orders.get(site.name)
         _put(model, site, Scheme.parse(chosen[site.name]), known.statistics[site.name], order)
@@ -133,17 +133,17 @@ def rounded(
 
 
 @lru_cache(maxsize=1)  # the next budget of the same seed
-def measured(subject: Speech, seed: int, names: tuple[str, ...]) -> Measured:
+def measured(subject: Speech, seed: int, names: tuple[str, ...], centred: bool = True) -> Measured:
     """Everything that no budget changes. seed: of the mixing of directions."""
     schemes = [name for name in names if Scheme.parse(name).activation.rounds]
     shares = tuple(sorted({high.share for name in schemes if (high := Scheme.parse(name).high)}))
-    rotation = find_rotation(subject, seed, shares)
+    rotation = find_rotation(subject, seed, shares, centred)
     model, changed = subject.copy(rotation), changes(subject.wiring, rotation)
     orders = {
         a.output.weight: output_order(a, head_cuts(a.head_dim, shares))
         for a in subject.wiring.attentions
     }
-    found, terms = _folded_statistics(subject)
+    found, terms = _folded_statistics(subject, centred)
     statistics, choices = {}, {}
     for site in subject.sites:
         (own,) = turned_group(found[site.name], changed).matrices
@@ -207,13 +207,15 @@ def _watched(
             handle.remove()
 
 
-def find_rotation(subject: Speech, seed: int, shares: tuple[Fraction, ...]) -> Rotation:
+def find_rotation(
+    subject: Speech, seed: int, shares: tuple[Fraction, ...], centred: bool = True
+) -> Rotation:
     """Weighted bases of both residual streams, values and keys, and the order of hidden channels,
-    as `pipeline.rotate` finds them."""
-    bases, orders = _directions(subject, shares)
+    as `pipeline.rotate` finds them; means of inputs, where they are to be in biases."""
+    bases, orders = _directions(subject, shares, centred)
     head_dim = subject.wiring.attentions[0].head_dim
     starts = [group.start for group in FINEST.groups(head_dim)]
-    return rotation_of(
+    rotation = rotation_of(
         bases,
         subject.wiring,
         seed,
@@ -224,19 +226,39 @@ def find_rotation(subject: Speech, seed: int, shares: tuple[Fraction, ...]) -> R
         hidden_order=orders,
         hidden_high={n: high_columns(len(order), shares[0]) for n, order in orders.items()},
     )
+    return replace(rotation, means=_folded(subject, centred).means)
+
+
+@dataclass(frozen=True)
+class _Folded:
+    """The model that bases and statistics are found on: its norms folded, its means in biases."""
+
+    model: Any
+    means: Mapping[str, Tensor]
 
 
 @lru_cache(maxsize=1)
-def _folded_statistics(subject: Speech) -> tuple[dict[str, GroupStatistics], int]:
+def _folded(subject: Speech, centred: bool) -> _Folded:
+    if not centred:
+        return _Folded(subject.folded, {})
+    found = moments_of(subject.folded, subject.wiring, subject.batches()).inputs
+    means = means_of({name: one.mean for name, one in found.items()}, subject.wiring)
+    return _Folded(subject.copy(Rotation(fold_norms=True, means=means)), means)
+
+
+@lru_cache(maxsize=1)
+def _folded_statistics(subject: Speech, centred: bool) -> tuple[dict[str, GroupStatistics], int]:
     """Of the folded model; those of every seed's rotation are turned from them. What gradients have
     along the mean, one of 384 directions, norms that subtract it do not tell (`turned.turns`)."""
-    return gradient_statistics(subject.folded, subject)
+    return gradient_statistics(_folded(subject, centred).model, subject)
 
 
 @lru_cache(maxsize=1)  # they are the same for every seed
-def _directions(subject: Speech, shares: tuple[Fraction, ...]) -> tuple[Bases, dict[str, Tensor]]:
-    folded, wiring = subject.folded, subject.wiring
-    statistics, _ = _folded_statistics(subject)
+def _directions(
+    subject: Speech, shares: tuple[Fraction, ...], centred: bool
+) -> tuple[Bases, dict[str, Tensor]]:
+    folded, wiring = _folded(subject, centred).model, subject.wiring
+    statistics, _ = _folded_statistics(subject, centred)
     source = Source(
         moments_of(folded, wiring, subject.batches()),
         wiring,
@@ -251,6 +273,13 @@ def _directions(subject: Speech, shares: tuple[Fraction, ...]) -> tuple[Bases, d
 # -- weights and inputs --------------------------------------------------------------------------
 
 
+def shapes(subject: Speech) -> dict[str, tuple[int, int]]:
+    """Weight -> (rows, columns), of all that is rounded."""
+    readers = (reader for site in subject.sites for reader in site.readers)
+    found = ((reader.weight, weight(subject.original, reader).shape) for reader in readers)
+    return {name: (rows, columns) for name, (rows, columns) in found}
+
+
 def _choices(
     model: Any,
     site: Site,
@@ -260,20 +289,20 @@ def _choices(
     order: Tensor | None,
 ) -> list[Choice]:
     """A site's readers in every scheme. They share an input, hence a scheme. tokens: for every term
-    of the loss, of those that the site sees."""
+    of the loss, of those that the site sees. ACTIVATION_BITS of a choice are in bits of this site's
+    own inputs."""
     originals = {r.weight: _ordered(weight(model, r), order) for r in site.readers}
     parsed = {name: Scheme.parse(name) for name in schemes}
     layouts = list(dict.fromkeys(scheme.segments(site.width) for scheme in parsed.values()))
     losses = _weight_losses(originals, statistics, layouts)
     inputs = {scheme.activations(site.width) for scheme in parsed.values()}
     added = {segments: _input_loss(originals, statistics, segments) for segments in inputs}
-    numbers = sum(value.numel() for value in originals.values())
     found = []
     for name, scheme in parsed.items():
         layout = scheme.segments(site.width)
         size = sum(payload_bytes(value.shape, layout) for value in originals.values())
         loss = losses[layouts.index(layout)] + added[scheme.activations(site.width)]
-        costs = {ACTIVATION_BITS: numbers * mean_bits(scheme, site.width)}
+        costs = {ACTIVATION_BITS: mean_bits(scheme, site.width)}
         found.append(Choice(name, size, loss * tokens, costs))
     return found
 
@@ -313,19 +342,25 @@ def _input_loss(
 
 
 def _solved(
-    subject: Speech, choices: Mapping[str, Sequence[Choice]], weights: float, activations: float
+    subject: Speech, choices: Mapping[str, Sequence[Choice]], limits: Limits
 ) -> dict[str, str]:
     """Site -> the scheme of least predicted loss within mean bits."""
-    numbers = sum(
-        weight(subject.original, reader).numel()
+    known = shapes(subject)
+    numbers = sum(rows * width for rows, width in known.values())
+    together = {
+        site.name: (sum(known[r.weight][0] for r in site.readers), site.width)
         for site in subject.sites
-        for reader in site.readers
-    )
-    problem = Problem(tuple(Item(name, (name,), tuple(own)) for name, own in choices.items()))
-    found = solve(problem, int(numbers * weights / 8), {ACTIVATION_BITS: numbers * activations})
+    }
+    items = []
+    for name, own in choices.items():
+        share = together[name][0] * together[name][1] / numbers
+        mean = [replace(c, costs={n: share * bits for n, bits in c.costs.items()}) for c in own]
+        items.append(Item(name, (name,), tuple(mean)))
+    problem = with_codes(Problem(tuple(items)), together)
+    found = solve(problem, int(numbers * limits.weights / 8), limits.costs)
     return {
-        name: own[pick].scheme
-        for (name, own), pick in zip(choices.items(), found.picks, strict=True)
+        item.name: choice.scheme
+        for item, choice in zip(items, problem.chosen(found.picks), strict=True)
     }
 
 

@@ -60,19 +60,23 @@ class Subject(ABC):
     @cached_property
     def folded_statistics(self) -> Statistics:
         """Of `folded`, over all calibration data."""
-        return collect(self.folded, self.wiring, self.sites, self.run)
+        return collect(self.folded, self.wiring, self.sites, self.show)
 
     @cached_property
     def statistics(self) -> Statistics:
         """Of the model as it is."""
         biased = any(site.norm is not None and site.norm.bias is not None for site in self.sites)
         if biased:
-            return collect(self.copy(), self.wiring, self.sites, self.run)
+            return collect(self.copy(), self.wiring, self.sites, self.show)
         return unfolded(self.folded_statistics, self.sites, self.original)
 
     @abstractmethod
     def run(self, model: Any) -> None:
-        """Put all calibration data through a model, at once."""
+        """Put calibration data through a model, all at once."""
+
+    def show(self, model: Any) -> None:
+        """Put all calibration data through a model, in as many calls as that takes."""
+        self.run(model)
 
     @abstractmethod
     def quick(self, model: Any) -> float:
@@ -161,17 +165,22 @@ class Speech(Subject):
         self.texts = [text for _, text in utterances]
         self.heard = self._features([audio for audio, _ in utterances])
         self.forced = [self._transcribe(original, one) for one in self.heard]
-        features = self._features(clips)
-        tokens = [self._transcribe(original, one) for one in features]
-        # One batch without padding: as many tokens of each as the shortest transcript has.
-        length = min(len(ids) for ids in tokens)
-        self.clips = features
-        self.clip_tokens = torch.stack([ids[:length] for ids in tokens])
+        self.clips = self._features(clips)
+        self.clip_tokens = [self._transcribe(original, one) for one in self.clips]
 
     @torch.no_grad()
     def run(self, model: Any) -> None:
-        """One batch of all clips."""
-        model(input_features=self.clips, decoder_input_ids=self.clip_tokens, use_cache=False)
+        """One batch of all clips, without padding: as many tokens of each as the shortest
+        transcript has."""
+        length = min(len(ids) for ids in self.clip_tokens)
+        ids = torch.stack([own[:length] for own in self.clip_tokens])
+        model(input_features=self.clips, decoder_input_ids=ids, use_cache=False)
+
+    @torch.no_grad()
+    def show(self, model: Any) -> None:
+        """Clip by clip, with all of their transcripts: the shortest has 14 tokens."""
+        for batch in self.batches():
+            model(**batch, use_cache=False)
 
     @cached_property
     def _quick_logits(self) -> list[Tensor]:

@@ -32,7 +32,7 @@ from quantlib.formats.weight import (
 )
 from quantlib.kernels.cpu import build
 from quantlib.kernels.cpu.forms import Form, TileForm, TileRounding
-from quantlib.kernels.packed import parse_layout
+from quantlib.kernels.packed import dense_layout, parse_layout, to_dense, to_sparse
 
 ISAS = ("best", "portable", "avx2", "avx2vnni", "avx512vnni", "avx512")
 """Instruction sets, in the order of `QlIsa` in src/abi.h. "best" is what the environment variable
@@ -282,11 +282,13 @@ class Library:
         isa: str = "best",
         threads: int | None = None,
     ) -> Tensor:
-        """The tiles of a PackedWeight, from its tensors in the order of its layout.
+        """The tiles of a PackedWeight, from its tensors in the order of its layout. Tiles of a
+        sparse weight have all its zeros.
 
         Raises FormatError when they have other sizes than the layout says, or are not contiguous.
         """
-        weight = _describe_canonical(layout, tensors)
+        given = to_dense(tensors, layout)  # alive until it is packed
+        weight = _describe_canonical(dense_layout(layout), given)
         memory = self.allocate(self.functions.ql_tile_bytes(weight))
         status = self.functions.ql_tile_pack(
             weight, memory.data_ptr(), ISAS.index(isa), threads or torch.get_num_threads()
@@ -298,16 +300,17 @@ class Library:
         self, memory: Tensor, layout: str, isa: str = "best", threads: int | None = None
     ) -> list[Tensor]:
         """The tensors that `pack` took, in the order of the layout."""
-        forms = packed_layout(*parse_layout(layout))
+        dense = dense_layout(layout)
+        forms = packed_layout(*parse_layout(dense))
         tensors = [torch.empty(form, dtype=dtype, device="cpu") for dtype, form in forms.values()]
         status = self.functions.ql_tile_unpack(
-            _describe_canonical(layout, tensors),
+            _describe_canonical(dense, tensors),
             memory.data_ptr(),
             ISAS.index(isa),
             threads or torch.get_num_threads(),
         )
         self._check(status, isa)
-        return tensors
+        return to_sparse(tensors, layout)
 
     def describe(self, memory: Tensor, layout: str) -> Description:
         """Describe tiles in `memory`, which must outlive the description.
@@ -409,7 +412,7 @@ def _check_form(form: Form, weight: Description) -> None:
 @lru_cache(maxsize=16384)
 def _describe_tiles(library: Library, layout: str, address: int, nbytes: int) -> Description:
     # Address and layout determine the whole description: a cached one is never stale.
-    weight = _describe_canonical(layout, None)
+    weight = _describe_canonical(dense_layout(layout), None)
     if library.functions.ql_tile_bytes(weight) != nbytes:
         raise FormatError(f"{nbytes} bytes are not the tiles of a weight {layout!r}")
     shape, segments = parse_layout(layout)

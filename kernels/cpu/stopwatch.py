@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quantlib.errors import QuantlibError, UsageError
 from quantlib.formats.scheme import Scheme
-from quantlib.formats.weight import PACKED, ROW_SCALE, SCALE, packed_layout
+from quantlib.formats.weight import PACKED, PLACES, ROW_SCALE, SCALE, packed_layout
 from quantlib.kernels.cpu import library
 from quantlib.kernels.layouts import TiledWeight, tile
 from quantlib.kernels.packed import PackedWeight
@@ -38,6 +38,8 @@ _PASS_SECONDS = 0.02
 """A pass that takes longer makes do with fewer copies: it is not reading that takes the time."""
 _TURN_SECONDS = 0.15
 """Likewise, all passes together with fewer of them."""
+_FIRST_TWO = 0x44444444
+"""Places of sparse weights: the first two of every four columns."""
 
 
 def seconds(op: Op, threads: int, passes: int) -> list[float]:
@@ -107,6 +109,8 @@ def random_weight(rows: int, columns: int, scheme: str, seed: int = 0) -> Packed
             tensors[suffix] = made.to(torch.uint8).view(dtype).view(shape)
         elif suffix.startswith((SCALE, ROW_SCALE)):
             tensors[suffix] = _scales(dtype, shape)
+        elif suffix.startswith(PLACES):
+            tensors[suffix] = torch.full(shape, _FIRST_TWO, dtype=dtype)
         else:
             tensors[suffix] = torch.zeros(shape, dtype=dtype)
     return PackedWeight.from_tensors(tensors, (rows, columns), segments)

@@ -9,7 +9,7 @@ import ctypes
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +41,10 @@ class Resources:
 
 
 def with_nvcc(
-    source: Path, macros: Mapping[str, int], architecture: int
+    source: Path, macros: Mapping[str, int], architecture: int, options: Sequence[str] = ()
 ) -> tuple[bytes, Resources]:
-    """A cubin and its resources. Raises BuildError when nvcc is missing or refuses the source."""
+    """A cubin and its resources (of several kernels, those of the first). options: further ones.
+    Raises BuildError when nvcc is missing or refuses the source."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise BuildError(
@@ -54,6 +55,7 @@ def with_nvcc(
         command = [
             str(nvcc),
             *_OPTIONS,
+            *options,
             f"-arch={ARCHITECTURES[architecture]}",
             "-cubin",
             "-Xptxas=-v",

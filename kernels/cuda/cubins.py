@@ -6,8 +6,9 @@
 One file for each case and architecture, named so that `cache.py` finds it (in `prebuilt/` beside
 this file, a wheel's), and `summary.json`: registers and shared memory of each, and of kernel (a)
 matrix and arithmetic instructions. Kernel (a) is compiled for all its cases; kernel (b) and its
-quantizer, in which segments are baked, for the schemes and columns that are asked for. Needs nvcc
-and, for the counts, nvdisasm; no GPU.
+quantizer, in which segments are baked, for the schemes and columns that are asked for. As many
+compilers run as there are cores, and what the folder has already is left as it is. Needs nvcc and,
+for the counts, nvdisasm; no GPU.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,28 +135,87 @@ def rounded_units(scheme: str, columns: int, architecture: int) -> Iterator[Unit
             yield Unit(f"{name}-{kind}-rounds", quantizer.SOURCE, macros, shared)
 
 
-def _build_rounded(folder: Path, asked: str, architecture: int) -> Iterator[dict[str, Any]]:
-    """Rows of the summary. asked: SCHEME:COLUMNS. Raises BuildError or FormatError."""
-    scheme, _, columns = asked.partition(":")
-    if not columns.isdecimal():
-        raise FormatError(f"{asked!r} is no scheme and its columns: write for example w4a4:4096")
-    for unit in rounded_units(scheme, int(columns), architecture):
-        cubin, resources = with_nvcc(unit.source, unit.macros, architecture)
-        file = cache.file_name(unit.source, unit.macros, architecture)
-        (folder / file).write_bytes(cubin)
-        yield {
-            "name": unit.name,
-            "architecture": architecture,
-            "registers": resources.registers,
-            "spilled": resources.spilled,
-            "shared_bytes": unit.shared_bytes,
-            "file": file,
-        }
+@dataclass(frozen=True)
+class Job:
+    """A cubin to be made: the name of its file, and what gives it and its row of the summary."""
+
+    file: str
+    make: Callable[[], tuple[bytes, dict[str, Any]]]
+
+
+def jobs(
+    bits: Sequence[int], architectures: Sequence[int], rounded: Sequence[str] = ()
+) -> Iterator[Job]:
+    """All that the command makes. rounded: SCHEME:COLUMNS. Raises FormatError for what is not."""
+    for asked in rounded:
+        scheme, _, columns = asked.rpartition(":")
+        if not columns.isdecimal():
+            raise FormatError(
+                f"{asked!r} is no scheme and its columns: write for example w4a4:4096"
+            )
+        for architecture in architectures:
+            for unit in rounded_units(scheme, int(columns), architecture):
+                file = cache.file_name(unit.source, unit.macros, architecture)
+                yield Job(file, partial(_make_unit, unit, architecture))
+    for case in cases(bits):
+        for architecture in architectures:
+            macros = decode.plan(case, architecture).macros()
+            file = cache.file_name(decode.SOURCE, macros, architecture)
+            yield Job(file, partial(_make_case, case, architecture))
+
+
+def _make_unit(unit: Unit, architecture: int) -> tuple[bytes, dict[str, Any]]:
+    cubin, resources = with_nvcc(unit.source, unit.macros, architecture)
+    return cubin, {
+        "name": unit.name,
+        "architecture": architecture,
+        "registers": resources.registers,
+        "spilled": resources.spilled,
+        "shared_bytes": unit.shared_bytes,
+    }
+
+
+def _make_case(case: decode.DecodeCase, architecture: int) -> tuple[bytes, dict[str, Any]]:
+    cubin, row = build(case, architecture)
+    return cubin, asdict(row)
+
+
+def make(folder: Path, wanted: Sequence[Job], tell: Callable[[dict[str, Any]], None]) -> None:
+    """Make what a folder lacks, as many at a time as there are cores, and the summary of all.
+
+    What is there already is not made again: names say what files are made of. Raises BuildError
+    where one cannot be made; what was made before it stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = folder / "summary.json"
+    before = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else []
+    rows = {row["file"]: row for row in before}
+
+    def do(job: Job) -> None:
+        if job.file in rows and (folder / job.file).is_file():
+            return
+        cubin, row = job.make()
+        (folder / job.file).write_bytes(cubin)
+        rows[job.file] = row | {"file": job.file}
+        tell(rows[job.file])
+
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        made = [workers.submit(do, job) for job in wanted]
+        try:
+            for one in made:
+                one.result()
+        finally:
+            workers.shutdown(cancel_futures=True)
+            order = dict.fromkeys((*(job.file for job in wanted), *rows))
+            found = [rows[file] for file in order if file in rows]
+            new = summary.with_suffix(".new")
+            new.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            new.replace(summary)
 
 
 def _tell(row: dict[str, Any]) -> None:
     used = f"{row['registers']} registers, {row['shared_bytes']} bytes shared"
-    print(f"{row['name']}, {row['file']}: {used}")
+    print(f"{row['name']}, {row['file']}: {used}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -163,26 +226,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--architectures", type=int, nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--rounded", nargs="+", default=[], metavar="SCHEME:COLUMNS")
     given = parser.parse_args(arguments)
-    given.folder.mkdir(parents=True, exist_ok=True)
-    made: list[dict[str, Any]] = []
     try:
-        for asked in given.rounded:
-            for architecture in given.architectures:
-                for own in _build_rounded(given.folder, asked, architecture):
-                    made.append(own)
-                    _tell(own)
-        for case in cases(given.bits):
-            for architecture in given.architectures:
-                cubin, row = build(case, architecture)
-                macros = decode.plan(case, architecture).macros()
-                path = given.folder / cache.file_name(decode.SOURCE, macros, architecture)
-                path.write_bytes(cubin)
-                made.append(asdict(row) | {"file": path.name})
-                _tell(made[-1])
+        make(given.folder, list(jobs(given.bits, given.architectures, given.rounded)), _tell)
     except (BuildError, FormatError) as error:
         print(error, file=sys.stderr)
         return 1
-    (given.folder / "summary.json").write_text(json.dumps(made, indent=1) + "\n")
     return 0
 
 

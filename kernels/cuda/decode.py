@@ -16,11 +16,11 @@ from torch import Tensor
 
 from quantlib.errors import FormatError
 from quantlib.formats.scheme import WeightFormat
-from quantlib.formats.sparse import SparseCodes
+from quantlib.formats.sparse import AMONG, SparseCodes, kept_of
 from quantlib.formats.weight import QuantizedSegment, QuantizedWeight, decode_scales
 from quantlib.kernels.cuda import fragments
 from quantlib.kernels.cuda.layout import SLAB_COLUMNS, STRIP_ROWS, pack_codes, pack_meta
-from quantlib.kernels.cuda.sparse_layout import PLACE_WORDS, kept_of, pack_sparse
+from quantlib.kernels.cuda.sparse_layout import PLACE_WORDS, pack_sparse
 
 SOURCE = Path(__file__).with_name("src") / "decode_gemm.cu"
 NAME = "decode_gemm"
@@ -221,14 +221,16 @@ def pack(weight: QuantizedWeight) -> DecodeWeight:
 
 def sparse_codes(part: QuantizedSegment) -> SparseCodes | None:
     """What is kept of a weight of 2 to 4 bits that is zero in two of every four columns, as
-    SparseGPT leaves it; None for any other. Whether it was pruned, its codes say: no scheme has to.
+    SparseGPT leaves it; None for any other. Whether it was pruned, its codes say: no scheme has to
+    (those that end in `:2of4` also store it so).
 
     Zero points are for dense weights: what is left out would have one too. Scales are for 32
     columns or more, 16 of which are kept.
     """
     form = part.segment.format
     grouped = 0 < form.group_size < 2 * fragments.DEPTH
-    if form.bits > MOST_SPARSE_BITS or part.zero is not None or grouped:
+    whole = part.codes.shape[1] % AMONG == 0
+    if form.bits > MOST_SPARSE_BITS or part.zero is not None or grouped or not whole:
         return None
     return kept_of(part.codes, 1 << form.bits - 1)
 

@@ -25,6 +25,7 @@ ARITHMETIC: tuple[str, ...] = (
 """What competes with matrix products for issue slots."""
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)$")
+_SECTION = re.compile(r"^\s*\.section\s+\.text\.([^\s,]+),.*$", re.MULTILINE)
 _LABEL = re.compile(r"^\s*\.L_[\w]+:")
 _ENDS_BLOCK = ("BRA", "EXIT", "RET", "CALL", "BRX", "WARPSYNC")
 
@@ -55,6 +56,13 @@ class MachineCode:
         chosen = (b for b in self.blocks if any(re.match(pattern, name) for name in b))
         return sum(len(block) for block in chosen)
 
+    def arithmetic_around(self, pattern: str) -> int:
+        """Arithmetic instructions of the blocks that do not multiply and have one whose name the
+        regular expression matches."""
+        chosen = (b for b in self.blocks if any(re.match(pattern, name) for name in b))
+        apart = (b for b in chosen if not any(_is_matrix(name) for name in b))
+        return sum(name.partition(".")[0] in ARITHMETIC for block in apart for name in block)
+
     @property
     def products(self) -> int:
         """Matrix products."""
@@ -67,7 +75,16 @@ class MachineCode:
 
 
 def read(cubin: bytes) -> MachineCode:
-    """Disassemble a cubin. Raises BuildError when nvdisasm is missing or fails."""
+    """Disassemble a cubin of one kernel. Raises BuildError when nvdisasm is missing or fails."""
+    return parse(_listing(cubin))
+
+
+def read_all(cubin: bytes) -> dict[str, MachineCode]:
+    """Disassemble a cubin: its kernels by their (mangled) names. Raises BuildError as `read`."""
+    return parse_all(_listing(cubin))
+
+
+def _listing(cubin: bytes) -> str:
     nvdisasm = find_nvdisasm()
     if nvdisasm is None:
         raise BuildError("there is no nvdisasm: pip install nvidia-cuda-nvdisasm")
@@ -78,7 +95,7 @@ def read(cubin: bytes) -> MachineCode:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if done.returncode != 0:
         raise BuildError(f"nvdisasm failed: {done.stderr.strip()}")
-    return parse(done.stdout)
+    return done.stdout
 
 
 def parse(listing: str) -> MachineCode:
@@ -92,6 +109,12 @@ def parse(listing: str) -> MachineCode:
             if match[1].partition(".")[0] in _ENDS_BLOCK:
                 blocks.append([])
     return MachineCode(tuple(tuple(block) for block in blocks if block))
+
+
+def parse_all(listing: str) -> dict[str, MachineCode]:
+    """The same of several kernels, by their names."""
+    _, *parts = _SECTION.split(listing)
+    return {name: parse(text) for name, text in zip(parts[::2], parts[1::2], strict=True)}
 
 
 def _is_matrix(name: str) -> bool:

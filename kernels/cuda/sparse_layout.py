@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from quantlib.formats.sparse import AMONG, KEPT, SparseCodes, compress
+from quantlib.formats.sparse import AMONG, KEPT, SparseCodes
 from quantlib.kernels.cuda import fragments
 from quantlib.kernels.cuda.layout import (
     STRIP_ROWS,
@@ -30,23 +30,6 @@ from quantlib.kernels.cuda.layout import (
 
 PLACE_WORDS = UNIT_COLUMNS // fragments.DEPTH
 """Of a lane, in a unit."""
-
-
-def kept_of(codes: Tensor, zero: int) -> SparseCodes | None:
-    """Codes uint8 [N, K] less those that are `zero`, None where more than two of any four are not.
-
-    Zeros fill up fours that have fewer others.
-    """
-    rows, columns = codes.shape
-    if columns % AMONG:
-        return None
-    used = (codes != zero).view(rows, -1, AMONG)
-    if int(used.sum(-1).max()) > KEPT:
-        return None
-    # A stable sort of "is zero" puts the others first.
-    first = (~used).to(torch.uint8).argsort(dim=2, stable=True)[..., :KEPT]
-    mask = torch.zeros_like(used).scatter_(2, first, True)
-    return compress(codes, mask.view(rows, columns))
 
 
 def pack_sparse(sparse: SparseCodes, bits: int) -> Tensor:

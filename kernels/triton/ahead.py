@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from quantlib.errors import QuantlibError, UsageError
-from quantlib.formats.activation import ActivationFormat, ActivationSegment
+from quantlib.formats.activation import FLOAT8, ActivationFormat, ActivationSegment
 from quantlib.formats.scheme import Scheme, WeightFormat
 from quantlib.kernels.triton import configurations, plan
 from quantlib.kernels.triton.configurations import Configuration
@@ -36,6 +36,8 @@ from quantlib.kernels.triton.inputs import warps
 from quantlib.kernels.triton.launch import constants, weight_constants
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
+FLOAT8_ARCHITECTURE = 89
+"""The first whose tensor cores multiply 8-bit floats."""
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """That a block may have (CUDA C++ Programming Guide, "Technical Specifications per Compute
 Capability")."""
@@ -53,7 +55,18 @@ _NAMES = {
     torch.int64: "*i64",
 }
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\w+)", re.MULTILINE)
-_MATRIX = ("HMMA", "IMMA", "HGMMA", "IGMMA", "QMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA", "OMMA")
+_MATRIX = (
+    "HMMA",
+    "IMMA",
+    "HGMMA",
+    "IGMMA",
+    "QMMA",
+    "QGMMA",
+    "UTCHMMA",
+    "UTCIMMA",
+    "UTCQMMA",
+    "OMMA",
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,7 @@ class Program:
     arguments:  by name, with Triton's names of their types.
     fused:      whether a product and a sum may become one operation.
     everywhere: whether it is compiled for every architecture.
+    least:      the first architecture that has its instructions.
     """
 
     name: str
@@ -73,6 +87,7 @@ class Program:
     stages: int
     fused: bool = True
     everywhere: bool = False
+    least: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,7 @@ class Compiled:
     conversions: int
 
 
-EVERYWHERE = ("w4g64z", "mxfp4")
+EVERYWHERE = ("w4g64z", "mxfp4", "fp8")
 """Formats whose products are compiled in every configuration for every architecture."""
 
 
@@ -97,14 +112,15 @@ def matrix(quick: bool = False, whole: bool = False) -> Iterator[tuple[Program, 
     """Which programs are compiled for which architectures."""
     for number, program in enumerate(programs(quick, whole)):
         everywhere = whole or quick or program.everywhere
-        turn = ARCHITECTURES[number % len(ARCHITECTURES)]
-        yield from ((program, one) for one in (ARCHITECTURES if everywhere else (turn,)))
+        known = [one for one in ARCHITECTURES if one >= program.least]
+        turn = known[number % len(known)]
+        yield from ((program, one) for one in (known if everywhere else (turn,)))
 
 
 def weights(quick: bool = False) -> list[WeightFormat]:
     """The formats: every width in every way of scaling, and the floats."""
     if quick:
-        names = ["w4g64z", "mxfp4"]
+        names = ["w4g64z", "mxfp4", "fp8"]
     else:
         names = [f"w{bits}{form}" for bits in range(2, 9) for form in _FORMS] + list(_FLOATS)
     found = [Scheme.parse(name).weight for name in names]
@@ -127,14 +143,28 @@ def programs(quick: bool = False, whole: bool = False) -> Iterator[Program]:
             case = planned[0]
             chosen = _configurations(table, case)
             yield from _products(f"{form}a8", form, case, torch.float16, chosen, every)
+        alike = _float8_inputs(form)
+        planned = plan.floats(form, 0, _LENGTH, alike)
+        if planned is not None:
+            case = planned[0]
+            chosen = _configurations(table, case)
+            name = f"{form}a{alike[0].format}"
+            yield from _products(name, form, case, torch.float16, chosen, every)
         yield _rows(form, plan.numbers(form, torch.float32))
     yield from _rotations(quick)
     yield _sum()
 
 
+def _float8_inputs(form: WeightFormat) -> tuple[ActivationSegment, ...]:
+    """Inputs as codes of the weight's kind, with scales for as many columns; none for others."""
+    if form.element not in FLOAT8:
+        return ()
+    return (ActivationSegment(0, _LENGTH, ActivationFormat.parse(str(form).partition("g")[0])),)
+
+
 def _configurations(table: configurations.Table, case: plan.Case) -> list[Configuration]:
     """Those of the case's kind: of the nearest width."""
-    kind = configurations.KINDS[case.integer]
+    kind = configurations.KINDS[case.coded]
     shapes = [shape for shape, _ in table if shape.kind == kind]
     near = min({shape.bits for shape in shapes}, key=lambda bits: abs(bits - case.bits))
     return [chosen for shape, chosen in table if (shape.kind, shape.bits) == (kind, near)]
@@ -149,7 +179,8 @@ def _products(
     every: bool,
 ) -> Iterator[Program]:
     """In all configurations, or in the first one."""
-    inputs = torch.int8 if case.integer else dtype
+    is_float8 = case.compute in FLOAT8.values()
+    inputs = torch.uint8 if is_float8 else torch.int8 if case.coded else dtype
     pointers = {
         "x": _NAMES[inputs],
         "x_scale": "*fp32",
@@ -171,6 +202,7 @@ def _products(
             one.warps,
             one.stages,
             everywhere=every,
+            least=FLOAT8_ARCHITECTURE if is_float8 else 0,
         )
 
 

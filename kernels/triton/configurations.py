@@ -2,8 +2,10 @@
 
 A table has rows (shape, configuration). A shape that is not in it takes the configuration of the
 nearest one: the same kind of product, and the least distance of the logarithms of its sizes. A
-table that was measured (`tune.py`) lies in the user's cache, under the GPU's name; without one,
-`tables/untuned.json` has what follows from the sizes of tensor cores and shared memory alone.
+table that was measured (`tune.py`) lies in the user's cache, under the GPU's name. Those in
+`tables/` were not measured: `untuned.json` has what follows from the sizes of tensor cores and
+shared memory alone; the others have, for the GPUs whose names are in theirs, how many splits of
+which of these configurations a model of speed prefers (`bench/triton_tables.py`).
 """
 
 from __future__ import annotations
@@ -103,12 +105,14 @@ def splits(configuration: Configuration, shape: Shape, tiles: int, processors: i
 
 @lru_cache(maxsize=16)
 def table_for(gpu: str) -> Table:
-    """The table of a GPU by its name: one that was tuned here, else the untuned one."""
-    for folder in (user_tables(), TABLES):
-        path = folder / f"{slug(gpu)}.json"
-        if path.is_file():
-            return read(path)
-    return read(TABLES / f"{UNTUNED}.json")
+    """The table of a GPU by its name: one that was tuned here, else the predicted one whose name's
+    words are among its words ("a100" for "NVIDIA A100-SXM4-80GB"), else the untuned one."""
+    tuned = user_tables() / f"{slug(gpu)}.json"
+    if tuned.is_file():
+        return read(tuned)
+    words = set(slug(gpu).split("-"))
+    known = (path for path in sorted(TABLES.glob("*.json")) if set(path.stem.split("-")) <= words)
+    return read(next(known, TABLES / f"{UNTUNED}.json"))
 
 
 def user_tables() -> Path:

@@ -72,11 +72,14 @@ def as_operand(code, BITS: tl.constexpr, MANTISSA: tl.constexpr, COMPUTE: tl.con
     """Codes (uint8) as exact numbers of COMPUTE.
 
     MANTISSA < 0: integers, less half their range, 2^(BITS-1). Else floats with so many bits of
-    mantissa, read as float16 with their own exponent, `layout.element_unit` times too small.
-    Integers become floats by their bits: a code in the low mantissa bits of 1024 (bfloat16: 128)
-    is 1024 + code, and the subtraction is exact.
+    mantissa: 8-bit ones as they are, if COMPUTE is of their kind; otherwise read as float16 with
+    their own exponent, `layout.element_unit` times too small. Integers become floats by their
+    bits: a code in the low mantissa bits of 1024 (bfloat16: 128) is 1024 + code, and the
+    subtraction is exact.
     """
-    if MANTISSA >= 0:
+    if COMPUTE == tl.float8e4nv or COMPUTE == tl.float8e5:
+        value = code.to(COMPUTE, bitcast=True)
+    elif MANTISSA >= 0:
         wide = code.to(tl.uint16)
         sign = (wide >> (BITS - 1)) << 15
         bits = sign | ((wide & ((1 << (BITS - 1)) - 1)) << (10 - MANTISSA))

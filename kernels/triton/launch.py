@@ -6,7 +6,7 @@ wrong. So it gets no bfloat16: inputs become float32 before, and results are rou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from typing import Any
@@ -19,17 +19,21 @@ from quantlib.formats.activation import ActivationSegment
 from quantlib.kernels import workspace
 from quantlib.kernels.triton import configurations, plan
 from quantlib.kernels.triton.configurations import Configuration, Shape
-from quantlib.kernels.triton.layout import SplitSegment, SplitWeight
+from quantlib.kernels.triton.layout import SplitSegment, SplitWeight, element_unit
 
 INTERPRET = "TRITON_INTERPRET"
 LEAST_CAPABILITY = (8, 0)
 """Of the GPUs that Triton supports, and that have the kernels' copies and products."""
+FLOAT8_CAPABILITY = (8, 9)
+"""Of those whose tensor cores multiply 8-bit floats."""
 _TOKENS_AT_ONCE = 1 << 13
 _ROWS_AT_ONCE = 32
 _DENSE_ROWS = 256
 _SUM_BLOCK = 1024
 Launch = tuple[SplitSegment, plan.Case, Tensor | None]
 """A segment, what its product is compiled for, and which scale of its inputs each stretch takes."""
+Planned = list[tuple[plan.Case, tuple[int, ...]]]
+"""Of each segment, what its product of codes is compiled for, and the same numbers of scales."""
 _INTERPRETED_PROCESSORS = 2
 """What splits are made for where there is no GPU: few, but some."""
 
@@ -105,6 +109,41 @@ def integer_linear(
             "inputs whose scales change within 16 columns of a weight's segment have no integer "
             "kernel: multiply the rounded numbers"
         )
+    return _coded_linear(codes, scales, weight, planned, bias, dtype, configuration)
+
+
+def float8_linear(
+    codes: Tensor,
+    scales: Tensor,
+    weight: SplitWeight,
+    activations: Sequence[ActivationSegment],
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    configuration: Configuration | None = None,
+) -> Tensor:
+    """The same of codes of 8-bit floats (`formats.activation.quantize_float8`), which tensor cores
+    multiply as they are. Raises FormatError unless `float8_plan` has a plan."""
+    planned = float8_plan(weight, tuple(activations))
+    if planned is None:
+        raise FormatError(
+            "the weight and its inputs are not both 8-bit floats of one kind, with scales for 32 "
+            "columns or more: multiply the rounded numbers"
+        )
+    # Factors of rows are for operands that are read as float16; powers of two, so exact.
+    unit = element_unit(weight.segments[0].format)
+    bits = codes.view(torch.uint8)
+    return _coded_linear(bits, scales / unit, weight, planned, bias, dtype, configuration)
+
+
+def _coded_linear(
+    codes: Tensor,
+    scales: Tensor,
+    weight: SplitWeight,
+    planned: Planned,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    configuration: Configuration | None,
+) -> Tensor:
     device = codes.device
     launches: list[Launch] = [
         (part, case, _on_device(own, device)) for part, (case, own) in zip(weight.segments, planned)
@@ -115,19 +154,34 @@ def integer_linear(
     return out.to(dtype)
 
 
-def integer_plan(
-    weight: SplitWeight, activations: tuple[ActivationSegment, ...]
-) -> list[tuple[plan.Case, tuple[int, ...]]] | None:
+def integer_plan(weight: SplitWeight, activations: tuple[ActivationSegment, ...]) -> Planned | None:
     """What each segment's product of int8 codes is compiled for, None when one has none."""
-    parts = tuple((part.format, part.start, part.length) for part in weight.segments)
-    return _integer_plan(parts, activations)
+    return _plan(_parts(weight), activations, plan.integers)
+
+
+def float8_plan(weight: SplitWeight, activations: tuple[ActivationSegment, ...]) -> Planned | None:
+    """The same for codes of 8-bit floats."""
+    return _plan(_parts(weight), activations, plan.floats)
+
+
+def has_float8(device: torch.device) -> bool:
+    """Whether tensor cores of a device multiply 8-bit floats; the interpreter does."""
+    if device.type != "cuda":
+        return interpreted()
+    return torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
+
+
+def _parts(weight: SplitWeight) -> tuple[tuple[Any, int, int], ...]:
+    return tuple((part.format, part.start, part.length) for part in weight.segments)
 
 
 @lru_cache(maxsize=1024)
-def _integer_plan(
-    parts: tuple[tuple[Any, int, int], ...], activations: tuple[ActivationSegment, ...]
-) -> list[tuple[plan.Case, tuple[int, ...]]] | None:
-    found = [plan.integers(*part, activations) for part in parts]
+def _plan(
+    parts: tuple[tuple[Any, int, int], ...],
+    activations: tuple[ActivationSegment, ...],
+    of: Callable[..., tuple[plan.Case, tuple[int, ...]] | None],
+) -> Planned | None:
+    found = [of(*part, activations) for part in parts]
     known = [one for one in found if one is not None]
     return known if len(known) == len(found) else None
 
@@ -180,7 +234,7 @@ def _multiply(
     room = workspace.BYTES // (4 * tokens * rows)
     divided: list[tuple[Configuration, int]] = []
     for part, case, _ in launches:
-        kind = configurations.KINDS[case.integer]
+        kind = configurations.KINDS[case.coded]
         shape = Shape(kind, case.bits, tokens, rows, part.length)
         chosen = configuration or _chosen(shape, x.device)
         wanted = configurations.splits(chosen, shape, part.tiles, _processors(x.device))
@@ -250,7 +304,7 @@ def constants(case: plan.Case) -> dict[str, Any]:
     """A case as `gemm.multiply` takes it."""
     return weight_constants(case) | {
         "FLUSH": case.flush,
-        "INTEGER": case.integer,
+        "CODED": case.coded,
         "COMPUTE": triton_dtype(case.compute),
     }
 
@@ -273,7 +327,8 @@ def triton_dtype(dtype: torch.dtype) -> Any:
     """Triton's name of a torch dtype."""
     import triton.language as tl
 
-    return getattr(tl, str(dtype).removeprefix("torch."))
+    name = str(dtype).removeprefix("torch.")
+    return getattr(tl, {"float8_e4m3fn": "float8e4nv", "float8_e5m2": "float8e5"}.get(name, name))
 
 
 def dequantize(

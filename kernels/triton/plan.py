@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 import torch
 
-from quantlib.formats.activation import ActivationSegment, scale_columns
+from quantlib.formats.activation import FLOAT8, ActivationSegment, float8, scale_columns
 from quantlib.formats.elements import FLOATS
 from quantlib.formats.scheme import WeightFormat
 from quantlib.kernels.triton.layout import TILE, parts
 
 AT_END, EACH_TILE, EACH_STRETCH = 0, 1, 2
 """When sums are scaled: once, after each tile of 128 columns, after each product."""
-_LEAST_DEPTH, _INTEGER_DEPTH = 16, 32
-"""Columns of a product of 16-bit floats, and of int8."""
+_LEAST_DEPTH, _BYTE_DEPTH = 16, 32
+"""Columns of a product of 16-bit floats, and of bytes."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Case:
 
     mantissa: bits of it, or -1 for integers. depth: columns of one product. group: columns of a
     scale, 0: all. flush: AT_END, EACH_TILE or EACH_STRETCH. scaled, zeros, e8m0: what there is of
-    scales and zero points. integer: inputs are int8 codes. compute: of operands.
+    scales and zero points. coded: inputs are codes of 8 bits with scales. compute: of operands.
     """
 
     bits: int
@@ -40,7 +40,7 @@ class Case:
     scaled: bool
     zeros: bool
     e8m0: bool
-    integer: bool
+    coded: bool
     compute: torch.dtype
 
 
@@ -64,8 +64,25 @@ def integers(
     while depth >= _LEAST_DEPTH:
         own = _scales_of_stretches(start, length, depth, scale_columns(activations))
         if own is not None:
-            exact = form.is_integer and depth >= _INTEGER_DEPTH
+            exact = form.is_integer and depth >= _BYTE_DEPTH
             compute = torch.int8 if exact else torch.float16
+            return _case(form, depth, _flush(form, depth, own), True, compute), own
+        depth //= 2
+    return None
+
+
+def floats(
+    form: WeightFormat, start: int, length: int, activations: Sequence[ActivationSegment]
+) -> tuple[Case, tuple[int, ...]] | None:
+    """The same for inputs as codes of 8-bit floats, which meet a weight's codes of the same element
+    as they are. None for other inputs or weights, and where a scale changes within 32 columns."""
+    compute = FLOAT8.get(form.element)
+    if compute is None or compute != float8(activations):
+        return None
+    depth = stretch(form)
+    while depth >= _BYTE_DEPTH:
+        own = _scales_of_stretches(start, length, depth, scale_columns(activations))
+        if own is not None:
             return _case(form, depth, _flush(form, depth, own), True, compute), own
         depth //= 2
     return None
@@ -77,7 +94,7 @@ def stretch(form: WeightFormat) -> int:
     return min(run, form.group_size) if form.group_size > 0 else run
 
 
-def _case(form: WeightFormat, depth: int, flush: int, integer: bool, compute: torch.dtype) -> Case:
+def _case(form: WeightFormat, depth: int, flush: int, coded: bool, compute: torch.dtype) -> Case:
     return Case(
         form.bits,
         -1 if form.is_integer else FLOATS[form.element].mantissa_bits,
@@ -88,7 +105,7 @@ def _case(form: WeightFormat, depth: int, flush: int, integer: bool, compute: to
         form.group_size > 0,
         not form.symmetric,
         form.scale == "e8m0" and form.group_size > 0,
-        integer,
+        coded,
         compute,
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from quantlib.errors import DataError
 
@@ -23,7 +23,11 @@ _SAMPLES: dict[int, tuple[np.dtype[Any], float]] = {
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """The picture in a file, RGB. Raises DataError when it is none, damaged, or far too large."""
+    """The picture in a file as a viewer shows it, RGB with 8 bits: turned as its camera says, on
+    white where it is transparent, the first one where there are several.
+
+    Raises DataError when it is none, damaged, far too large, or in numbers without a known white.
+    """
     try:
         with Image.open(path) as picture:
             width, height = picture.size
@@ -32,11 +36,28 @@ def read_image(path: str | Path) -> Image.Image:
                     f"{path} has {width} x {height} pixels, and at most {MAX_PIXELS:,} are read: "
                     "make it smaller"
                 )
-            return picture.convert("RGB")
+            if picture.mode in ("I", "F"):
+                raise DataError(
+                    f"{path} has a number of 32 bits for each pixel, and nothing says which is "
+                    "white: save it with 8 or 16 bits"
+                )
+            return _as_shown(picture)
     except UnidentifiedImageError as error:
         raise DataError(f"{path} is not a picture: give a PNG or JPEG file") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"the picture {path} cannot be read: {error}") from error
+
+
+def _as_shown(picture: Image.Image) -> Image.Image:
+    """RGB of an open picture."""
+    turned = ImageOps.exif_transpose(picture)
+    if turned.mode.startswith("I;16"):  # convert() would cut all above 255 off
+        grey = np.asarray(turned).astype(np.float64) / 257
+        return Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")
+    if not turned.has_transparency_data:
+        return turned.convert("RGB")
+    seen = turned.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
 
 
 def read_audio(path: str | Path, rate: int) -> NDArray[np.float32]:

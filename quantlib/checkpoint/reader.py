@@ -42,6 +42,7 @@ from quantlib.formats.scheme import Scheme, Segment
 from quantlib.formats.weight import (
     ORDER,
     PACKED,
+    PLACES,
     ROW_SCALE,
     SCALE,
     ZERO_POINT,
@@ -54,7 +55,7 @@ from quantlib.transforms.rotation import Rotation
 _KEPT_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 _PACKED_NAME = re.compile(
     rf"(.+?)(?:{DOWN}|{UP}|(?:{SPAN}|{ROWS}|{BASIS})\d+)?"
-    rf"(?:(?:{PACKED}|{ROW_SCALE}|{SCALE}|{ZERO_POINT})(?:_\d+)?|{ORDER}|{BLOCK})"
+    rf"(?:(?:{PACKED}|{PLACES}|{ROW_SCALE}|{SCALE}|{ZERO_POINT})(?:_\d+)?|{ORDER}|{BLOCK})"
 )
 
 

@@ -75,6 +75,15 @@ Refine = Annotated[
         show_default=False,
     ),
 ]
+Rows = Annotated[
+    bool | None,
+    typer.Option(
+        "--rows/--no-rows",
+        help="Let linears mix widths by rows: outputs that matter more get more bits.",
+        rich_help_panel=RECIPE,
+        show_default=False,
+    ),
+]
 Predict = Annotated[
     str | None,
     typer.Option(
@@ -123,6 +132,7 @@ def compress(
     seqlen: Seqlen = None,
     windows: Windows = None,
     seed: Seed = None,
+    rows: Rows = None,
     refine: Refine = None,
     engine: Engine = "quantlib",
     floor: Floor = None,
@@ -156,6 +166,7 @@ def compress(
     asked |= {"preset": preset, "fast": fast, "schemes": schemes, "method": scheme}
     asked |= {"rotation": rotation, "kv": kv, "nonlinear": nonlinear, "refine": refine}
     asked |= {"weighting": weighting, "keep": keep, "latency": latency, "activations": activations}
+    asked |= {"rows": rows}
     fields = recipe_fields(recipe, **asked)
     rules: dict[str, Any] = {"floor": floor, "ceiling": ceiling, "pin": pin, "engine": engine}
     rules |= {"component_size": component_size, "task_weights": task_weights, "balance": balance}
@@ -212,6 +223,7 @@ def measure(
     seqlen: Seqlen = None,
     windows: Windows = None,
     seed: Seed = None,
+    rows: Rows = None,
     engine: Engine = "quantlib",
     predict: Predict = None,
     json: Json = False,
@@ -251,6 +263,7 @@ def measure(
         rotation=rotation,
         weighting=weighting,
         keep=keep,
+        rows=rows,
     )
     settings = recipe_for(Budget(engine=engine), **fields)
     quiet_transformers()

@@ -44,6 +44,8 @@ FLOAT_ACTIVATIONS = (
     _FP4,
 )
 """Names of the floating formats: those of the weight formats (`scheme.py`)."""
+FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+"""Elements whose codes tensor cores multiply as they are (compute capability 8.9 and later)."""
 _MX_GROUP, _FP4_GROUP = 32, 16
 _E8M0_SMALLEST = -127
 _F32_NORMAL = 2.0**-126
@@ -231,6 +233,41 @@ def quantize(x: Tensor, segments: Sequence[ActivationSegment]) -> tuple[Tensor, 
     for format, part, block in _blocks(flat, segments, codes):
         values, scale = _round(part, format)
         block.copy_(values)
+        scales.append(scale.squeeze(2))
+    return codes.view(x.shape), torch.cat(scales, dim=1).view(*x.shape[:-1], -1)
+
+
+def float8(segments: Sequence[ActivationSegment]) -> torch.dtype | None:
+    """The torch dtype that holds the codes of all segments, None unless they are floats of 8 bits
+    of one kind."""
+    kinds = {
+        FLOAT8.get(part.format.float_element) if part.format.element != INTEGER else None
+        for part in segments
+    }
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def quantize_float8(x: Tensor, segments: Sequence[ActivationSegment]) -> tuple[Tensor, Tensor]:
+    """Codes [..., K] in the dtype `float8(segments)` and scales float32 [..., G], one per entry of
+    `scale_columns`, of x [..., K]. `fake_quantize` is their product.
+
+    Raises FormatError where there is no such dtype, or the segments do not cover K.
+    """
+    dtype = float8(segments)
+    if dtype is None:
+        names = ", ".join(str(part.format) for part in segments)
+        raise FormatError(
+            f"activations in {names} have no codes of 8-bit floats: use fake_quantize"
+        )
+    flat = _tokens(x, segments)
+    codes = torch.empty(flat.shape, dtype=dtype, device=flat.device)
+    scales = [torch.empty(len(flat), 0, device=flat.device)]
+    for format, part, block in _blocks(flat, segments, codes):
+        amax = part.abs().amax(dim=-1, keepdim=True)
+        reach = torch.where(torch.isfinite(amax), amax * format.clip, torch.nan)
+        scale = _float_scale(reach, format)
+        largest = FLOATS[format.float_element].max_value
+        block.copy_(_divide(part, scale).clamp_(-largest, largest))  # to nearest, ties to even
         scales.append(scale.squeeze(2))
     return codes.view(x.shape), torch.cat(scales, dim=1).view(*x.shape[:-1], -1)
 

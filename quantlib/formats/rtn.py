@@ -32,6 +32,7 @@ from quantlib.errors import FormatError
 from quantlib.formats.elements import FLOATS, encode_float
 from quantlib.formats.groups import group_blocks
 from quantlib.formats.scheme import TENSOR, Segment, WeightFormat
+from quantlib.formats.sparse import largest_of_four
 from quantlib.formats.weight import (
     E8M0_BIAS,
     E8M0_NAN,
@@ -50,12 +51,15 @@ _F32_SMALLEST = 2.0**-149
 
 
 def quantize_rtn(weight: Tensor, segments: Sequence[Segment]) -> QuantizedWeight:
-    """Round a weight [N, K] to nearest, segment by segment. Raises FormatError on inf or nan."""
+    """Round a weight [N, K] to nearest, segment by segment; in a sparse format the two largest of
+    every four, the others are zeros. Raises FormatError on inf or nan."""
     check_segments(weight.shape, segments)
     weight = _finite(weight)  # here, so that the columns it names are the weight's
     parts = []
     for segment in segments:
         columns = weight[:, segment.start : segment.start + segment.length]
+        if segment.format.sparse:
+            columns = columns * largest_of_four(columns)
         scale, row_scale, zero = choose_scales(columns, segment.format)
         codes = encode(columns, segment.format, scale, row_scale, zero)
         parts.append(QuantizedSegment(segment, codes, scale, row_scale, zero))

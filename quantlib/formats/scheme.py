@@ -10,6 +10,8 @@ Grammar of a scheme's name (`Scheme.parse` reads it, `str(scheme)` writes it; th
     w4g64zs6        two-level scales: 6-bit scale codes and one float16 per output channel (s4..s8)
     w4g64e w8e w8te dynamic fixed point: the scale of a group, channel or tensor is a power of two,
                     one shared exponent (e8m0) over integers, with or without zero points
+    w4g128:2of4     two of every four weights of a row are zero and not stored (`sparse.py`);
+                    symmetric integers under any scales
     fp8 fp8e5m2 fp6 fp6e2m3 fp4
                     floating point per output channel (e4m3, e5m2, e3m2, e2m3, e2m1); g, t, s as
                     above
@@ -117,6 +119,7 @@ _PATTERN = re.compile(
     rf"|(?:w(?P<bits>[2-8])|(?P<fp>{_FLOAT}))"
     r"(?:g(?P<group>\d+)|(?P<tensor>t))?(?P<zero>z(?P<zero_bits>[2-8])?)?"
     r"(?:s(?P<scale>[4-8])|(?P<exponent>e))?"
+    r"(?P<sparse>:2of4)?"
 )
 _NAME = re.compile(r"(?P<weight>[^ah]+)(?:a(?P<activation>[^ah]+))?(?P<high>(?:h[^ah]+)*)")
 _HIGH = re.compile(
@@ -139,6 +142,7 @@ class WeightFormat:
     zero_bits:  bits of a stored zero point; the element's own (an integer zero point) unless said
                 otherwise. A stored code stands for `code * zero_step`, so that its range is always
                 0 .. 2^bits - 1. 0 when symmetric.
+    sparse:     two of every four neighbouring weights of a row are zero, and are not stored.
     """
 
     element: str
@@ -146,6 +150,7 @@ class WeightFormat:
     symmetric: bool = True
     scale: str = "f16"
     zero_bits: int = 0
+    sparse: bool = False
 
     def __post_init__(self) -> None:
         if self.element not in INTEGER_ELEMENTS and self.element not in FLOAT_ELEMENTS:
@@ -177,6 +182,11 @@ class WeightFormat:
                 raise FormatError(f"{self.element} is no microscaling format: write mxfp6")
         if self.scale == "e4m3" and (self.element != "e2m1" or self.group_size != 16):
             raise FormatError("e4m3 scales are for e2m1 in groups of 16: write nvfp4")
+        if self.sparse and not (self.is_integer and self.symmetric):
+            raise FormatError(
+                "what 2:4 sparsity leaves out is zero, which symmetric integers have exactly: "
+                "write for example w4g128:2of4"
+            )
 
     @property
     def bits(self) -> int:
@@ -226,7 +236,7 @@ class WeightFormat:
         if self.zero_bits not in (0, self.bits):
             zero += str(self.zero_bits)
         scale = f"s{self.scale_bits}" if self.two_level else "e" if self.shares_exponent else ""
-        return name + group + zero + scale
+        return name + group + zero + scale + (":2of4" if self.sparse else "")
 
 
 @dataclass(frozen=True, order=True)
@@ -497,14 +507,16 @@ def _weight_format(match: re.Match[str]) -> WeightFormat:
     element = f"int{match['bits']}" if match["bits"] else FLOAT_NAMES[match["fp"]]
     group = int(match["group"]) if match["group"] else TENSOR if match["tensor"] else CHANNEL
     scale = f"u{match['scale']}" if match["scale"] else "e8m0" if match["exponent"] else "f16"
-    return WeightFormat(element, group, not match["zero"], scale, int(match["zero_bits"] or 0))
+    zero_bits = int(match["zero_bits"] or 0)
+    return WeightFormat(element, group, not match["zero"], scale, zero_bits, bool(match["sparse"]))
 
 
 def _restyled(format: WeightFormat, bits: int) -> WeightFormat:
     """The format with codes of `bits` bits: groups and scales are kept, and zero points have as
-    many bits as codes, whatever they had. NVFP4 has no wider kin: fp8 and fp6 take its place."""
+    many bits as codes, whatever they had; columns that matter more are not pruned. NVFP4 has no
+    wider kin: fp8 and fp6 take its place."""
     if format.is_integer:
-        return replace(format, element=f"int{bits}", zero_bits=0)
+        return replace(format, element=f"int{bits}", zero_bits=0, sparse=False)
     if bits not in _FLOAT_OF_BITS:
         raise FormatError(f"no float stands for {bits} bits alone: give {format} columns of 8 or 6")
     if bits == format.bits:

@@ -2,7 +2,10 @@
 
 The 2:4 form that sparse tensor cores read (PTX ISA, "Sparse matrix storage"): of every four
 neighbouring columns of a row two are kept, `values`, and where they stood, `places`, two bits each,
-ascending. A weight of b bits then takes (b + 2) / 2 bits instead of b, scales aside.
+ascending. A weight of b bits then takes (b + 2) / 2 bits instead of b, scales aside. Columns that
+are missing from the last four count as zeros.
+
+This is how formats whose `sparse` is set are stored (`weight.pack`).
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from quantlib.errors import FormatError
 from quantlib.formats.packing import pack_codes, unpack_codes
@@ -43,6 +47,42 @@ class SparseCodes:
         return pack_codes(self.values, bits), pack_codes(self.places, PLACE_BITS)
 
 
+def kept_columns(columns: int) -> int:
+    """How many of so many columns are kept."""
+    return -(-columns // AMONG) * KEPT
+
+
+def largest_of_four(weight: Tensor) -> Tensor:
+    """bool [N, K]: the two largest weights of every four of each row, by magnitude; of equal ones,
+    the first."""
+    rows, columns = weight.shape
+    fours = _fours(weight.abs(), 0)
+    first = fours.argsort(dim=2, descending=True, stable=True)[..., :KEPT]
+    mask = torch.zeros(fours.shape, dtype=torch.bool, device=weight.device)
+    return mask.scatter_(2, first, True).view(rows, -1)[:, :columns]
+
+
+def kept_of(codes: Tensor, zero: int) -> SparseCodes | None:
+    """Codes uint8 [N, K] less those that are `zero`, None where more than two of any four are not.
+
+    Zeros fill up fours that have fewer others, the first ones: so the same codes are always kept.
+    """
+    rows = codes.shape[0]
+    fours = _fours(codes, zero)
+    used = fours != zero
+    spare = KEPT - used.sum(2, keepdim=True, dtype=torch.int8)
+    if bool((spare < 0).any()):
+        return None
+    mask = used | (~used & ((~used).cumsum(2, dtype=torch.int8) <= spare))
+    return compress(fours.reshape(rows, -1), mask.view(rows, -1))
+
+
+def _fours(matrix: Tensor, zero: int) -> Tensor:
+    """A matrix [N, K] as [N, fours, 4], the last one filled up."""
+    padded = functional.pad(matrix, (0, -matrix.shape[1] % AMONG), value=zero)
+    return padded.view(matrix.shape[0], -1, AMONG)
+
+
 def compress(codes: Tensor, mask: Tensor) -> SparseCodes:
     """Keep of codes uint8 [N, K] those where `mask` (bool [N, K]) is true.
 
@@ -55,9 +95,10 @@ def compress(codes: Tensor, mask: Tensor) -> SparseCodes:
             f"{list(codes.shape)} and {list(mask.shape)}"
         )
     rows, columns = codes.shape
-    fours = mask.view(rows, -1, AMONG)
-    # A stable sort of "dropped" puts the kept columns first, and leaves their order.
-    places = (~fours).to(torch.uint8).argsort(dim=2, stable=True)[:, :, :KEPT]
+    is_0, is_1, is_2, is_3 = mask.view(rows, -1, AMONG).unbind(2)
+    first = torch.where(is_0, 0, torch.where(is_1, 1, 2))
+    second = torch.where(is_3, 3, torch.where(is_2, 2, 1))
+    places = torch.stack([first, second], dim=2)
     values = codes.view(rows, -1, AMONG).gather(2, places)
     kept = columns * KEPT // AMONG
     return SparseCodes(values.reshape(rows, kept), places.to(torch.uint8).reshape(rows, kept))
@@ -76,7 +117,8 @@ def expand(sparse: SparseCodes, zeros: Tensor) -> tuple[Tensor, Tensor]:
         raise FormatError(
             "the places of a sparse weight are not ascending pairs of 0 to 3: its file is damaged"
         )
-    mask = torch.zeros(rows, columns // AMONG, AMONG, dtype=torch.bool).scatter_(2, places, True)
+    mask = torch.zeros(rows, columns // AMONG, AMONG, dtype=torch.bool, device=places.device)
+    mask.scatter_(2, places, True)
     codes = zeros.expand(rows, columns).contiguous().view(rows, -1, AMONG)
     codes = codes.scatter(2, places, sparse.values.view(rows, -1, KEPT))
     return codes.view(rows, columns), mask.view(rows, columns)
@@ -87,7 +129,7 @@ def unpack(values: Tensor, places: Tensor, bits: int, columns: int) -> SparseCod
 
     Raises FormatError when there are not as many words as these fill.
     """
-    kept = columns * KEPT // AMONG
+    kept = kept_columns(columns)
     return SparseCodes(unpack_codes(values, bits, kept), unpack_codes(places, PLACE_BITS, kept))
 
 

@@ -16,7 +16,9 @@ and one group):
 A scale of zero (f16, u4..u8, e4m3) stands for a group whose weights are all zero and for nothing
 else. `zero` is uint8 [N, G], for asymmetric integers only: codes below 2^zero_bits that stand for
 `code * zero_step` (a step of 1 unless the format names other bits). Symmetric integers have the
-constant zero point 2^(bits-1), which is not stored.
+constant zero point 2^(bits-1), which is not stored. A sparse format (`WeightFormat.sparse`) has at
+most two codes that are not that zero among every four columns of a row; two are stored, and their
+places (`sparse.py`).
 
 A stack of expert matrices [E, N, K] is the matrix [E*N, K]: callers reshape it before and after,
 and a row never knows which expert it belongs to. Only per-tensor scales (`t`, nvfp4's row_scale)
@@ -32,6 +34,7 @@ import torch
 from torch import Tensor
 
 from quantlib.errors import FormatError
+from quantlib.formats import sparse
 from quantlib.formats.elements import FLOATS, decode_float
 from quantlib.formats.groups import group_blocks
 from quantlib.formats.packing import (
@@ -51,6 +54,7 @@ E8M0_NAN = 255
 _E4M3_LARGEST = 0x7E
 
 PACKED, SCALE, ROW_SCALE, ZERO_POINT = "_packed", "_scale", "_row_scale", "_zero_point"
+PLACES = "_places"
 """Suffixes of the stored tensors, appended to the weight's name: `X.weight` + `_packed` is
 `X.weight_packed`."""
 ORDER = "_order"
@@ -187,7 +191,8 @@ def packed_layout(shape: Sequence[int], segments: Sequence[Segment]) -> TensorLa
     Codes of integers are int32 [N, ceil(length*bits/32)]; of floats uint8 [N, ceil(length*bits/8)],
     the same stream. Two-level scale codes are uint8 [N, ceil(G*scale_bits/8)], one stream per row;
     zero points are int32 [ceil(N*zero_bits/32), G], packed along N (TENSOR: one row and one group,
-    so [1, 1]).
+    so [1, 1]). Sparse formats have half the codes, and their places: int32
+    [N, ceil(length/2*2/32)].
     """
     check_segments(shape, segments)
     rows = shape[0]
@@ -195,9 +200,13 @@ def packed_layout(shape: Sequence[int], segments: Sequence[Segment]) -> TensorLa
     for index, segment in enumerate(segments):
         format, tail = segment.format, _tail(index)
         if format.is_integer:
-            layout[PACKED + tail] = torch.int32, (rows, packed_words(segment.length, format.bits))
+            stored = sparse.kept_columns(segment.length) if format.sparse else segment.length
+            layout[PACKED + tail] = torch.int32, (rows, packed_words(stored, format.bits))
         else:
             layout[PACKED + tail] = torch.uint8, (rows, packed_bytes(segment.length, format.bits))
+        if format.sparse:
+            kept = sparse.kept_columns(segment.length)
+            layout[PLACES + tail] = torch.int32, (rows, packed_words(kept, sparse.PLACE_BITS))
         scale_dtype, (scale_rows, groups) = _scale_form(rows, segment)
         width = packed_bytes(groups, format.scale_bits) if format.two_level else groups
         layout[SCALE + tail] = scale_dtype, (scale_rows, width)
@@ -211,12 +220,19 @@ def packed_layout(shape: Sequence[int], segments: Sequence[Segment]) -> TensorLa
 
 
 def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, by suffix, as `packed_layout` describes them."""
+    """The tensors of a checkpoint, by suffix, as `packed_layout` describes them.
+
+    Raises FormatError when a weight in a sparse format has more than two codes of four to store.
+    """
     tensors: dict[str, Tensor] = {}
     for index, part in enumerate(weight.segments):
         format, tail = part.segment.format, _tail(index)
-        pack_element = pack_codes if format.is_integer else pack_bits
-        tensors[PACKED + tail] = pack_element(part.codes, format.bits)
+        if format.sparse:
+            values, places = _kept(part).packed(format.bits)
+            tensors |= {PACKED + tail: values, PLACES + tail: places}
+        else:
+            pack_element = pack_codes if format.is_integer else pack_bits
+            tensors[PACKED + tail] = pack_element(part.codes, format.bits)
         scale = part.scale.contiguous()
         tensors[SCALE + tail] = pack_bits(scale, format.scale_bits) if format.two_level else scale
         if part.row_scale is not None:
@@ -254,8 +270,11 @@ def _unpack_segment(
     tensors: Mapping[str, Tensor], index: int, segment: Segment, rows: int
 ) -> QuantizedSegment:
     format, tail = segment.format, _tail(index)
-    unpack_element = unpack_codes if format.is_integer else unpack_bits
-    codes = unpack_element(tensors[PACKED + tail], format.bits, segment.length)
+    if format.sparse:
+        codes = _unpack_kept(tensors[PACKED + tail], tensors[PLACES + tail], segment)
+    else:
+        unpack_element = unpack_codes if format.is_integer else unpack_bits
+        codes = unpack_element(tensors[PACKED + tail], format.bits, segment.length)
     scale = tensors[SCALE + tail]
     scale_rows, groups = _scale_form(rows, segment)[1]
     if format.two_level:
@@ -264,6 +283,24 @@ def _unpack_segment(
     if not format.symmetric:
         zero = unpack_zeros(tensors[ZERO_POINT + tail], format.zero_bits, scale_rows)
     return QuantizedSegment(segment, codes, scale, tensors.get(ROW_SCALE + tail), zero)
+
+
+def _kept(part: QuantizedSegment) -> sparse.SparseCodes:
+    kept = sparse.kept_of(part.codes, 1 << (part.segment.format.bits - 1))
+    if kept is None:
+        raise FormatError(
+            f"a weight in {part.segment.format} has three or four numbers that are not zero among "
+            "four columns: prune it first (`rounding.round_sparse`)"
+        )
+    return kept
+
+
+def _unpack_kept(values: Tensor, places: Tensor, segment: Segment) -> Tensor:
+    """Codes uint8 [N, length] of a sparse segment, with the zeros that are not stored."""
+    bits = segment.format.bits
+    zero = torch.tensor(1 << (bits - 1), dtype=torch.uint8, device=values.device)
+    codes, _ = sparse.expand(sparse.unpack(values, places, bits, segment.length), zero)
+    return codes[:, : segment.length].contiguous()
 
 
 def _check_values(part: QuantizedSegment) -> None:

@@ -268,7 +268,7 @@ def _claim_kept(claims: Claims, rule: KeptRule) -> None:
             "the model is not what its model_type says."
         )
     for name in matches:
-        claims.keep(claims.take(name, rule.pattern), rule.reason, rule.component)
+        claims.keep(claims.take(name, rule.pattern), rule.why, rule.component)
 
 
 def _claim_allowed(

@@ -59,6 +59,14 @@ class GroupRule:
     inner: bool = False
 
 
+EXPLAINED = {
+    "bias": "one number for each output, added to it and multiplied with nothing",
+    "normalisation": "one number for each channel, and its error is in all that follows",
+    "class token": "one row that is read with every picture",
+}
+"""What tables call by a word, and why that is a reason to keep it."""
+
+
 @dataclass(frozen=True)
 class KeptRule:
     """Parameters left in the source's precision: an fnmatch `pattern` of their names, and why."""
@@ -67,6 +75,12 @@ class KeptRule:
     reason: str
     component: str = LANGUAGE_MODEL
     optional: bool = False
+
+    @property
+    def why(self) -> str:
+        """The reason as a sentence that needs no table."""
+        known = EXPLAINED.get(self.reason)
+        return self.reason if known is None else f"{self.reason}: {known}"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from quantlib.checkpoint.tensorfile import LazyTensor
 from quantlib.checkpoint.writer import PLAN_FILE, source_files, write_checkpoint
 from quantlib.errors import CheckpointError, UsageError
 from quantlib.evaluation.language import LanguageResult
-from quantlib.formats.scheme import KEPT, Scheme
+from quantlib.formats.scheme import Scheme
 from quantlib.formats.weight import ORDER
 from quantlib.models.headers import TORCH_DTYPES
 from quantlib.models.modelmap import ModelMap
@@ -33,10 +33,10 @@ from quantlib.pipeline.modalities import cache_formats, cache_scales, integer_op
 from quantlib.pipeline.predict import KIND
 from quantlib.pipeline.reround import reround
 from quantlib.pipeline.rotate import online_rotation
+from quantlib.pipeline.row_blocks import keep_mixtures
 from quantlib.pipeline.run import Run
+from quantlib.search.left import keeping_left
 from quantlib.search.plan import Plan
-
-LEFT = "left by the plan: what rounding it would save wins less elsewhere than it costs here"
 
 
 @dataclass(frozen=True)
@@ -79,17 +79,17 @@ def apply(
             "re-rounding runs the blocks of a language model one by one, and this model is run as "
             "a whole: leave out --refine"
         )
-    _check_refinable(plan, refine)
+    _check_refinable(plan, refine, run.recipe.learning)
     keys = plan_keys(run, plan.schemes)
     if KIND in plan.provenance:
         measure_plan(run, plan.schemes)
+    keep_mixtures(run, plan.schemes)
     _require_entries(run, plan, keys)
     refinement = None
     if refine:
         better, refinement = _refined(run, plan)
         keys |= better
-    left = [name for name, scheme in plan.schemes.items() if scheme in KEPT]
-    model_map = run.model_map.keeping_weights(left, LEFT)
+    model_map = keeping_left(run.model_map, plan)
     packed = {weight.name: plan.schemes[weight.name] for weight in model_map.weights}
     keys = {name: keys[name] for name in packed}
     small = source_files(run.source.path)
@@ -118,13 +118,20 @@ def apply(
     return path, refinement
 
 
-def _check_refinable(plan: Plan, refine: bool) -> None:
-    """Raise UsageError where weights are to be rounded again that have factors beside them."""
+def _check_refinable(plan: Plan, refine: bool, learning: int) -> None:
+    """Raise UsageError where weights are to be rounded again that have factors beside them, or
+    whose codes are to be learned and are in blocks of rows."""
     factored = [n for n, s in plan.schemes.items() if Scheme.parse(s).low_rank is not None]
     if refine and factored:
         raise UsageError(
             f"re-rounding works on weights of one matrix, and {factored[0]} has factors beside it "
             f"({plan.schemes[factored[0]]}): leave out --refine"
+        )
+    blocked = [n for n, s in plan.schemes.items() if Scheme.parse(s).rows]
+    if refine and learning and blocked:
+        raise UsageError(
+            f"learned rounding works on weights of one matrix, and {blocked[0]} is in blocks of "
+            "rows: set learning to 0, or leave out --refine"
         )
 
 

@@ -12,18 +12,20 @@ import torch
 from torch import Tensor
 
 from quantlib.formats.activation import ActivationSegment, with_clips
+from quantlib.formats.composite import StoredWeight, dequantize_stored
 from quantlib.formats.scheme import Scheme
-from quantlib.formats.weight import QuantizedWeight, dequantize, unpack
+from quantlib.formats.weight import QuantizedWeight
 from quantlib.models.rows import LinearGroup
 from quantlib.pipeline.calibrate import group_statistics
-from quantlib.pipeline.measure import entry_key
 from quantlib.pipeline.planned_block import PlannedBlock
+from quantlib.pipeline.row_blocks import stored_weight
 from quantlib.pipeline.run import Run
-from quantlib.rounding import RoundingOptions, round_group
+from quantlib.rounding import RoundingOptions, round_members
 from quantlib.rounding.asymmetric import least_squares_targets
 from quantlib.rounding.clips import choose_clips
 from quantlib.rounding.learned import LearningOptions, learn
 from quantlib.rounding.objective import OutputMetric
+from quantlib.rounding.rows import block_of_rows
 
 TOKEN_POWER = 0.5
 """Moments and learning weigh tokens by the root of their Fisher weight: by the weight itself a few
@@ -36,7 +38,8 @@ CLIP_TOKENS = 2048
 class BlockRounding:
     """The rounding of one block in progress.
 
-    weights: name -> what it is rounded to by now; the bank's entries at first.
+    weights: name -> what it is rounded to by now; the bank's entries at first. Rows that are in
+             blocks stay in them.
     losses:  mean loss on the windows that judge, with the bank's entries and with `weights`.
     kept:    groups whose re-rounding was better than what the bank has.
     step:    the step of learning that `weights` are from; 0: none.
@@ -44,7 +47,7 @@ class BlockRounding:
 
     def __init__(self, run: Run, block: PlannedBlock, schemes: Mapping[str, str]) -> None:
         self.run, self.block, self.schemes = run, block, schemes
-        self.weights = {name: self._bank_entry(name) for name in block.originals}
+        self.weights = {name: stored_weight(run, name, schemes[name]) for name in block.originals}
         self.targets = {name: self.packed(name, w) for name, w in block.originals.items()}
         block.observe()
         block.metric = self._metric()
@@ -53,7 +56,7 @@ class BlockRounding:
         self.kept: list[str] = []
         self.step = 0
 
-    def finish(self) -> dict[str, QuantizedWeight]:
+    def finish(self) -> dict[str, StoredWeight]:
         """Choose clips, re-round every group, learn; returns the block's weights."""
         for group in self.block.groups:
             self._clip(group)
@@ -61,9 +64,10 @@ class BlockRounding:
         self._learn()
         return self.weights
 
-    def dense(self, weights: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
+    def dense(self, weights: Mapping[str, StoredWeight]) -> dict[str, Tensor]:
         """Dequantized, with columns in the order of the model's inputs."""
-        return {name: self.unpacked(name, dequantize(weight)) for name, weight in weights.items()}
+        values = {name: dequantize_stored(weight) for name, weight in weights.items()}
+        return {name: self.unpacked(name, value) for name, value in values.items()}
 
     def unpacked(self, name: str, value: Tensor) -> Tensor:
         """Columns [N, K] from the order of packing to that of the model's inputs."""
@@ -74,14 +78,6 @@ class BlockRounding:
         """Columns [N, K] from the order of the model's inputs to that of packing."""
         order = self.run.orders.get(name)
         return value if order is None else value[:, order]
-
-    def _bank_entry(self, name: str) -> QuantizedWeight:
-        weight = self.run.model_map.weight(name)
-        segments = Scheme.parse(self.schemes[name]).segments(weight.in_features)
-        shape = (weight.out_features, weight.in_features)
-        return unpack(
-            self.run.bank.get(entry_key(self.run, name, self.schemes[name])), shape, segments
-        )
 
     def _metric(self) -> OutputMetric:
         """By the gradients at the last linear that writes to the stream, which are the block's own;
@@ -156,12 +152,9 @@ class BlockRounding:
         order = self.run.orders.get(group.members[0])
         own = hessian if order is None else hessian[order][:, order]
         moved = {name: self.packed(name, target.weight) for name, target in targets.items()}
-        rounded: dict[str, QuantizedWeight] = {}
-        for scheme in dict.fromkeys(self.schemes[name] for name in moved):
-            alike = {n: weight for n, weight in moved.items() if self.schemes[n] == scheme}
-            layout = Scheme.parse(scheme).segments(len(own))
-            found = round_group(alike, own, [layout], options)
-            rounded |= {name: found[name, 0] for name in alike}
+        schemes = {name: Scheme.parse(self.schemes[name]) for name in moved}
+        blocks = {name: block_of_rows(self.weights[name]) for name in moved}
+        rounded = round_members(moved, own, schemes, blocks, options)
         loss = float(block.judge(self.dense({**self.weights, **rounded})).mean())
         if loss < self.losses[1]:
             self.weights |= rounded
@@ -175,8 +168,9 @@ class BlockRounding:
         if recipe.learning == 0:
             return
         options = LearningOptions(recipe.learning, seed=recipe.seed)
-        found = learn(self.weights, self.targets, _Learning(self), options)
-        self.weights, self.step = found.weights, found.step
+        single = {n: w for n, w in self.weights.items() if isinstance(w, QuantizedWeight)}
+        found = learn(single, self.targets, _Learning(self), options)
+        self.weights, self.step = dict(found.weights), found.step
         self.losses = (self.losses[0], float(found.losses.mean()))
 
 

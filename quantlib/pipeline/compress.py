@@ -26,6 +26,7 @@ from quantlib.pipeline.predict import check as check_prediction
 from quantlib.pipeline.predict import predicted_table
 from quantlib.pipeline.probe import probe
 from quantlib.pipeline.rotate import rotated
+from quantlib.pipeline.row_blocks import with_row_blocks
 from quantlib.pipeline.run import Progress, Run
 from quantlib.pipeline.status import already_there
 from quantlib.pipeline.swap import swap
@@ -104,6 +105,8 @@ def measured_table(run: Run, predict: str | None = None) -> Sensitivity:
     run.extra_bytes += stored_bytes(cache_scales(run))
     if predict is None:
         table = measure(run)
+        if run.recipe.rows:
+            table = with_row_blocks(run, table)
         table = probe(run, table, allocation_problem(run.model_map, table, Budget()))
     else:
         table = predicted_table(run, predict)
@@ -222,6 +225,11 @@ def recipe_for(budget: Budget, **fields: Any) -> Recipe:
     if budget.fuses and fields.get("schemes") is None:
         fields["schemes"] = FUSED_SCHEMES
     recipe = Recipe.create(**fields)
+    if budget.fuses and recipe.rows:
+        raise UsageError(
+            f"{budget.engine} runs linears of one matrix, and rows puts them in several: leave out "
+            "--rows or --engine"
+        )
     pinned = [Scheme.parse(rule.value) for rule in budget.rules() if rule.kind == "pin"]
     missing = [str(s) for s in pinned if s.weight and str(s) not in recipe.schemes]
     if not missing:

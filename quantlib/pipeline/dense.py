@@ -21,11 +21,12 @@ from quantlib.errors import CheckpointError
 from quantlib.evaluation.estimate import Estimate
 from quantlib.evaluation.language import LanguageResult, evaluate_language
 from quantlib.evaluation.reference import reference_logprobs
-from quantlib.formats.composite import dequantize_stored, unpack_stored
-from quantlib.formats.scheme import KEPT, Scheme
+from quantlib.formats.composite import dequantize_stored
+from quantlib.formats.scheme import KEPT
 from quantlib.models import skeleton
 from quantlib.pipeline.inputs import RoundedInputs, bank_clips, round_cache
 from quantlib.pipeline.measure import entry_key
+from quantlib.pipeline.row_blocks import stored_weight
 from quantlib.pipeline.run import Run
 
 KIND = "trial"
@@ -50,7 +51,8 @@ class DensePlan:
             if self.loaded.get(name) != key:
                 parameters[name].copy_(bank_weight(self.run, name, schemes[name], key))
                 self.loaded[name] = key
-                self.inputs.set(name, schemes[name], bank_clips(self.run, key))
+                clips = bank_clips(self.run, key) if self.run.bank.has(key) else ()  # a mixture
+                self.inputs.set(name, schemes[name], clips)
 
 
 class DenseTrial(DensePlan):
@@ -125,13 +127,9 @@ def plan_keys(
 def bank_weight(run: Run, name: str, scheme: str, key: str | None = None) -> Tensor:
     """A weight as the bank holds it, dequantized to float32 in the shape of its parameter, its
     columns in the order of its inputs; one that stays as it is, as the source has it."""
-    weight = run.model_map.weight(name)
     if scheme in KEPT:
         return run.source.read(name).float()
-    shape = (weight.parameters // weight.in_features, weight.in_features)
-    tensors = run.bank.get(key or entry_key(run, name, scheme))
-    packed = unpack_stored(tensors, shape, Scheme.parse(scheme))
-    value, order = dequantize_stored(packed), run.orders.get(name)
+    value, order = dequantize_stored(stored_weight(run, name, scheme, key)), run.orders.get(name)
     if order is not None:
         value = value[:, torch.argsort(order)]
-    return weight.tensor(value)
+    return run.model_map.weight(name).tensor(value)

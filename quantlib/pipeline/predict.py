@@ -98,6 +98,8 @@ def check(run: Run, method: str) -> None:
         reason = f"{method} predicts what weights lose, and some candidates round inputs too"
     elif any(scheme.is_composite for scheme in candidates):
         reason = "some candidates are several matrices, and their rows are not independent"
+    elif run.recipe.rows:
+        reason = "mixtures of rows are put together from what was measured of every row"
     elif method != "rows" and any(scheme.wide for scheme in candidates):
         reason = f"{method} predicts uniform formats, and some candidates have wider columns"
     else:

@@ -7,8 +7,8 @@ solver's own plans at budgets spread evenly, in bits, from near the smallest pos
 losses vanish: the plans people ask for lie between them.
 
 Of a model of several parts, losses of some parts are predicted further off than those of others. A
-few more plans, each of which rounds one component, say how far; the table's losses are multiplied
-by what they say (`search.factors`) before probes are drawn from it.
+few more plans, each of which rounds one part, say how far; the table's losses are multiplied by
+what they say (`search.factors`) before probes are drawn from it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from quantlib.pipeline.plan import TASK, Budget, allocation_problem
 from quantlib.pipeline.run import Run
 from quantlib.pipeline.task_trials import TaskTrials
 from quantlib.search.calibrate import Calibration
-from quantlib.search.factors import Trial, fit_factors, plans_alone
+from quantlib.search.factors import Trial, fit_factors, part_of, plans_alone
 from quantlib.search.problem import Problem
 from quantlib.search.sensitivity import Sensitivity
 from quantlib.search.solve import Solver
@@ -35,7 +35,7 @@ PROBE_RANGE = (0.06, 0.80)
 """Budgets of the probes as fractions of the way from the smallest plan to the best one. Below,
 losses grow too fast to describe plans anyone wants; above, they are lost in the noise."""
 FACTORS_FILE = "factors.json"
-"""Task -> component -> what the losses of its weights were multiplied with."""
+"""Task -> part (`search.factors`) -> what the losses of its weights were multiplied with."""
 LEAST_SHARE = 0.02
 """Components with a smaller share of the parameters that are quantized are not tried alone: it is
 cheap to give them their best."""
@@ -70,7 +70,7 @@ def large_components(model_map: ModelMap) -> dict[str, str]:
 def _corrected(
     run: Run, table: Sensitivity, trials: TaskTrials, plans: Sequence[Mapping[str, str]]
 ) -> Sensitivity:
-    """The table with every component's losses multiplied by its factor, task by task."""
+    """The table with the losses of every part multiplied by its factor, task by task."""
     component_of = {weight.name: weight.component for weight in run.model_map.weights}
     if len(set(component_of.values())) < 2:
         return table
@@ -87,13 +87,10 @@ def _corrected(
     atomic_write_json(run.work.path / FACTORS_FILE, factors)
     for task, found in factors.items():
         if found:
-            said = ", ".join(f"{name} {factor:.2f}" for name, factor in found.items())
-            run.progress.say(f"predicted losses of {task} are multiplied by components: {said}")
+            said = "; ".join(f"{name} {factor:.2f}" for name, factor in found.items())
+            run.progress.say(f"predicted losses of {task} are multiplied by parts: {said}")
     corrected = table.corrected(
-        {
-            weight: {task: found.get(component, 1.0) for task, found in factors.items()}
-            for weight, component in component_of.items()
-        }
+        lambda weight, scheme, task: factors[task].get(part_of(component_of[weight], scheme), 1.0)
     )
     return replace(corrected, provenance={**table.provenance, "factors": digest(factors)})
 
@@ -101,11 +98,11 @@ def _corrected(
 def _sums(
     table: Sensitivity, plan: Mapping[str, str], task: str, component_of: Mapping[str, str]
 ) -> dict[str, float]:
-    """Component -> sum of the predicted losses of its weights in a plan."""
+    """Part -> sum of the predicted losses of its weights in a plan."""
     found: dict[str, float] = {}
     for name, scheme in plan.items():
-        component = component_of[name]
-        found[component] = found.get(component, 0.0) + table.entry(name, scheme).loss[task]
+        part = part_of(component_of[name], scheme)
+        found[part] = found.get(part, 0.0) + table.entry(name, scheme).loss[task]
     return found
 
 

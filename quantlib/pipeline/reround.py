@@ -30,8 +30,8 @@ from quantlib.calibration.stream import BlockStream
 from quantlib.checkpoint.bank import LayerBank
 from quantlib.checkpoint.provenance import digest
 from quantlib.checkpoint.surroundings import CacheSettings
+from quantlib.formats.composite import pack_stored
 from quantlib.formats.scheme import Scheme
-from quantlib.formats.weight import pack
 from quantlib.models.rows import LinearGroup
 from quantlib.pipeline.block_rounding import BlockRounding
 from quantlib.pipeline.calibrate import WorkDirStore
@@ -183,7 +183,9 @@ def _reround_block(
     with run.bank.batch() as batch:
         for member, weight in kept.items():
             kept_beside = extra | clip_names(work.clips(member))
-            batch.put(member, schemes[member], inputs, pack(weight), kept_beside, outcome.seconds)
+            batch.put(
+                member, schemes[member], inputs, pack_stored(weight), kept_beside, outcome.seconds
+            )
     return left, outcome
 
 

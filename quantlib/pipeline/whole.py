@@ -108,6 +108,7 @@ def check_whole(recipe: Recipe) -> None:
         "swaps": recipe.swaps > 0,
         "scores without gradients": not recipe.gradients,
         "a KV cache of mean bits": recipe.kv_bits is not None,
+        "mixing the rows of linears (rows)": recipe.rows,
     }
     wrong = [what for what, is_asked in asked.items() if is_asked]
     if wrong:

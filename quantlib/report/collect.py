@@ -28,6 +28,7 @@ from quantlib.report.data import (
 from quantlib.report.task_rows import component_rows, kept_rows, minimised, scales_of, task_rows
 from quantlib.search.calibrate import Calibration
 from quantlib.search.latency import LatencyCosts, is_latency, phase_text
+from quantlib.search.left import keeping_left
 from quantlib.search.pareto import Point, cost_front, equal_loss
 from quantlib.search.plan import Plan
 from quantlib.search.problem import Problem
@@ -141,7 +142,7 @@ def collect(
         tasks=task_rows(plan, sensitivity, suite or {}),
         balance=plan.objective.balance if plan.task == COMBINED else "",
         components=component_rows(modelmap, plan, sensitivity),
-        kept=kept_rows(modelmap),
+        kept=kept_rows(keeping_left(modelmap, plan)),
         weights=_weights(modelmap, plan, sensitivity),
         sensitivity=_sensitivity_map(plan, sensitivity),
         front=_front(front),
@@ -153,7 +154,7 @@ def collect(
         trade_offs=latency.trade_offs,
         machine=latency.machine,
         timings=tuple((timings or {}).items()),
-        facts=_facts(modelmap, plan),
+        facts=_facts(keeping_left(modelmap, plan), plan),
         provenance=tuple({"model": plan.model, **plan.provenance, **(provenance or {})}.items()),
     )
 

@@ -21,8 +21,9 @@ from quantlib.rounding.integer import (
 from quantlib.rounding.learned import Learned, LearningOptions, learn
 from quantlib.rounding.lowrank import round_low_rank
 from quantlib.rounding.objective import OutputMetric
-from quantlib.rounding.rows import round_rows
+from quantlib.rounding.rows import round_members, round_rows
 from quantlib.rounding.scales import refit_scales
+from quantlib.rounding.sparsegpt import prune, round_alone, round_sparse
 from quantlib.rounding.stack import concatenate
 
 __all__ = [
@@ -37,13 +38,16 @@ __all__ = [
     "is_batchable",
     "learn",
     "least_squares_targets",
+    "prune",
     "quantize_rtn",
     "refit_scales",
     "round_fixed",
     "round_group",
     "round_integers",
     "round_low_rank",
+    "round_members",
     "round_rows",
+    "round_sparse",
 ]
 
 
@@ -57,7 +61,7 @@ def round_group(
 
     hessian: [K, K] of the shared input; None means no data reached it, and rounds to nearest.
     Returns (name, index of the layout) -> QuantizedWeight. Layouts of integers are rounded together
-    by `round_integers`, the others one by one by `round_fixed`; each raises what they raise.
+    by `round_integers`, the others one by one by `round_alone`; each raises what they raise.
     """
     out: dict[tuple[str, int], QuantizedWeight] = {}
     if hessian is None:
@@ -70,5 +74,5 @@ def round_group(
         out |= {(name, batch[i]): weight for (name, i), weight in rounded.items()}
     for index in sorted(set(range(len(layouts))) - set(batch)):
         for name, weight in weights.items():
-            out[name, index] = round_fixed(weight, hessian, layouts[index], options.damping)
+            out[name, index] = round_alone(weight, hessian, layouts[index], options.damping)
     return out

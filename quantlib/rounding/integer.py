@@ -47,8 +47,9 @@ DEFAULTS = RoundingOptions()
 
 
 def is_batchable(format: WeightFormat) -> bool:
-    """Whether `round_integers` handles this format: integers with scales per group or channel."""
-    return format.is_integer and format.group_size != TENSOR
+    """Whether `round_integers` handles this format: integers with scales per group or channel,
+    none of them left out."""
+    return format.is_integer and format.group_size != TENSOR and not format.sparse
 
 
 def round_integers(

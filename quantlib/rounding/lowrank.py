@@ -27,7 +27,6 @@ from quantlib.formats.rtn import quantize_rtn
 from quantlib.formats.scheme import Scheme
 from quantlib.formats.weight import QuantizedWeight, dequantize
 from quantlib.rounding.canonical import canonical_factors
-from quantlib.rounding.fixed import round_fixed
 from quantlib.rounding.hessian import check_weight, damped
 from quantlib.rounding.integer import (
     DEFAULTS,
@@ -36,6 +35,7 @@ from quantlib.rounding.integer import (
     is_batchable,
     round_integers,
 )
+from quantlib.rounding.sparsegpt import round_alone
 
 STEPS = 2
 """Times that Q is rounded again; each takes some percent of the loss, and less than the one
@@ -142,7 +142,7 @@ def _rounded(
     if all(is_batchable(part.format) for part in layout):
         found = round_integers(weights, hessian, [layout], options)
         return {name: found[name, 0] for name in weights}
-    return {name: round_fixed(w, hessian, layout, options.damping) for name, w in weights.items()}
+    return {name: round_alone(w, hessian, layout, options.damping) for name, w in weights.items()}
 
 
 def _with_factors(

@@ -1,4 +1,5 @@
-"""An embedding in blocks of rows: frequent tokens wide, rare ones narrow.
+"""Weights in blocks of rows. Of an embedding: frequent tokens wide, rare ones narrow; of a linear:
+outputs that matter wide.
 
 Rows go to blocks by their price, what an error in them costs (for tokens: how often they are read
 or written). Every block is rounded under the Hessian that all rows share. A block with fewer
@@ -10,19 +11,29 @@ to the stored basis, and are rounded under the second moment that they are read 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from quantlib.errors import RoundingError
-from quantlib.formats.composite import BASIS, ROWS, CompositeWeight, Part, parts_of, rows_of_blocks
+from quantlib.formats.composite import (
+    BASIS,
+    ROWS,
+    CompositeWeight,
+    Part,
+    StoredWeight,
+    parts_of,
+    rows_of_blocks,
+)
 from quantlib.formats.rtn import quantize_rtn
-from quantlib.formats.scheme import Scheme
+from quantlib.formats.scheme import Scheme, Segment
 from quantlib.formats.several import row_counts
 from quantlib.formats.weight import QuantizedWeight, dequantize
-from quantlib.rounding.fixed import round_fixed
 from quantlib.rounding.hessian import check_weight
 from quantlib.rounding.integer import DEFAULTS, RoundingOptions, is_batchable, round_integers
 from quantlib.rounding.lowrank import Metric
+from quantlib.rounding.sparsegpt import round_alone
 
 
 def round_rows(
@@ -63,6 +74,62 @@ def round_rows(
     return CompositeWeight(scheme, shape, parts, block)
 
 
+def round_members(
+    weights: Mapping[str, Tensor],
+    hessian: Tensor,
+    schemes: Mapping[str, Scheme],
+    blocks: Mapping[str, Tensor | None],
+    options: RoundingOptions = DEFAULTS,
+) -> dict[str, StoredWeight]:
+    """The members of a group (name -> [N, K]), each in a scheme of its own: of one matrix, or of
+    blocks of rows.
+
+    hessian: [K, K] of the shared input. blocks: name -> uint8 [N], the block of every row; None
+    where there is one. Rows come out as if whole members were rounded to their formats.
+    Raises RoundingError for schemes of other kinds.
+    """
+    whole = {name: parts_of(schemes[name], (w.shape[0], w.shape[1])) for name, w in weights.items()}
+    alike: dict[tuple[Segment, ...], dict[str, Tensor]] = {}
+    for name, parts in whole.items():
+        rows = rows_of_blocks(blocks[name], len(weights[name]))
+        if len(rows) != len(parts):
+            raise RoundingError(
+                f"{name} in {schemes[name]} is not one matrix, nor {len(rows)} blocks of rows"
+            )
+        for (part, shaped), own in zip(parts.items(), rows, strict=True):
+            alike.setdefault(shaped.segments, {})[name + part] = weights[name][own]
+    rounded: dict[str, QuantizedWeight] = {}
+    for layout, pieces in alike.items():
+        if all(is_batchable(segment.format) for segment in layout):
+            found = round_integers(pieces, hessian, [layout], options)
+            rounded |= {name: found[name, 0] for name in pieces}
+        else:
+            for name, piece in pieces.items():
+                rounded[name] = round_alone(piece, hessian, layout, options.damping)
+    return {
+        name: _joined(name, schemes[name], rounded, blocks[name], whole[name]) for name in whole
+    }
+
+
+def _joined(
+    name: str,
+    scheme: Scheme,
+    rounded: Mapping[str, QuantizedWeight],
+    block: Tensor | None,
+    parts: Mapping[str, Part],
+) -> StoredWeight:
+    if not scheme.rows:
+        return rounded[name]
+    found = {part: rounded[name + part] for part in parts}
+    shape = (sum(part.shape[0] for part in parts.values()), found[f"{ROWS}0"].shape[1])
+    return CompositeWeight(scheme, shape, found, block)
+
+
+def block_of_rows(weight: StoredWeight) -> Tensor | None:
+    """The block of every row, uint8 [N]; None where all are in one."""
+    return weight.block if isinstance(weight, CompositeWeight) else None
+
+
 def assign_rows(scheme: Scheme, price: Tensor) -> Tensor:
     """The block of each row, uint8 [V]: the dearest rows are in the first; of equal ones, those
     that come first."""
@@ -79,4 +146,4 @@ def _rounded(
 ) -> QuantizedWeight:
     if all(is_batchable(segment.format) for segment in part.segments):
         return round_integers({"": weight}, hessian, [part.segments], options)["", 0]
-    return round_fixed(weight, hessian, part.segments, options.damping)
+    return round_alone(weight, hessian, part.segments, options.damping)

@@ -26,7 +26,7 @@ from quantlib.formats.weight import (
     check_segments,
     dequantize,
 )
-from quantlib.rounding.fixed import Scales, round_column, search_scales
+from quantlib.rounding.fixed import Scales, round_column, round_fixed, search_scales
 from quantlib.rounding.hessian import check_weight, damped, inverse_factor
 from quantlib.rounding.sweep import SUB_BLOCK
 
@@ -43,18 +43,25 @@ class SparseWeight:
     mask: Tensor
 
 
-def prune(weight: Tensor, hessian: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
+def prune(
+    weight: Tensor, hessian: Tensor, damping: float = 0.01, spared: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(weight float32 [N, K] with zeros, mask bool [N, K]) of `weight` under `hessian` [K, K].
 
-    Raises RoundingError on shapes that disagree, on a K that is no multiple of 4, inf or nan.
+    Of a last four with less than four columns two are kept, too. spared: bool [K], the columns
+    behind the pruned ones, which stay as they are; None: there are none. Raises RoundingError on
+    shapes that disagree, inf or nan.
     """
     factor = _factor(weight, hessian, damping)
     out = torch.zeros(weight.shape, dtype=torch.float32)
     mask = torch.zeros(weight.shape, dtype=torch.bool)
+    pruned = torch.ones(weight.shape[1], dtype=torch.bool) if spared is None else ~spared
+    mask[:, ~pruned] = True
 
     def visit(ahead: Tensor, k: int) -> Tensor:
-        if k % AMONG == 0:
-            mask[:, k : k + AMONG] = _keep(ahead[:, :AMONG], factor.diagonal()[k : k + AMONG])
+        if k % AMONG == 0 and pruned[k]:
+            end = k + int(pruned[k : k + AMONG].sum())
+            mask[:, k:end] = _keep(ahead[:, : end - k], factor.diagonal()[k:end])
         out[:, k] = ahead[:, 0] * mask[:, k]
         return out[:, k]
 
@@ -67,11 +74,16 @@ def round_sparse(
 ) -> SparseWeight:
     """Prune `weight` [N, K] under `hessian` [K, K] to 2:4 and round what stays to `segments`.
 
-    Raises what `prune` raises, and RoundingError for a format that has no zero; FormatError on
-    segments that do not cover K.
+    Where some of the formats are sparse, only their columns are pruned; otherwise all are. Raises
+    what `prune` raises, and RoundingError for a format that has no zero; FormatError on segments
+    that do not cover K.
     """
     check_segments(weight.shape, segments)
-    pruned, mask = prune(weight, hessian, damping)
+    dense = [part for part in segments if not part.format.sparse]
+    spared = torch.zeros(weight.shape[1], dtype=torch.bool)
+    for part in dense if len(dense) < len(segments) else ():
+        spared[part.start : part.start + part.length] = True
+    pruned, mask = prune(weight, hessian, damping, spared)
     factor = _factor(weight, hessian, damping)
     importance = factor.diagonal() ** -2
     parts, segment_of = [], []
@@ -95,6 +107,18 @@ def round_sparse(
     return SparseWeight(QuantizedWeight((rows, columns), tuple(parts)), mask)
 
 
+def round_alone(
+    weight: Tensor, hessian: Tensor, segments: Sequence[Segment], damping: float = 0.01
+) -> QuantizedWeight:
+    """`weight` [N, K] rounded by itself, to segments of any formats: pruned where they are sparse.
+
+    Raises what `round_sparse` and `round_fixed` raise.
+    """
+    if any(segment.format.sparse for segment in segments):
+        return round_sparse(weight, hessian, segments, damping).rounded
+    return round_fixed(weight, hessian, segments, damping)
+
+
 def _sweep(weight: Tensor, factor: Tensor, visit: Callable[[Tensor, int], Tensor]) -> None:
     """Visit all columns of a copy of `weight` [N, K] in order, and pass on what each has lost.
 
@@ -114,19 +138,14 @@ def _sweep(weight: Tensor, factor: Tensor, visit: Callable[[Tensor, int], Tensor
 
 def _factor(weight: Tensor, hessian: Tensor, damping: float) -> Tensor:
     check_weight("the weight", weight, hessian)
-    if weight.shape[1] % AMONG:
-        raise RoundingError(
-            f"2:4 sparsity needs a multiple of {AMONG} columns, and this weight has "
-            f"{weight.shape[1]}"
-        )
     return inverse_factor(damped(hessian, damping))
 
 
 def _keep(four: Tensor, diagonal: Tensor) -> Tensor:
     """bool [N, 4]: of four columns [N, 4], whose factor has `diagonal` [4], the two that cost most
-    as zeros."""
+    as zeros; or of less than four, the last ones."""
     loss = (four / diagonal).square()
-    kept = loss.topk(KEPT, dim=1).indices
+    kept = loss.topk(min(KEPT, loss.shape[1]), dim=1).indices
     return torch.zeros(loss.shape, dtype=torch.bool).scatter_(1, kept, True)
 
 

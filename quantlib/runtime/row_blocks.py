@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantlib.formats.packing import pack_zeros, unpack_zeros
 from quantlib.formats.scheme import TENSOR, Segment
-from quantlib.formats.weight import PACKED, ROW_SCALE, SCALE, ZERO_POINT
+from quantlib.formats.weight import PACKED, PLACES, ROW_SCALE, SCALE, ZERO_POINT
 
 Segments = tuple[Segment, ...]
 
@@ -27,6 +27,8 @@ def row_block(
     for index, segment in enumerate(segments):
         tail, format = (f"_{index}" if index else ""), segment.format
         block[PACKED + tail] = tensors[PACKED + tail][first : first + count]
+        if format.sparse:
+            block[PLACES + tail] = tensors[PLACES + tail][first : first + count]
         whole = format.group_size == TENSOR
         scale = tensors[SCALE + tail]
         block[SCALE + tail] = scale if whole else scale[first : first + count]
@@ -60,6 +62,8 @@ def join_row_blocks(
         tail, format = (f"_{index}" if index else ""), segment.format
         whole = format.group_size == TENSOR
         joined[PACKED + tail] = _below(blocks, PACKED + tail)
+        if format.sparse:
+            joined[PLACES + tail] = _below(blocks, PLACES + tail)
         joined[SCALE + tail] = blocks[0][SCALE + tail] if whole else _below(blocks, SCALE + tail)
         if format.two_level:
             joined[ROW_SCALE + tail] = _below(blocks, ROW_SCALE + tail)

@@ -118,7 +118,7 @@ class RotatedSource(Source):
 
 
 def _as_float32(stored: StoredParameter, change: Change | None) -> StoredParameter:
-    if change is None or change.constant is not None:
+    if change is None or isinstance(change.constant, float):
         return stored
     size = torch.Size(stored.shape).numel()
     return replace(stored, dtype="F32", nbytes=size * torch.float32.itemsize)

@@ -14,7 +14,7 @@ would change its function.)
 Per key/value head with basis B: values W <- B^T W, output projection W <- W B for the columns of
 every query head that uses it. Down projection with Hadamard matrix H before it: W <- W H, where H
 may leave the last columns alone. The channels of a hidden layer can be put in any order: rows of
-gate and up, columns of down.
+gate and up, columns of down. Means of inputs can be moved into biases (`means.py`).
 
 All sums are in float64, results in float32.
 """
@@ -63,17 +63,22 @@ class Change:
     """How one parameter is computed from the original ones. Axes are those of a weight [N, K]; a
     bias has N only, and a table of vectors [rows, K] has only inputs.
 
-    constant: it becomes this, the rest does not matter (parameters of folded norms).
-    gain:     the norm whose gain multiplies the columns.
+    constant: it becomes this, the rest does not matter (parameters of folded norms): a number, or
+              a vector float64 [N].
+    gain:     the norm whose gain multiplies the columns; of a bias, the mean in `added`.
     shift:    of a bias: (the weight, the norm bias) whose product is added.
+    added:    of a bias: (the weight, a mean of its input, float64 [K]) whose product is added.
+    taken:    of a bias: float64, taken from its last numbers.
     columns:  int64 [K], the order they are put in before a basis.
     inputs:   basis along K. outputs: basis along N.
     rows:     int64 [N], the order they are put in; not together with `outputs`.
     """
 
-    constant: float | None = None
+    constant: float | Tensor | None = None
     gain: Norm | None = None
     shift: tuple[str, str] | None = None
+    added: tuple[str, Tensor] | None = None
+    taken: Tensor | None = None
     columns: Tensor | None = None
     inputs: Basis | None = None
     outputs: Basis | None = None
@@ -117,12 +122,15 @@ def changes(wiring: Wiring, rotation: Rotation) -> dict[str, Change]:
         basis = rotation.basis(stream.name)
         if rotation.folds(stream.name):
             for norm in stream.norms:
+                mean = rotation.means.get(norm.name)
                 note(norm.weight, constant=0.0 if norm.kind == RMS_PLUS_ONE else 1.0)
-                note(norm.bias, constant=0.0)
+                note(norm.bias, constant=0.0 if mean is None else -_turned_mean(mean, basis))
                 for reader in norm.readers:
                     note(reader.weight, gain=norm, inputs=basis)
                     if norm.bias is not None:
                         note(reader.bias, shift=(reader.weight, norm.bias))
+                    if mean is not None:
+                        note(reader.bias, gain=norm, added=(reader.weight, mean))
         if basis is not None:
             into = written(stream, basis)
             for writer in stream.writers:
@@ -136,6 +144,12 @@ def changes(wiring: Wiring, rotation: Rotation) -> dict[str, Change]:
             note(attention.values.weight, outputs=Heads(bases))
             note(attention.values.bias, outputs=Heads(bases))
             note(attention.output.weight, inputs=Heads(_per_query_head(attention, bases)))
+        mean = rotation.means.get(attention.output.weight)
+        if mean is not None:
+            output = attention.output
+            note(attention.values.bias, taken=mean.flatten())
+            read = _per_query_head(attention, mean).flatten()
+            note(output.bias, added=(output.weight, read))
     for site in wiring.hiddens:
         order, blocks = rotation.hidden_order.get(site.name), hidden_blocks(site, rotation)
         if order is not None:
@@ -146,7 +160,13 @@ def changes(wiring: Wiring, rotation: Rotation) -> dict[str, Change]:
                 note(writer.bias, rows=rows)
         if blocks is not None:
             note(site.down.weight, inputs=blocks)
+        if site.down.weight in rotation.means:
+            note(site.down.bias, added=(site.down.weight, rotation.means[site.down.weight]))
     return found
+
+
+def _turned_mean(mean: Tensor, basis: Tensor | None) -> Tensor:
+    return mean.double() if basis is None else turn(mean.double(), basis)
 
 
 def hidden_blocks(site: Hidden, rotation: Rotation) -> Blocks | None:
@@ -156,7 +176,7 @@ def hidden_blocks(site: Hidden, rotation: Rotation) -> Blocks | None:
 
 
 def _per_query_head(attention: Attention, bases: Tensor) -> Tensor:
-    """The bases [H, d, d] of the query heads' outputs, each its key/value head's."""
+    """What belongs to the query heads' outputs [H, ...], each its key/value head's."""
     return bases.repeat_interleave(attention.heads // attention.kv_heads, 0)
 
 
@@ -170,6 +190,8 @@ def changed(name: str, change: Change, read: Read, expert: int | None = None) ->
     that takes over a norm's, the weight as well), and in float64 one matrix where its rows are
     mixed, else a slice of it.
     """
+    if isinstance(change.constant, Tensor):
+        return change.constant.float()
     if change.constant is not None:
         return torch.full_like(read(name, None), change.constant)
     original = read(name, expert)
@@ -198,12 +220,23 @@ def _changed_bias(original: Tensor, change: Change, read: Read) -> Tensor:
     bias = original.double()
     if change.shift is not None:
         weight, norm_bias = change.shift
-        matrix, shift = read(weight, None), read(norm_bias, None).double()
-        rows = max(1, _CHUNK // shift.numel())
-        bias = bias + torch.cat([piece.double() @ shift for piece in matrix.split(rows)])
+        bias = bias + _product(read(weight, None), read(norm_bias, None).double())
+    if change.added is not None:
+        weight, mean = change.added
+        gained = mean.double() if change.gain is None else mean * folded_gain(change.gain, read)
+        bias = bias + _product(read(weight, None), gained)
+    if change.taken is not None:
+        kept = len(bias) - len(change.taken)
+        bias = torch.cat([bias[:kept], bias[kept:] - change.taken])
     if change.outputs is not None:
         bias = turn(bias, change.outputs)
     return (bias if change.rows is None else bias[change.rows]).float()
+
+
+def _product(matrix: Tensor, vector: Tensor) -> Tensor:
+    """matrix [N, K] times a float64 vector [K]."""
+    rows = max(1, _CHUNK // vector.numel())
+    return torch.cat([piece.double() @ vector for piece in matrix.split(rows)])
 
 
 def _changed_matrix(original: Tensor, change: Change, read: Read) -> Tensor:

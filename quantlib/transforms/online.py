@@ -1,6 +1,7 @@
 """What of a rotation cannot be in the weights: hooks that apply it while the model runs.
 
 - Hadamard matrices before down projections, over all their columns or the first ones.
+- Means of hidden layers, which are subtracted before that.
 - Bases of queries and keys after the rotary embedding (`attention.py`).
 - A tied embedding's table stays as it is, since the head reads it in another way: the basis is
   applied to what it puts out, and undone before the final norm, which keeps its gain.
@@ -50,10 +51,12 @@ def attach(model: PreTrainedModel, wiring: Wiring, rotation: Rotation) -> None:
         if basis is not None:
             _attach_stream(model, stream, basis)
     for site in wiring.hiddens:
-        blocks = hidden_blocks(site, rotation)
+        blocks, mean = hidden_blocks(site, rotation), rotation.hidden_mean(site)
+        module = model.get_submodule(site.module)
+        if mean is not None:
+            module.register_forward_pre_hook(Shift(-mean).first_argument)
         if blocks is None:
             continue
-        module = model.get_submodule(site.module)
         if site.inner:
             _turn_experts(module, Turn(blocks))
         else:
@@ -126,6 +129,20 @@ class Turn:
     def output(self, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
         """A forward hook."""
         return self(output)
+
+
+class Shift:
+    """Adds a vector [K], in the dtype and on the device of what it is given; hooks as `Turn`'s."""
+
+    def __init__(self, vector: Tensor) -> None:
+        self.vector = vector
+
+    def first_argument(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A forward pre-hook."""
+        x = args[0]
+        if self.vector.dtype != x.dtype or self.vector.device != x.device:
+            self.vector = self.vector.to(x)
+        return x + self.vector, *args[1:]
 
 
 class RootMeanSquare(nn.Module):

@@ -22,13 +22,16 @@ from torch import Tensor
 
 from quantlib.errors import TransformError
 from quantlib.transforms import hadamard
+from quantlib.transforms.means import check_means
 from quantlib.transforms.wiring import DECODER, ENCODER, Hidden, Wiring
 
-VERSION = 2
-_READ = (1, VERSION)
-"""Version 1 knows no order of hidden channels, and none that a Hadamard matrix leaves alone."""
+VERSION, WITH_MEANS = 2, 3
+_READ = (1, VERSION, WITH_MEANS)
+"""Version 1 knows no order of hidden channels, and none that a Hadamard matrix leaves alone; only
+rotations with means are of version 3."""
 _METADATA = "quantlib_rotation"
 _ORDER = "hidden_order."
+_MEAN = "mean."
 _ORTHOGONAL = 1e-6
 """Largest |U^T U - I| of a basis: far above float64's rounding, far below what a model notices."""
 
@@ -51,6 +54,9 @@ class Rotation:
                 belong there: a Hadamard matrix would add their energy to every other column.
     fold_norms: gains of the norms move into the linears that read them. A stream with a basis needs
                 that and does it anyway; by itself it is a change of scale between columns.
+    means:      what is taken out of linears' inputs and put into biases (`means.py`), float64 in
+                the original coordinates: norm (folded, without gain and bias) -> [D]; output
+                projection's weight -> [H_kv, d], of values; down projection's weight -> [I].
     """
 
     residual: Tensor | None = None
@@ -61,6 +67,7 @@ class Rotation:
     fold_norms: bool = False
     hidden_order: Mapping[str, Tensor] = field(default_factory=dict)
     hidden_high: Mapping[str, int] = field(default_factory=dict)
+    means: Mapping[str, Tensor] = field(default_factory=dict)
 
     def basis(self, stream: str) -> Tensor | None:
         """The basis of a residual stream, by the stream's name."""
@@ -82,6 +89,13 @@ class Rotation:
             _check_hidden(site, self.hidden.get(name, 1), self.hidden_high.get(name, 0))
             if name in self.hidden_order:
                 _check_order(site, self.hidden_order[name])
+        check_means(self.means, wiring, self.folds)
+
+    def hidden_mean(self, site: Hidden) -> Tensor | None:
+        """What is subtracted from a hidden layer while the model runs, in the order of its
+        channels there; None for nothing."""
+        mean, order = self.means.get(site.down.weight), self.hidden_order.get(site.name)
+        return mean if mean is None or order is None else mean[order]
 
     def online(self, wiring: Wiring) -> Rotation:
         """The part that `online.attach` needs beside weights that were rotated already: what a
@@ -97,6 +111,11 @@ class Rotation:
             hidden=self.hidden,
             encoder=kept.get(ENCODER),
             hidden_high=self.hidden_high,
+            means={
+                site.down.weight: mean
+                for site in wiring.hiddens
+                if (mean := self.hidden_mean(site)) is not None
+            },
         )
 
     @cached_property
@@ -110,8 +129,8 @@ class Rotation:
         return digest.hexdigest()
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(float64 bases and int64 orders by name, the rest as JSON values). `from_tensors` is the
-        inverse."""
+        """(float64 bases and means, int64 orders by name; the rest as JSON values). `from_tensors`
+        is the inverse."""
         named = {"residual": self.residual, "encoder": self.encoder}
         named |= {f"value.{name}": basis for name, basis in self.value.items()}
         named |= {f"key.{name}": basis for name, basis in self.key.items()}
@@ -122,8 +141,10 @@ class Rotation:
         }
         for name, order in self.hidden_order.items():
             tensors[_ORDER + name] = order.detach().to("cpu", torch.int64).contiguous()
+        for name, mean in self.means.items():
+            tensors[_MEAN + name] = mean.detach().to("cpu", torch.float64).contiguous()
         settings = {
-            "version": VERSION,
+            "version": WITH_MEANS if self.means else VERSION,
             "hidden": dict(sorted(self.hidden.items())),
             "hidden_high": dict(sorted(self.hidden_high.items())),
             "fold_norms": self.fold_norms,
@@ -138,7 +159,7 @@ class Rotation:
             if settings["version"] not in _READ:
                 raise TransformError(
                     f"the rotation has version {settings['version']}, this quantlib reads "
-                    f"{_READ[0]} to {VERSION}: compute it again."
+                    f"{_READ[0]} to {_READ[-1]}: compute it again."
                 )
             return Rotation(
                 residual=tensors.get("residual"),
@@ -149,6 +170,7 @@ class Rotation:
                 fold_norms=bool(settings["fold_norms"]),
                 hidden_order={n: t.to(torch.int64) for n, t in _below(_ORDER, tensors).items()},
                 hidden_high=_counts(settings["hidden_high"] if settings["version"] > 1 else {}),
+                means=_below(_MEAN, tensors),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise TransformError(

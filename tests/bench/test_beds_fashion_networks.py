@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import struct
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,7 +27,7 @@ from quantlib.bench.beds.fashion_networks import (
     varied,
 )
 from quantlib.bench.trained_search import ENTRIES, Row
-from quantlib.bench.trained_table import compared, interval, table
+from quantlib.bench.trained_table import as_hex, compared, from_hex, interval, paired, table
 from quantlib.errors import DataError
 from quantlib.pipeline.trained import Trainable
 from quantlib.search.trained.layers import Layers, Space, decisions
@@ -140,13 +142,48 @@ def test_intervals_are_students() -> None:
     assert found["half_width"] == pytest.approx(4.3027 / 3**0.5, rel=1e-4)  # a table's t, 2 degrees
 
 
-def test_differences_are_taken_within_a_seed() -> None:
+def test_answers_are_kept_to_the_picture() -> None:
+    right = torch.rand(1003, generator=torch.Generator().manual_seed(0)) < 0.8
+    assert np.array_equal(from_hex(as_hex(right), 1003), right.numpy())
+
+
+def test_differences_are_taken_within_a_seed_picture_by_picture() -> None:
+    def row(method: str, seed: int, right: list[bool]) -> dict[str, Any]:
+        answers = {"right": as_hex(torch.tensor(right)), "pictures": len(right)}
+        accuracy = sum(right) / len(right)
+        named = {"network": "n", "method": method, "seed": seed, "accuracy": accuracy}
+        return named | answers | {"bits_product": 16.0, "seconds": 1}
+
     rows = [
-        {"network": "n", "method": m, "seed": s, "accuracy": a, "bits_product": 16.0, "seconds": 1}
-        for m, s, a in (("int4", 0, 0.5), ("int4", 1, 0.7), ("fliqs", 0, 0.6), ("fliqs", 2, 0.9))
+        row("int4", 0, [True, False] * 20),
+        row("int4", 1, [True] * 40),
+        row("fliqs", 0, [True, False] * 18 + [True] * 4),
+        row("fliqs", 2, [True] * 36 + [False] * 4),
     ]
     figures = compared(rows)
     (fliqs,) = [entry for entry in figures if entry["method"] == "fliqs"]
-    assert fliqs["over_int4"]["mean"] == pytest.approx(10)
+    assert fliqs["over_int4"]["mean"] == pytest.approx(5)  # 2 of 40 pictures
+    assert fliqs["over_int4"]["half_width"] is None  # one seed has both
+    deviation = (0.05 * 0.95 * 40 / 39) ** 0.5
+    assert fliqs["over_int4"]["on_pictures"] == pytest.approx(196 * deviation / 40**0.5, rel=1e-3)
     assert "over_full" not in fliqs
-    assert "| n | fliqs | 16.00 | 75.00" in table(figures)
+    assert "| n | fliqs | 16.00 | 72.50 ±" in table(figures)
+
+
+@pytest.mark.parametrize(
+    ("by_seed", "by_picture", "noise"), [(0.0, 0.0, 1.0), (0.5, 0.0, 0.2), (0.0, 2.0, 0.2)]
+)
+def test_intervals_hold_what_they_say(by_seed: float, by_picture: float, noise: float) -> None:
+    """Of 400 repetitions 95 % contain the truth, 0, whatever varies; more where nothing but noise
+    does, as the interval is never shorter than that over pictures alone."""
+    generator = np.random.default_rng(0)
+    inside = 0
+    for _ in range(400):
+        differences = by_seed * generator.standard_normal((4, 1))
+        differences = differences + by_picture * generator.standard_normal((1, 50))
+        differences = differences + noise * generator.standard_normal((4, 50))
+        found = paired(differences)
+        assert found["mean"] is not None
+        assert found["half_width"] is not None
+        inside += abs(found["mean"]) <= found["half_width"]
+    assert 0.925 * 400 <= inside < 400  # 95 % less 2.3 standard errors; intervals end somewhere

@@ -32,15 +32,3 @@ def test_a_peer_that_raises_is_named_with_its_reason():
     rows = gpu._of_peer("marlin", broken, torch.zeros(4, 64), (1,), missing)
     assert rows == []
     assert missing == {"marlin, 4x64": "ImportError: no module named vllm"}
-
-
-def test_two_of_every_four_are_pruned():
-    dense = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).half()
-    pruned = gpu._pruned(dense)
-    kept = pruned != 0
-    assert torch.equal(pruned[kept], dense[kept])
-    assert (kept.unflatten(1, (16, 4)).sum(2) == 2).all()
-    fours = dense.abs().unflatten(1, (16, 4))
-    smallest_kept = torch.where(kept.unflatten(1, (16, 4)), fours, torch.inf).amin(2)
-    largest_dropped = torch.where(kept.unflatten(1, (16, 4)), 0, fours).amax(2)
-    assert (smallest_kept >= largest_dropped).all()

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from quantlib.bench import graph_depths
 from quantlib.bench.graph_checkpoint import OTHERS
+from quantlib.bench.graph_depths import LEAST, block_of, factors_of, spans
 from quantlib.bench.graph_row_tables import KNOWN, SCHEMES, RowTable, tables
 from quantlib.bench.graph_rows import (
     METHODS,
@@ -15,9 +17,11 @@ from quantlib.bench.graph_rows import (
     allocation,
     budget_bytes,
     compared,
+    factors_of_depth,
     packed_row,
     row_of,
 )
+from quantlib.errors import SearchError
 from quantlib.pipeline.calibrate import calibrate
 from quantlib.pipeline.compress import open_run, recipe_for
 from quantlib.pipeline.measure import measure
@@ -50,7 +54,8 @@ def measured(
 def plan_of(measured: Measured, method: str, bits: float) -> tuple[dict[str, RowAssignment], int]:
     found = measured[1]
     budget = budget_bytes(found, bits)
-    return allocation(found, method, budget), budget
+    depths = dict.fromkeys(found, 1.0)
+    return allocation(found, method, budget, depths), budget
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -82,13 +87,54 @@ def test_columns_and_rows_of_a_table_add_up_alike(measured: Measured) -> None:
 
 def test_a_row_says_what_was_measured(measured: Measured) -> None:
     run, found, judge = measured
-    row = row_of(run, judge, found, "rows", 3.5) | {"method": "rows"}
-    base = row_of(run, judge, found, "uniform", 3.5) | {"method": "uniform"}
+    row = row_of(run, judge, found, "rows", 3.5, {}) | {"method": "rows"}
+    base = row_of(run, judge, found, "uniform", 3.5, {}) | {"method": "uniform"}
     rows = [one | {"rounding": "gptq", "bits": 3.5, "windows": 2} for one in (row, base)]
     ratios = [one["kl_ratio"] for one in compared(rows)]
     assert ratios == pytest.approx([row["kl"] / base["kl"], 1.0])
     assert row["true_bits"] <= 3.5
     assert row["linears_in_blocks"] > 0
+
+
+def test_spans_are_neighbouring_blocks() -> None:
+    names = [f"model.layers.{block}.{part}" for block in range(0, 10, 2) for part in "ab"]
+    assert [len(span) for span in spans(names, 3)] == [4, 4, 2]
+    assert [name for span in spans(names, 3) for name in span] == names
+    assert [len(span) for span in spans(names)] == [2] * 5
+
+
+def test_a_factor_is_what_was_saved_over_what_was_predicted() -> None:
+    lost = {"a": 0.1, "b": 0.1, "c": 0.2, "d": 0.2}
+    found = factors_of([["a", "b"], ["c"], ["d"]], 1.0, [0.4, 0.8, 1.1], lost)
+    mean = (0.6 + 0.2 - 0.1) / 0.6
+    expected = {"a": 3 / mean, "b": 3 / mean, "c": 1 / mean, "d": LEAST}
+    assert found == pytest.approx(expected)
+    with pytest.raises(SearchError, match="nothing to tie prices to"):
+        factors_of([["a", "b"], ["c"], ["d"]], 1.0, [1.0, 1.2, 1.0], lost)
+
+
+def test_what_depths_cost_is_measured_once(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, found, _ = measured
+    factors = factors_of_depth(run, found, tmp_path / "depths.json")
+    assert factors.keys() == found.keys()
+    assert len(set(factors.values())) == 2, "a factor for each block"
+    monkeypatch.setattr(graph_depths, "measured_spans", None)  # not asked again
+    assert factors_of_depth(run, found, tmp_path / "depths.json") == factors
+
+
+def test_factors_move_bytes_to_where_they_are_large(measured: Measured) -> None:
+    found = measured[1]
+    first = [name for name in found if block_of(name) == "0"]
+    budget = budget_bytes(found, 3.5)
+
+    def bytes_of_first(factor: float) -> int:
+        factors = {name: factor if name in first else 1.0 for name in found}
+        plan = allocation(found, "layers_tied", budget, factors)
+        return sum(found[name].size(plan[name]) for name in first)
+
+    assert bytes_of_first(20.0) > bytes_of_first(1.0) > bytes_of_first(0.05)
 
 
 def test_blocks_of_rows_are_written_and_run_by_the_kernels(measured: Measured) -> None:

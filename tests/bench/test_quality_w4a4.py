@@ -20,8 +20,8 @@ BITS = Bits(4.5, 4.375, 4.4, 4.375, 5.2, 4.5)
 class Constant(Subject):
     """A subject whose figures are what the model is."""
 
-    def __init__(self) -> None:
-        self.name = "plain"
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.original = 0.0
 
     def run(self, model: Any) -> None: ...
@@ -41,7 +41,7 @@ def method(subject: Subject, seed: int) -> Quantized:
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    monkeypatch.setattr(bench, "open_subject", lambda *_: Constant())
+    monkeypatch.setattr(bench, "open_subject", lambda model, *_: Constant(model))
     return tmp_path / "quality_w4a4.json"
 
 
@@ -172,3 +172,23 @@ def test_ablations_are_measured_where_outliers_are() -> None:
     assert "resq_no_a" not in names("plain")
     asked = {name for name, _, _ in bench.runs("plain", ["resq_no_a"], {}, 1, True)}
     assert asked == {"resq_no_a"}
+
+
+def test_rows_can_be_measured_again_one_by_one(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = iter(range(1, 9))
+    monkeypatch.setattr(bench, "OURS", {"quantlib": lambda *_: Quantized(next(counted), BITS, {})})
+    both = ("--model", "plain", "--method", "quantlib", "--seeds", "2")
+    run(monkeypatch, *both)
+    run(monkeypatch, *both)
+    run(monkeypatch, *both, "--seeds", "1", "--again")
+    rows = {row["seed"]: row["kl"] for row in json.loads(results.read_text())["rows"]}
+    assert rows == {0: 3, 1: 2}
+
+
+def test_whisper_has_more_seeds(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(monkeypatch, "--model", "whisper", "--model", "plain", "--method", "ours")
+    rows = json.loads(results.read_text())["rows"]
+    seeds = {name: [r["seed"] for r in rows if r["model"] == name] for name in ("whisper", "plain")}
+    assert seeds == {"whisper": [0, 1, 2, 3, 4], "plain": [0, 1, 2]}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from quantlib.calibration.media import read_audio, read_image
 from quantlib.calibration.records import KINDS, is_records, of_kind, read_records
@@ -110,6 +110,43 @@ def test_pictures_become_rgb_and_sounds_floats(folder: Path) -> None:
     assert sound.dtype == np.float32
     # a step of 16 bits, and the writer's own rounding towards zero
     np.testing.assert_allclose(sound, np.linspace(-1, 1, 100), atol=2 / 32767)
+
+
+def test_a_picture_of_16_bits_keeps_its_tones(folder: Path) -> None:
+    grey = np.arange(0, 256, 5, dtype=np.uint16)[None] * 257
+    Image.fromarray(grey).save(folder / "deep.png")
+    seen = np.asarray(read_image(folder / "deep.png"))
+    assert np.array_equal(seen, np.repeat((grey // 257).astype(np.uint8)[..., None], 3, 2))
+
+
+def test_a_transparent_picture_lies_on_white(folder: Path) -> None:
+    clear = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    clear.putpixel((1, 0), (0, 0, 255, 255))
+    clear.save(folder / "clear.png")
+    seen = read_image(folder / "clear.png")
+    assert (seen.getpixel((0, 0)), seen.getpixel((1, 0))) == ((255, 255, 255), (0, 0, 255))
+
+
+def test_a_photograph_is_turned_as_its_camera_says(folder: Path) -> None:
+    sideways = Image.new("RGB", (20, 10), "black")
+    settings = sideways.getexif()
+    settings[ExifTags.Base.Orientation] = 6  # to be turned by a quarter
+    sideways.save(folder / "photo.jpg", exif=settings)
+    assert read_image(folder / "photo.jpg").size == (10, 20)
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "LA", "RGBA", "CMYK"])
+def test_pictures_of_every_mode_are_read(folder: Path, mode: str) -> None:
+    kind = "tif" if mode == "CMYK" else "png"
+    Image.new("RGB", (3, 2), "white").convert(mode).save(folder / f"a.{kind}")
+    seen = read_image(folder / f"a.{kind}")
+    assert (seen.mode, seen.getpixel((1, 1))) == ("RGB", (255, 255, 255))
+
+
+def test_a_picture_without_a_known_white_is_refused(folder: Path) -> None:
+    Image.new("F", (3, 2), 0.5).save(folder / "a.tif")
+    with pytest.raises(DataError, match="nothing says which is white"):
+        read_image(folder / "a.tif")
 
 
 def test_the_channels_of_a_sound_are_averaged(folder: Path) -> None:

@@ -38,6 +38,7 @@ OPTIONS: dict[str, tuple[tuple[object, ...], dict[str, Any]]] = {
         ("--windows", 7, "--seqlen", 64, "--seed", 3),
         {"windows": 7, "seqlen": 64, "seed": 3},
     ),
+    "rows": (("--rows",), {"rows": True}),
     "refine": (("--no-refine",), {"refine": False}),
     "engine": (("--engine", "vllm"), {"engine": "vllm"}),
     "rules": (

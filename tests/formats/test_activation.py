@@ -1,6 +1,7 @@
 """Rounded activations: what the codes are, how far they may be off, and what is not rounded."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from quantlib.formats import (
     scale_columns,
     with_clips,
 )
-from quantlib.formats.activation import FLOAT_ACTIVATIONS
+from quantlib.formats.activation import FLOAT_ACTIVATIONS, float8, quantize_float8
 from quantlib.formats.elements import decode_float
 
 INTEGERS = [ActivationFormat(bits, group=group) for bits in (2, 4, 5, 8) for group in (0, 32)]
@@ -233,6 +234,32 @@ def test_asymmetric_codes_are_better_where_a_token_lies_on_one_side(seed: int) -
         for symmetric in (True, False)
     ]
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("form", ["fp8", "fp8e5m2", "mxfp8", "mxfp8e5m2"])
+def test_codes_of_8_bit_floats_times_their_scales_are_the_rounded_numbers(form: str) -> None:
+    x = tokens(5, 100) * torch.tensor([[1e-4], [1.0], [300.0], [0.0], [1.0]])
+    x[4, 3] = torch.inf
+    segments = one(replace(ActivationFormat.parse(form), clip=0.8), 100)
+    codes, scales = quantize_float8(x, segments)
+    assert codes.dtype == float8(segments)
+    assert codes.dtype.itemsize == 1
+    wide = [part.stop - part.start for part in scale_columns(segments)]
+    by_column = scales.repeat_interleave(torch.tensor(wide), dim=1)
+    expected = fake_quantize(x, segments)
+    torch.testing.assert_close(codes.float() * by_column, expected, rtol=0, atol=0, equal_nan=True)
+    assert expected[4].isnan().any()
+
+
+def test_other_formats_have_no_codes_of_8_bit_floats() -> None:
+    mixed = (
+        ActivationSegment(0, 32, ActivationFormat.parse("fp8")),
+        ActivationSegment(32, 32, ActivationFormat.parse("fp8e5m2")),
+    )
+    for segments in (mixed, one(ActivationFormat(8), 64), one(ActivationFormat.parse("fp6"), 64)):
+        assert float8(segments) is None
+        with pytest.raises(FormatError, match="no codes of 8-bit floats"):
+            quantize_float8(tokens(1, 64), segments)
 
 
 def test_unrounded_segments_are_left_alone_and_no_segments_round_nothing() -> None:

@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from quantlib.checkpoint.reader import read_layout
+from quantlib.cli.app import app
 from quantlib.kernels.cpu import library as cpu
+from quantlib.kernels.cuda import decode
 from quantlib.kernels.dispatch import DECODE, SEGMENTED, TRITON
 from quantlib.kernels.triton import launch
 from quantlib.pipeline.compress import compress
@@ -32,8 +36,9 @@ RESQ = REQUEST | {
     "rotation": "pca",
     "kv": "int4h16",
 }
+PRUNED = REQUEST | {"schemes": ["w4g64:2of4"], "bits": 6.0}
 TOKENS = 3
-TIPPED = {"plain": 0.02, "resq": 0.6}
+TIPPED = {"plain": 0.02, "pruned": 0.02, "resq": 0.6}
 """Standard deviations by which logits may differ. Rotated inputs of 4 bits are rounded from other
 numbers where they were not rounded to 16 bits before: codes tip over, as many as between 16 and 32
 bits on the CPU, where logits differ by up to 0.66."""
@@ -46,8 +51,8 @@ def checkpoints(
     tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Path], sample_text: str
 ) -> Callable[[str], Path]:
     """A folder of a tiny model, compressed: "plain" by issue A's pipeline in mixed precision,
-    "resq" rotated, with 4-bit inputs and wider columns; with caches of 8 and of 4 bits. Each is
-    made once."""
+    "resq" rotated, with 4-bit inputs and wider columns, with caches of 8 and of 4 bits; "pruned" to
+    two of every four columns. Each is made once."""
     made: dict[str, Path] = {}
 
     def make(kind: str) -> Path:
@@ -56,7 +61,7 @@ def checkpoints(
             text = folder / "text.txt"
             text.write_text(sample_text)
             model = tiny_llama(folder / "model", head_dim=32)
-            asked = {"plain": PLAIN, "resq": RESQ}[kind]
+            asked = {"plain": PLAIN, "resq": RESQ, "pruned": PRUNED}[kind]
             made[kind] = compress(model, out=folder / "out", data=str(text), **asked).path
         return made[kind]
 
@@ -67,7 +72,10 @@ def checkpoints(
     importlib.util.find_spec("triton") is None,
     reason="needs Triton: pip install 'quantlib-torch[triton]'",
 )
-@pytest.mark.parametrize("kind", ["plain", pytest.param("resq", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind",
+    ["plain", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("pruned", "resq"))],
+)
 def test_a_compressed_model_says_the_same_through_tritons_interpreter(checkpoints, kind, use):
     if reason := launch.why_not(torch.device("cpu")):
         pytest.skip(reason)
@@ -84,7 +92,9 @@ def test_a_compressed_model_says_the_same_through_tritons_interpreter(checkpoint
     torch.testing.assert_close(near, logits, rtol=0, atol=0.02 * float(logits.std()))
 
 
-@pytest.mark.parametrize(("kind", "most"), [("plain", DECODE), ("resq", SEGMENTED)])
+@pytest.mark.parametrize(
+    ("kind", "most"), [("plain", DECODE), ("resq", SEGMENTED), ("pruned", DECODE)]
+)
 def test_a_compressed_model_says_the_same_through_the_emulated_cuda_kernels(
     checkpoints, kind, most, compiler, use
 ):
@@ -98,6 +108,26 @@ def test_a_compressed_model_says_the_same_through_the_emulated_cuda_kernels(
     assert not launched
     assert found == tokens
     torch.testing.assert_close(near, logits, rtol=0, atol=0.02 * float(logits.std()))
+
+
+def test_pruned_weights_are_stored_without_their_zeros_and_multiplied_by_mma_sp(
+    checkpoints, emulated
+):
+    folder = checkpoints("pruned")
+    found = read_layout(folder)
+    linears = [name for name in found if str(found.schemes[name]) == "w4g64:2of4"]
+    assert len(linears) == LINEARS
+    for name in linears:
+        rows, columns = found.shapes[name]
+        stored = {suffix: tensor.nbytes for suffix, tensor in found.tensors(name).items()}
+        # Half the codes in 4 bits, the places of each in two, a float16 for 64 columns.
+        sizes = rows * columns // 4, rows * columns // 8, rows * -(-columns // 64) * 2
+        assert stored == dict(zip(("_packed", "_places", "_scale"), sizes, strict=True))
+    answer = CliRunner().invoke(app, ["inspect", str(folder)])
+    assert "w4g64:2of4" in answer.stdout
+    greedy(folder, F16, 1, fused=False)
+    products = [one for one in emulated if one.name == decode.NAME]
+    assert sum(one.macros["QL_SPARSE"] for one in products) == LINEARS
 
 
 @pytest.mark.parametrize("kind", ["plain", "resq"])
@@ -115,7 +145,7 @@ def test_rotations_and_attention_of_the_cuda_kernels_say_the_same(checkpoints, k
 
 
 @pytest.mark.skipif(cpu.load() is None, reason="no compiled kernels")
-@pytest.mark.parametrize("kind", ["plain", "resq"])
+@pytest.mark.parametrize("kind", ["plain", "pruned", "resq"])
 def test_the_path_they_are_compared_with_says_what_the_native_engine_says(checkpoints, kind):
     folder = checkpoints(kind)
     tokens, _, launched = greedy(folder, F32, TOKENS)

@@ -28,6 +28,22 @@ def test_calls_from_several_threads_do_not_disturb_each_other(library, draw):
             assert torch.equal(found, expected[index % 8])
 
 
+@pytest.mark.parametrize("mode", ["exact", "int8"])
+@pytest.mark.parametrize("rows", [33, 700, 3000])
+def test_every_row_is_computed_however_the_work_is_cut(library, draw, mode, rows):
+    """Tasks get smaller. All results are kept, so that none lies where one lay before."""
+    _, packed = draw(rows, [("w4g64", 1024)])
+    tiled = layouts.tile(packed)
+    x = torch.randn(9, 1024, generator=torch.Generator().manual_seed(0))
+    found = [
+        library.linear(tiled.description, x[:tokens], None, mode, threads=threads)
+        for threads in (1, 2, 3, 5, 40)
+        for tokens in (1, 9)
+    ]
+    for index, result in enumerate(found):
+        assert torch.equal(result, found[index % 2])
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_computes_with_threads_of_its_own(library, draw):
     _, packed = draw(1100, [("w4g64", 2048)])

@@ -131,6 +131,7 @@ def test_what_is_kept_says_why(saved: Saved, case: str) -> None:
     _, _, model_map = saved(case)
     for kept in model_map.kept:
         assert kept.reason.startswith(REASONS), f"{kept.name}: {kept.reason}"
+        assert len(kept.reason.split()) >= 3, f"{kept.name}: {kept.reason!r} is no reason"
 
 
 def test_every_matrix_and_convolution_is_a_weight_unless_kept_by_name(

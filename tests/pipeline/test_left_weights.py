@@ -14,7 +14,6 @@ from quantlib.checkpoint.contents import contents
 from quantlib.checkpoint.reader import read_layout
 from quantlib.errors import UsageError
 from quantlib.models.source import Source
-from quantlib.pipeline.apply import LEFT
 from quantlib.pipeline.compress import Result, compress
 from quantlib.pipeline.dense import DensePlan
 from quantlib.pipeline.opening import reopen_run
@@ -22,6 +21,8 @@ from quantlib.pipeline.plan import Budget, allocation_problem, no_worse, search
 from quantlib.pipeline.probe import probe_plans
 from quantlib.pipeline.task_trials import TaskTrials
 from quantlib.pipeline.workfiles import load_model, load_table
+from quantlib.report.collect import collect
+from quantlib.search.left import LEFT, keeping_left
 from quantlib.search.sensitivity import Sensitivity
 
 from . import whole_models
@@ -64,15 +65,34 @@ def test_what_is_left_is_named_with_its_reason_and_its_bytes_are_in_the_plan(
 ) -> None:
     left = {name for name, scheme in janus.plan.schemes.items() if scheme == "f32"}
     table = contents(read_layout(janus.path))
-    named = {row.name for row in table.model_map.kept if row.reason == LEFT}
-    assert named == left
+    reasons = {row.name: row.reason for row in table.model_map.kept}
+    assert left <= reasons.keys()
+    source = load_model(janus.work).model_map
+    for name in left:
+        pinned = source.weight(name).component == "image_decoder"
+        assert reasons[name] == ("asked for by --pin image_decoder=f32" if pinned else LEFT)
     decoder = next(row for row in table.components if row.name == "image_decoder")
     assert decoder.quantized == 0
-    assert any(row.reason == LEFT for row in decoder.kept)
     assert janus.file_bytes <= janus.plan.bytes
     assert janus.plan.bytes - janus.file_bytes < 64 * len(janus.plan.schemes) * 4
+
+
+def test_the_page_has_every_tensor_that_is_left_with_the_reason_that_the_checkpoint_has(
+    janus: Result,
+) -> None:
     assert janus.report is not None
-    assert "image_decoder" in janus.report.read_text(encoding="utf-8")
+    model = load_model(janus.work)
+    data = collect(model.model_map, janus.plan, title="janus")
+    shown = {(row.component, row.name, row.reason, row.count) for row in data.kept}
+    table = contents(read_layout(janus.path))
+    assert shown == {
+        (part.name, row.name, row.reason, row.count)
+        for part in table.components
+        for row in part.kept
+    }
+    page = janus.report.read_text(encoding="utf-8")
+    assert "asked for by --pin image_decoder=f32" in page
+    assert all(reason in page for _, _, reason, _ in shown)
 
 
 def test_the_checkpoint_has_the_sources_own_numbers_there(janus: Result) -> None:
@@ -139,3 +159,16 @@ def test_a_language_model_names_what_is_to_stay_with_keep(llama: Path, tmp_path:
     text.write_text("words " * 400)
     with pytest.raises(UsageError, match=r"f32 among the candidates .* with --keep"):
         compress(llama, out=tmp_path / "out", data=text, size="60%", schemes=["w4g32zs4", "f32"])
+
+
+@pytest.mark.parametrize("rule", ["--pin image_decoder=f32", "--floor image_decoder=16"])
+def test_a_rule_that_leaves_nothing_else_is_the_reason(janus: Result, rule: str) -> None:
+    model_map = load_model(janus.work).model_map
+    others = ("--ceiling image_decoder=32", "--floor image_decoder=8")
+    kept = keeping_left(model_map, replace(janus.plan, rules=(*others, rule))).kept
+    reasons = {row.name: row.reason for row in kept}
+    decoder = [row.name for row in model_map.weights if row.component == "image_decoder"]
+    assert decoder
+    assert {reasons[name] for name in decoder} == {f"asked for by {rule}"}
+    free = keeping_left(model_map, replace(janus.plan, rules=others)).kept
+    assert {row.reason for row in free if row.name in decoder} == {LEFT}

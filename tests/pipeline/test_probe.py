@@ -1,4 +1,4 @@
-"""Losses of whole models are corrected by component from plans that are measured once."""
+"""Losses of whole models are corrected by part from plans that are measured once."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from quantlib.pipeline.measure import sensitivity
 from quantlib.pipeline.plan import Budget
 from quantlib.pipeline.probe import FACTORS_FILE, large_components
 from quantlib.pipeline.task_trials import KIND, TaskTrials
+from quantlib.search.factors import part_of
 from quantlib.search.sensitivity import Sensitivity
 
 from . import whole_models
 
+BLOCKS = "w4g32zs4@1/8+w3g32z4s4"
 FEW: dict[str, Any] = {
     "windows": 4,
     "probe_windows": 2,
     "probes": 3,
     "passes": 0,
-    "schemes": ["w2g32z4s4", "w3g32z4s4", "w4g32zs4", "w8g64zs6"],
+    "schemes": ["w2g32z4s4", "w3g32z4s4", "w4g32zs4", "w8g64zs6", BLOCKS],
 }
 
 
@@ -48,7 +50,7 @@ def _table(model: Path, work: Path, data: Path) -> tuple[Sensitivity, Sensitivit
         return measured_table(run), sensitivity(run)
 
 
-def test_losses_are_the_banks_times_the_factor_of_their_component(
+def test_losses_are_the_banks_times_the_factor_of_their_part(
     probed: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, work, data = probed
@@ -59,24 +61,26 @@ def test_losses_are_the_banks_times_the_factor_of_their_component(
     monkeypatch.setattr(TaskTrials, "_measured", again)
     table, bank = _table(model, work, data)
     factors = json.loads((work / FACTORS_FILE).read_text())["answer"]
-    assert set(factors) == {"audio_tower", "language_model", "embeddings"}
+    blocks = part_of("embeddings", BLOCKS)
+    assert set(factors) == {"audio_tower", "language_model", "embeddings", blocks}
     assert max(factors.values()) > 1.05 * min(factors.values())
     settings = recipe_for(Budget(), data=str(data), **FEW)
     with open_run(model, work, settings) as run:
         for weight in run.model_map.weights:
             for scheme, entry in bank.rows[weight.name].items():
-                expected = entry.loss["answer"] * factors[weight.component]
+                expected = entry.loss["answer"] * factors[part_of(weight.component, scheme)]
                 assert table.entry(weight.name, scheme).loss["answer"] == expected
     assert "factors" in table.provenance
     assert len(table.calibrations["answer"].probes) == 3
 
 
-def test_every_component_is_tried_alone(probed: tuple[Path, Path, Path]) -> None:
+def test_every_part_is_tried_alone(probed: tuple[Path, Path, Path]) -> None:
     _, work, _ = probed
     with WorkDir.open(work) as there:
         tried = list(there.units(KIND))
-    # three plans of each of three components (fewer where candidates coincide), and three probes
-    assert 3 * 2 + 3 <= len(tried) <= 3 * 3 + 3
+    # three plans of each of three components (fewer where candidates coincide), the only one of
+    # rows in blocks, and three probes
+    assert 3 * 2 + 1 + 3 <= len(tried) <= 3 * 3 + 1 + 3
 
 
 def test_small_components_are_not_tried() -> None:

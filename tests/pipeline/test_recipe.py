@@ -168,3 +168,18 @@ def test_inputs_of_four_bits_and_no_more_may_have_one_scale_for_all_low_columns(
         scheme = Scheme.parse(name)
         assert not scheme.activation.group
         assert mean_bits(scheme, 1536) < 4.25
+
+
+def test_pruned_candidates_are_for_linears_alone() -> None:
+    """Embeddings and heads get the same format with all of its numbers."""
+    recipe = Recipe.create(data="text.txt", schemes=["w4g128:2of4"])
+    assert recipe.candidates("linear") == recipe.candidates("experts") == ("w4g128:2of4",)
+    assert recipe.candidates("embedding") == recipe.candidates("head") == ("w4g128",)
+    mixed = Recipe.create(data="text.txt", schemes=["w4g128:2of4", "w6g64"])
+    assert mixed.candidates("linear") == ("w4g128:2of4", "w6g64")
+    assert mixed.candidates("embedding") == ("w6g64",)
+
+
+def test_what_was_pruned_is_not_learned_again() -> None:
+    with pytest.raises(UsageError, match=r"w4:2of4 leaves out"):
+        Recipe.create(data="text.txt", schemes=["w4:2of4"], learning=10)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from quantlib.errors import RoundingError
 from quantlib.formats import Scheme, dequantize, dequantize_stored, stored_bytes
-from quantlib.rounding import RoundingOptions, round_group, round_rows
-from quantlib.rounding.rows import assign_rows
+from quantlib.rounding import RoundingOptions, round_group, round_members, round_rows
+from quantlib.rounding.rows import assign_rows, block_of_rows
 
 OPTIONS = RoundingOptions(passes=1)
 
@@ -77,3 +77,36 @@ def test_prices_and_schemes_are_checked(problem) -> None:
         round_rows(weight, hessian, Scheme.parse("w8@1/2+w4"), torch.ones(19))
     with pytest.raises(RoundingError, match="blocks"):
         round_rows(weight, hessian, Scheme.parse("w8"), torch.ones(20))
+
+
+def test_members_in_blocks_are_rounded_as_whole_ones_are(problem) -> None:
+    """Rows are independent: those of a block come out, to the bit, as if the whole member were in
+    the block's format; members of one matrix are what `round_group` makes of them."""
+    weight, hessian = problem(96, 64)
+    weights = {"a": weight, "b": weight.flip(0) * 1.3, "c": weight.roll(5, 0)}
+    names = {"a": "w6g32@1/6+w4g32@1/2+w2g32", "b": "w4g32", "c": "w4g32@1/3+mxfp4"}
+    schemes = {name: Scheme.parse(text) for name, text in names.items()}
+    blocks = {
+        name: assign_rows(scheme, prices(96)) if scheme.rows else None
+        for name, scheme in schemes.items()
+    }
+    found = round_members(weights, hessian, schemes, blocks, OPTIONS)
+    assert list(found) == list(weights)
+    for name, scheme in schemes.items():
+        block = block_of_rows(found[name])
+        formats = [Scheme(part.format) for part in scheme.rows] or [scheme]
+        assert (block is None) == (len(formats) == 1)
+        for index, one in enumerate(formats):
+            whole = round_group({name: weights[name]}, hessian, [one.segments(64)], OPTIONS)
+            rows = torch.ones(96, dtype=torch.bool) if block is None else block == index
+            value = dequantize_stored(found[name])[rows]
+            assert torch.equal(value, dequantize(whole[name, 0])[rows]), (name, str(one))
+
+
+@pytest.mark.parametrize("name", ["w4g32+r4", "w4g32@1/4+w2g32d40"])
+def test_members_of_other_kinds_are_refused(problem, name: str) -> None:
+    weight, hessian = problem(96, 64)
+    scheme = Scheme.parse(name)
+    block = assign_rows(scheme, prices(96)) if scheme.rows else None
+    with pytest.raises(RoundingError, match="blocks of rows"):
+        round_members({"a": weight}, hessian, {"a": scheme}, {"a": block}, OPTIONS)

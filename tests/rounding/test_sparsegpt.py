@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 
 from quantlib.errors import RoundingError
-from quantlib.formats import QuantizedWeight, Scheme, Segment, dequantize
+from quantlib.formats import (
+    QuantizedWeight,
+    Scheme,
+    Segment,
+    dequantize,
+    pack,
+    quantize_rtn,
+    unpack,
+)
 from quantlib.formats.sparse import check_mask, compress, expand
-from quantlib.rounding import round_fixed
+from quantlib.rounding import round_fixed, round_group
 from quantlib.rounding.sparsegpt import prune, round_sparse
 
 MakeProblem = Callable[..., tuple[Tensor, Tensor]]
@@ -90,9 +98,27 @@ def test_segments_of_two_widths_are_pruned_together(problem: MakeProblem) -> Non
     assert [part.segment for part in found.rounded.segments] == list(segments)
 
 
+@pytest.mark.parametrize(("scheme", "columns"), [("w4g32:2of4", 62), ("w4g16:2of4h8/4", 61)])
+def test_sparse_formats_are_pruned_and_wide_columns_are_not(
+    problem: MakeProblem, error_of: ErrorOf, scheme: str, columns: int
+) -> None:
+    """Of columns that four does not divide, too: two of the last ones are kept."""
+    weight, hessian = problem(16, 64)
+    weight, hessian = weight[:, :columns], hessian[:columns, :columns]
+    segments = Scheme.parse(scheme).segments(columns)
+    rounded = round_group({"own": weight}, hessian, [segments])["own", 0]
+    low = segments[0].length
+    zeros = (dequantize(rounded) == 0)[:, : low // 4 * 4].view(16, -1, 4).sum(2)
+    assert (zeros >= 2).all()
+    wide = dequantize(rounded)[:, low:]
+    assert (wide == 0).sum() <= 0.1 * wide.numel()
+    again = unpack(pack(rounded), rounded.shape, segments)
+    assert torch.equal(dequantize(again), dequantize(rounded))
+    plain = quantize_rtn(weight, segments)
+    assert error_of(rounded, weight, hessian) < 0.9 * error_of(plain, weight, hessian)
+
+
 def test_what_cannot_be_done_is_said(problem: MakeProblem) -> None:
     weight, hessian = problem(4, 64)
-    with pytest.raises(RoundingError, match="multiple of 4 columns, and this weight has 62"):
-        prune(weight[:, :62], hessian[:62, :62])
     with pytest.raises(RoundingError, match="inf or nan"):
         prune(weight.index_fill(1, torch.tensor(3), torch.nan), hessian)

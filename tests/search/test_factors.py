@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from quantlib.models.rows import Weight
 from quantlib.search.build import build_problem
-from quantlib.search.factors import SHARES, Trial, fit_factors, plans_alone
+from quantlib.search.factors import SHARES, Trial, fit_factors, part_of, plans_alone
 from quantlib.search.problem import Problem
 from quantlib.search.sensitivity import Entry, Sensitivity
 from quantlib.search.solve import solve
@@ -110,9 +110,7 @@ def test_corrected_losses_find_the_better_plan(table: Sensitivity, weights: list
     """A table whose embedding is priced five times too high: plans alone show it, and the plan of
     the corrected table loses less by the true one."""
     named = components(weights)
-    wrong = table.corrected(
-        {name: {"kl": 5.0} for name, part in named.items() if part == "embeddings"}
-    )
+    wrong = table.corrected(lambda name, *_: 5.0 if named[name] == "embeddings" else 1.0)
 
     def loss(plan: Mapping[str, str], of: Sensitivity) -> dict[str, float]:
         sums = dict.fromkeys(named.values(), 0.0)
@@ -130,7 +128,7 @@ def test_corrected_losses_find_the_better_plan(table: Sensitivity, weights: list
         for plan in plans_alone(build_problem(wrong, weights, fixed_bytes=0), named)
     ]
     factors = fit_factors(trials)
-    right = wrong.corrected({name: {"kl": factors[part]} for name, part in named.items()})
+    right = wrong.corrected(lambda name, *_: factors[named[name]])
     before, after, least = (sum(loss(planned(of), table).values()) for of in (wrong, right, table))
     assert least <= after < before
     assert after - least <= 0.1 * (before - least)
@@ -138,14 +136,14 @@ def test_corrected_losses_find_the_better_plan(table: Sensitivity, weights: list
 
 def test_correcting_multiplies_losses_and_their_errors(table: Sensitivity) -> None:
     first, second = table.weights[:2]
-    found = table.corrected({first: {"kl": 3.0}})
+    found = table.corrected(lambda name, scheme, task: 3.0 if name == first else 1.0)
     for scheme, entry in table.rows[first].items():
         assert found.entry(first, scheme).loss["kl"] == 3 * entry.loss["kl"]
         assert found.entry(first, scheme).error["kl"] == 3 * entry.error["kl"]
         assert found.entry(first, scheme).bytes == entry.bytes
     assert found.rows[second] == table.rows[second]
     assert found.digest() != table.digest()
-    assert table.corrected({}) == table
+    assert table.corrected(lambda *_: 1.0) == table
 
 
 def test_factors_are_numbers_that_keep_losses_positive() -> None:
@@ -169,3 +167,58 @@ def test_what_is_tried_alone_is_rounded_and_the_others_stay_as_they_are(
         assert len(rounded) == 1
         assert all(plan[name] != "bf16" for name in plan if {named[name]} == rounded)
     assert len(plans) == 2 * len(SHARES)
+
+
+BLOCKS = "w6g64@1/8+w3g32"
+
+
+def test_blocks_of_rows_are_tried_apart_from_rows_that_are_alike(
+    table: Sensitivity, weights: list[Weight]
+) -> None:
+    problem = build_problem(_with_blocks(table, weights, 0.2), weights, fixed_bytes=0)
+    named = components(weights)
+    [embedding] = [name for name, part in named.items() if part == "embeddings"]
+    best = problem.schemes(problem.best())
+    tried = [plan[embedding] for plan in plans_alone(problem, named) if plan != best]
+    alike = [scheme for scheme in tried if scheme not in (BLOCKS, best[embedding])]
+    assert len(set(alike)) >= 2
+    assert tried.count(BLOCKS) == 1
+    assert part_of("embeddings", BLOCKS) != part_of("embeddings", "w3g32") == "embeddings"
+    assert part_of("embeddings", "bf16") == "embeddings"
+
+
+def test_hopeful_prices_of_blocks_do_not_raise_those_of_plain_rows(
+    table: Sensitivity, weights: list[Weight]
+) -> None:
+    """Blocks whose loss is predicted at a tenth of what it is: their factor says so, and the others
+    stay as they are to each other."""
+    named = components(weights)
+    true, hopeful = (_with_blocks(table, weights, share) for share in (0.5, 0.05))
+
+    def sums(plan: Mapping[str, str], of: Sensitivity) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name, scheme in plan.items():
+            part = part_of(named[name], scheme)
+            found[part] = found.get(part, 0.0) + of.entry(name, scheme).loss["kl"]
+        return found
+
+    plans = plans_alone(build_problem(hopeful, weights, fixed_bytes=0), named)
+    factors = fit_factors(
+        [Trial(sums(plan, hopeful), sum(sums(plan, true).values()), 0.0) for plan in plans]
+    )
+    blocks = factors.pop(part_of("embeddings", BLOCKS))
+    # one plan against a prior of a factor of e takes a part of the tenth back
+    assert blocks > 4 * max(factors.values())
+    assert max(factors.values()) < 1.5 * min(factors.values())
+
+
+def _with_blocks(table: Sensitivity, weights: list[Weight], share: float) -> Sensitivity:
+    """The table with one candidate more of the embedding: in blocks of rows, at the bytes of
+    w4g32 and `share` of its loss."""
+    rows = dict(table.rows)
+    for name, part in components(weights).items():
+        if part == "embeddings":
+            plain = rows[name]["w4g32"]
+            loss = {task: share * value for task, value in plain.loss.items()}
+            rows[name] = {**rows[name], BLOCKS: Entry(plain.bytes, loss, loss)}
+    return replace(table, rows=rows)

@@ -61,8 +61,9 @@ def test_the_dearest_rows_are_in_the_widest_block(seed: int) -> None:
     prices, assignments = found(96, seed)
     for one in assignments:
         if Scheme.parse(one.scheme).rows:
-            # the rounding of blocks puts rows where their prices in the narrowest format do
-            assert torch.equal(assign_rows(Scheme.parse(one.scheme), prices[:, 0]), one.block)
+            # the rounding of blocks puts rows where their prices in the narrowest block's format do
+            narrowest = prices[:, NAMES.index(one.formats[-1])]
+            assert torch.equal(assign_rows(Scheme.parse(one.scheme), narrowest), one.block)
 
 
 def test_every_format_alone_is_among_them() -> None:

@@ -43,7 +43,6 @@ thread_local Buffer scratch_buffer, token_buffer;
 
 constexpr int64_t kMostTokensPerTask = 16;
 constexpr int64_t kTaskWork = 1 << 17;    // multiply-adds: at least so many in a task
-constexpr int64_t kLargeTasks = 8;        // per thread, if all were
 constexpr int64_t kSerialWork = 1 << 20;  // multiply-adds of some 20 us: below it, waking other
                                           // threads costs more than it saves
 
@@ -65,7 +64,8 @@ struct LinearJob {
   ql::TileOutput out;
   int64_t scratch_bytes;
   int64_t tokens_per_task;
-  int64_t large_tasks, large_strips, small_strips;
+  int32_t threads;
+  int64_t least_strips;  // of a task
   int64_t preparations;  // tasks that prepare tokens; they come first
   std::atomic<int64_t> prepared;
   ql::WaitingRoom waiting;
@@ -141,17 +141,23 @@ void prepare_task(LinearJob& job, int64_t index) {
   if (job.prepared.fetch_add(1) + 1 == job.preparations) job.waiting.wake();
 }
 
+// How many strips the next task takes of those that are left. The first tasks read memory in order for
+// long, as each one begins with codes that nobody has asked for; the last are not waited for.
+int64_t next_strips(const LinearJob& job, int64_t left) {
+  const int64_t share = job.threads > 1 ? left / (2 * job.threads) : left;
+  const int64_t wanted = share > job.least_strips ? share : job.least_strips;
+  return wanted < left ? wanted : left;
+}
+
 void strips_task(LinearJob& job, int64_t index) {
   uint8_t* scratch = task_scratch(job, job.scratch_bytes);
   // Every preparation has a thread, since indices are handed out in order.
   job.waiting.wait([&] { return job.prepared.load() == job.preparations; });
   if (!scratch || __atomic_load_n(&job.out_of_memory, __ATOMIC_RELAXED)) return;
-  const int64_t strips = tile_strips(*job.weight), later = index - job.large_tasks;
-  const bool large = later < 0;
-  const int64_t first = large ? index * job.large_strips
-                              : job.large_tasks * job.large_strips + later * job.small_strips;
-  const int64_t end = first + (large ? job.large_strips : job.small_strips);
-  const int64_t last = end < strips ? end : strips;
+  const int64_t strips = tile_strips(*job.weight);
+  int64_t first = 0;
+  for (; index > 0; --index) first += next_strips(job, strips - first);
+  const int64_t last = first + next_strips(job, strips - first);
   const auto run =
       job.entry == Entry::kInt8 ? job.kernels->int8_strips : job.kernels->exact_strips;
   run(*job.weight, job.in, job.out, first, last, scratch);
@@ -175,18 +181,14 @@ int64_t rows_per_task(int64_t count, int32_t threads) {
   return ceil_of_quotient(count, 8 * static_cast<int64_t>(threads));
 }
 
-// Cuts the strips into tasks; returns how many. The first three quarters of the strips come in large
-// tasks, which read memory in order for long, the others in small ones, which are not waited for.
+// Cuts the strips into tasks; returns how many.
 int64_t cut_strips(LinearJob& job, int64_t work, int32_t threads) {
   const int64_t strips = tile_strips(*job.weight);
-  const int64_t least = ceil_of_quotient(kTaskWork, ceil_of_quotient(work, strips));
-  const int64_t fair = ceil_of_quotient(strips, kLargeTasks * threads);
-  job.large_strips = fair > least ? fair : least;
-  const int64_t quarter = ceil_of_quotient(job.large_strips, 4);
-  job.small_strips = quarter > least ? quarter : least;
-  job.large_tasks = threads > 1 ? 3 * strips / 4 / job.large_strips : strips / job.large_strips;
-  const int64_t left = strips - job.large_tasks * job.large_strips;
-  return job.large_tasks + ceil_of_quotient(left, job.small_strips);
+  job.threads = threads;
+  job.least_strips = ceil_of_quotient(kTaskWork, ceil_of_quotient(work, strips));
+  int64_t tasks = 0;
+  for (int64_t left = strips; left > 0; ++tasks) left -= next_strips(job, left);
+  return tasks;
 }
 
 int32_t run_linear(LinearJob& job, int32_t threads) {

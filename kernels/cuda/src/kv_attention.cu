@@ -294,7 +294,7 @@ __device__ __forceinline__ void leave(const Problem& p, int pair, int split, int
 // float32 [batch * kv_heads, splits, heads, columns + 2], which need not be set; flags int32
 // [batch * kv_heads, splits], zero before and after. The grid has a block for each of those, splits
 // fastest. The token sees the last `window` positions (0: all).
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
     kv_attention(const unsigned char* __restrict__ query, const unsigned char* __restrict__ keys,
                  const unsigned char* __restrict__ values, const int* __restrict__ lengths,
                  unsigned char* __restrict__ output, float* partials, int* flags, int kv_heads,

@@ -187,12 +187,13 @@ struct Tile {
 
   const Problem& p;
   const Sums& sums;
-  const Place& place;
   Shared memory;
   int first_row, first_token;
 
-  // Tokens 8 pass .. 8 pass + 7 of every warp.
+  // Tokens 8 pass .. 8 pass + 7 of every warp. The thread's place is computed anew: over the loop
+  // there are no registers to keep all of it in.
   __device__ __forceinline__ void gather(float4 (&own)[kVectors], int pass) const {
+    const Place place;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -212,7 +213,7 @@ struct Tile {
   }
 
   __device__ __forceinline__ void store(int pass, int vector, float4 four) const {
-    const int at = (vector * kThreads + place.thread) * 4, slot = at / kRows;
+    const int at = (vector * kThreads + ptx::thread_index()) * 4, slot = at / kRows;
     const int token = first_token + (slot / 8 * kTokenTiles + pass) * 8 + slot % 8;
     const int n = first_row + at % kRows;
     if (token < p.M && n < p.out.N) p.out.store<Element>(token, n, four);
@@ -271,9 +272,12 @@ struct Walker {
       sums.add_chunk<s, 1>(p, later, stage + kMetaAt + kSpanBytes, place);
     } else {
       sums.add_chunk<s, 1>(p, later, stage + kMetaAt, place);
-      const int in_segment = step - segments::steps_before(s);
-      const bool ends_span = (in_segment + 1) % own.span_steps == 0 || in_segment + 1 == own.steps;
-      if (ends_span || ends_part) sums.add_span<s>(p, stage + kMetaAt, place, ends_span);
+      if constexpr (!segments::kOneSpan) {
+        const int in_segment = step - segments::steps_before(s);
+        const bool ends_span =
+            (in_segment + 1) % own.span_steps == 0 || in_segment + 1 == own.steps;
+        if (ends_span || ends_part) sums.add_span<s>(p, stage + kMetaAt, place, ends_span);
+      }
     }
     ++step;
   }
@@ -286,14 +290,21 @@ struct Walker {
       if (step < kEnd && step < end) {
         if constexpr (s > 0) {
           const float* ratios = p.units + (segments::kCount + s) * p.padded_rows + first_row();
-          if (step > at.step) sums.multiply_rows(ratios, place);
+          if (step > at.step) sums.multiply_rows(ratios);
         }
         if constexpr (segments::segment(s).span_steps > 1) sums.start_span<s>();
 #pragma unroll 1
         do {
           do_step<s>();
         } while (step < kEnd && step < end);
-        if (step == end) sums.multiply_rows(p.units + s * p.padded_rows + first_row(), place);
+        if constexpr (segments::kOneSpan) {
+          // Sums that begin here leave their registers to the loop. Nobody has overwritten the last
+          // step's scales: that takes a barrier.
+          const int last = (slot == 0 ? kStages : slot) - 1;
+          sums.clear();
+          sums.add_span<s>(p, ring.memory + last * kStageBytes + kMetaAt, place, step == kEnd);
+        }
+        if (step == end) sums.multiply_rows(p.units + s * p.padded_rows + first_row());
       }
       do_segments<s + 1>();
     }
@@ -308,13 +319,13 @@ struct Walker {
     load_first_chunk();
 #pragma unroll 1
     while (at.left > 0) {
-      sums.clear();
+      if constexpr (!segments::kOneSpan) sums.clear();
       step = at.step;
       end = step + at.part_steps(plan);
       do_segments<0>();
       const int first = at.step, token = at.tile / p.tiles_along_rows * kTokens;
       at.skip(end - first - 1);
-      const Tile tile{p, sums, place, ring.memory + kSumsAt, first_row(), token};
+      const Tile tile{p, sums, ring.memory + kSumsAt, first_row(), token};
       finish::part(tile, plan, at, first, partials, flags);
       at.advance(plan, static_cast<int>(blockIdx.x));
     }

@@ -234,8 +234,10 @@ struct Sums {
     }
   }
 
-  // total *= factors of the rows, from global memory.
-  __device__ __forceinline__ void multiply_rows(const float* factors, const Place& place) {
+  // total *= factors of the rows, from global memory. Seldom, so that the thread's place is computed
+  // anew: addresses that are kept for this take registers from the loop.
+  __device__ __forceinline__ void multiply_rows(const float* factors) {
+    const Place place;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
       const float* own = factors + (place.warp_rows * kRowTiles + i) * 16 + place.row;

@@ -90,6 +90,9 @@ __host__ __device__ constexpr bool any_chunk_spans() {
 
 constexpr int kSteps = steps_before(kCount), kSpans = spans_before(kCount);
 static_assert(kCount >= 1 && kCount <= 3 && kSteps > 0, "one to three segments");
+// Whether all of a tile is one span of several steps: nothing is scaled before its end.
+constexpr bool kOneSpan = kCount == 1 && segment(0).steps > 1 &&
+                          segment(0).span_steps >= segment(0).steps;
 
 // Integers become floats without a conversion, which would take four times as long: sums begin at
 // the bits of 1.5 2^23, so that they are the bits of 1.5 2^23 + sum, as long as |sum| <= 2^22. The

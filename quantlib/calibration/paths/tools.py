@@ -16,6 +16,8 @@ from quantlib.errors import DataError
 
 GUIDANCE = 5.0
 """Of classifier-free guidance, where a model's generation config names none: transformers' own."""
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+"""A processor's settings are in one of them: newer and older versions of transformers differ."""
 _PLACES = ("max_position_embeddings", "max_target_positions")
 
 
@@ -35,7 +37,7 @@ class Tools:
         """Raises DataError when there is none."""
         from transformers import AutoTokenizer
 
-        return self._load(AutoTokenizer, "tokenizer", "tokenizer.json and tokenizer_config.json")
+        return self._load(AutoTokenizer, "tokenizer", "tokenizer.json", "tokenizer_config.json")
 
     @cached_property
     def processor(self) -> Any:
@@ -45,7 +47,8 @@ class Tools:
         """
         from transformers import AutoProcessor
 
-        found = self._load(AutoProcessor, "processor", "processor_config.json")
+        _ = self.tokenizer  # read first: where there is none, transformers blames the processor
+        found = self._load(AutoProcessor, "processor", *_PROCESSORS)
         if not hasattr(found, "tokenizer"):
             raise DataError(
                 f"{self.folder} has no processor that joins words with pictures or sounds: put the "
@@ -69,14 +72,14 @@ class Tools:
         """The image processor. Raises DataError when there is none."""
         from transformers import AutoImageProcessor
 
-        return self._load(AutoImageProcessor, "image processor", "preprocessor_config.json")
+        return self._load(AutoImageProcessor, "image processor", *_PROCESSORS)
 
     @cached_property
     def sounds(self) -> Any:
         """The feature extractor of sounds. Raises DataError when there is none."""
         from transformers import AutoFeatureExtractor
 
-        return self._load(AutoFeatureExtractor, "feature extractor", "preprocessor_config.json")
+        return self._load(AutoFeatureExtractor, "feature extractor", *_PROCESSORS)
 
     @cached_property
     def generation(self) -> dict[str, Any]:
@@ -202,16 +205,19 @@ class Tools:
             ) from error
         return text
 
-    def _load(self, factory: Any, what: str, files: str) -> Any:
+    def _load(self, factory: Any, what: str, *files: str) -> Any:
+        """What transformers makes of the files. Raises DataError when they are none or damaged."""
         try:
             return factory.from_pretrained(
                 self.folder, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # transformers raises many types here, for one reason
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if not any((self.folder / name).exists() for name in files):
+                reason = f"there is no {' or '.join(files)}"
             raise DataError(
-                f"{self.folder} has no usable {what} ({reason}): put the model's {files} beside "
-                "its weights"
+                f"{self.folder} has no usable {what} ({reason}): put the model's own "
+                f"({', '.join(files)}) beside its weights"
             ) from error
 
 

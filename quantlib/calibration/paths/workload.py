@@ -167,9 +167,10 @@ def require_reached(model_map: ModelMap, routes: Routes, workload: Workload) -> 
             f"{workload.tools.config['model_type']} runs {some(unknown)}: keep them as they are "
             f"with {keep_options(unknown)}"
         )
-    empty = " and ".join(f"{route.stream} (records with {_keys(route)})" for route in helpful)
+    empty = ", ".join(f"{route.stream} (records with {_keys(route)})" for route in helpful)
+    streams = "the stream" if len(helpful) == 1 else "any of the streams"
     raise DataError(
-        f"the calibration data has no record for the stream {empty}: nothing would be known of "
+        f"the calibration data has no record for {streams} {empty}: nothing would be known of "
         f"{', '.join(unknown)}. Add such records, or keep these components as they are with "
         f"{keep_options(unknown)}"
     )

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from quantlib.bench.w4a4 import ours
+from quantlib.bench.w4a4.limits import Limits
 from quantlib.bench.w4a4.subjects import Language
 from quantlib.errors import UsageError
 from quantlib.pipeline.calibrate import passes
+
+LIMITS = Limits(4.4, 4.5, 5.2)
 
 
 @pytest.fixture(scope="module")
@@ -42,28 +45,37 @@ def kl(subject: Language, found: Any) -> float:
 
 
 def test_bits_are_those_allowed_and_more_of_them_lose_less(subject: Language) -> None:
-    few = ours.compressed(subject, 0, weights=4.4, activations=4.5, kv=5.2)
-    many = ours.compressed(subject, 0, weights=6.2, activations=5.0, kv=7.0)
+    few = ours.compressed(subject, 0, LIMITS)
+    many = ours.compressed(subject, 0, Limits(6.2, 5.0, 7.0))
     for found, limits in ((few, (4.4, 4.5, 5.2)), (many, (6.2, 5.0, 7.0))):
         bits = (found.bits.weights, found.bits.activations, found.bits.kv)
         assert all(3 < own <= limit for own, limit in zip(bits, limits, strict=True)), bits
     assert 0 < kl(subject, many) < kl(subject, few)
 
 
+def test_codes_alone_can_be_limited_too(subject: Language) -> None:
+    found = ours.compressed(subject, 0, Limits(4.6, 4.6, 5.2, codes=4.0)).bits
+    assert max(found.weight_codes, found.activation_codes, found.kv_codes) <= 4.0 + 1e-6
+    assert max(found.weights, found.activations) <= 4.6
+    assert found.weights > 4.0
+    assert found.activations > 4.0
+    assert 4.5 <= found.kv <= 5.2
+
+
 def test_another_seed_is_another_basis_and_no_other_calibration(
     subject: Language, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = ours.compressed(subject, 0, weights=4.4, activations=4.5, kv=5.2)
+    first = ours.compressed(subject, 0, LIMITS)
     monkeypatch.setattr(passes, "backward", lambda *_: pytest.fail("calibrated again"))
-    second = ours.compressed(subject, 1, weights=4.4, activations=4.5, kv=5.2)
+    second = ours.compressed(subject, 1, LIMITS)
     assert "calibrate" in first.notes["seconds"]
     assert "calibrate" not in second.notes["seconds"]
     assert kl(subject, first) != kl(subject, second)
 
 
 def test_a_refined_row_keeps_the_plan_and_its_bits(subject: Language) -> None:
-    plain = ours.compressed(subject, 0, weights=4.4, activations=4.5, kv=5.2)
-    refined = ours.compressed(subject, 0, weights=4.4, activations=4.5, kv=5.2, refine=True)
+    plain = ours.compressed(subject, 0, LIMITS)
+    refined = ours.compressed(subject, 0, LIMITS, refine=True)
     assert refined.bits == plain.bits
     assert "re-round" in refined.notes["seconds"]
     assert kl(subject, refined) != kl(subject, plain)
@@ -71,4 +83,4 @@ def test_a_refined_row_keeps_the_plan_and_its_bits(subject: Language) -> None:
 
 def test_whisper_is_not_refined(whisper: Any) -> None:
     with pytest.raises(UsageError, match="no chain of blocks"):
-        ours.compressed(whisper, 0, 4.4, 4.5, 5.2, refine=True)
+        ours.compressed(whisper, 0, LIMITS, refine=True)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from quantlib.bench.w4a4 import ours, ours_speech
+from quantlib.bench.w4a4.limits import Limits
 from quantlib.bench.w4a4.sites import linear, weight
 from quantlib.bench.w4a4.subjects import Speech
 from quantlib.formats.scheme import Scheme
@@ -16,7 +17,7 @@ FINE = ("w8g64zs6a8g64h8/8",)
 @pytest.fixture(scope="module")
 def within_five_bits(whisper: Speech) -> ours_speech.Rounded:
     names = method_fields("resq", 4.0)["schemes"]
-    return ours_speech.rounded(whisper, 0, names, weights=5.2, activations=5.0, kv=6.0)
+    return ours_speech.rounded(whisper, 0, names, Limits(5.2, 5.0, kv=6.0))
 
 
 def test_bits_stay_within_what_is_allowed(
@@ -71,16 +72,28 @@ def test_only_a_decoders_caches_are_rounded(
 
 
 def test_with_eight_bits_everywhere_hardly_anything_is_lost(whisper: Speech) -> None:
-    fine = ours_speech.rounded(whisper, 0, FINE, weights=9, activations=9, kv=8.5)
-    coarse = ours_speech.rounded(whisper, 0, ("w3g64z4s4a3zg64h8/8",), 9, 9, kv=8.5)
+    fine = ours_speech.rounded(whisper, 0, FINE, Limits(9, 9, kv=8.5))
+    coarse = ours_speech.rounded(whisper, 0, ("w3g64z4s4a3zg64h8/8",), Limits(9, 9, kv=8.5))
     # A step of 8 bits is a 37th of one of 3, and losses go by its square.
     assert whisper.quick(fine.model) < 0.02 * whisper.quick(coarse.model)
+
+
+def test_means_are_in_biases_unless_said_otherwise(whisper: Speech) -> None:
+    limits, found = Limits(9, 9, kv=8.5), {}
+    for centred in (True, False):
+        known = ours_speech.measured(whisper, 0, FINE, centred)
+        assert bool(known.rotation.means) is centred
+        model = ours_speech.rounded(whisper, 0, FINE, limits, centred).model
+        bias = f"{whisper.wiring.streams[0].norms[0].name}.bias"
+        found[centred] = model.get_parameter(bias)
+    assert not found[False].any()
+    assert found[True].abs().max() > 0.01
 
 
 def test_the_original_stays_as_it_is(whisper: Speech) -> None:
     name = whisper.sites[0].readers[0]
     before = weight(whisper.original, name).clone()
-    ours_speech.rounded(whisper, 1, FINE, weights=9, activations=9, kv=8.5)
+    ours_speech.rounded(whisper, 1, FINE, Limits(9, 9, kv=8.5))
     assert torch.equal(weight(whisper.original, name), before)
     assert not any(p.grad is not None for p in whisper.original.parameters())
 

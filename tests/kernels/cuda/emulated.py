@@ -84,3 +84,12 @@ def expected(
     info = torch.finfo(inputs.dtype)
     last = exact.abs() * info.eps / 2 + info.smallest_normal * info.eps
     return exact, steps * 2.0**-23 * mass * (1 + info.eps) + last
+
+
+def assert_right(
+    output: Tensor, weight: QuantizedWeight, inputs: Tensor, bias: Tensor | None = None
+) -> None:
+    """Raise AssertionError unless the output [M, N] is as near to the result as `expected` says."""
+    exact, bound = expected(weight, inputs, bias)
+    error = (output.double() - exact).abs()
+    assert (error <= bound).all(), f"off by {(error / bound).max()} times what it may be"

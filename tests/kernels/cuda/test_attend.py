@@ -6,7 +6,6 @@ import torch
 
 from quantlib.errors import FormatError, UsageError
 from quantlib.kernels import dispatch, kv_reference, workspace
-from quantlib.kernels.cpu.build import BuildError, find_compiler
 from quantlib.kernels.cuda import attend, launch
 from quantlib.kernels.dispatch import ATTENTION, CPU, REFERENCE, Machine
 from quantlib.kernels.kv_cache import KVCache
@@ -14,13 +13,7 @@ from quantlib.kernels.kv_format import KvFormat
 
 F16, BF16 = torch.float16, torch.bfloat16
 
-
-@pytest.fixture(autouse=True)
-def _compiler() -> None:
-    try:
-        find_compiler()
-    except BuildError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("compiler")
 
 
 def filled(form, lengths, head_dim=64, kv_heads=2, layers=1):

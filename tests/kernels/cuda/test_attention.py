@@ -6,7 +6,6 @@ import torch
 
 from quantlib.errors import FormatError
 from quantlib.kernels import kv_reference
-from quantlib.kernels.cpu.build import BuildError, find_compiler
 from quantlib.kernels.cuda import attention
 from quantlib.kernels.emulator import build
 from quantlib.kernels.emulator.machine import Kernel, Writable
@@ -24,13 +23,7 @@ CASES = [
     ("int4", 256, 1, 8, [300], 290, BF16),
 ]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiler() -> None:
-    try:
-        find_compiler()
-    except BuildError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("compiler")
 
 
 def stored(form, is_key, numbers, blocks):

@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 
-from quantlib.kernels.cpu.build import BuildError, find_compiler
 from quantlib.kernels.cuda import attention
 
 from .faults import mutated, noticed
@@ -96,13 +95,7 @@ CASES = [
     ("int4g32", 64, 1, 1, [530], 100, F16),
 ]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiler() -> None:
-    try:
-        find_compiler()
-    except BuildError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("compiler")
 
 
 def faults_of(source, case):

@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantlib.errors import FormatError
-from quantlib.kernels.cpu.build import BuildError, find_compiler
 from quantlib.kernels.cuda import decode, layout
 from quantlib.kernels.emulator import build
 from quantlib.kernels.emulator.machine import Kernel, Writable
 
-from .emulated import expected, multiply
+from .emulated import assert_right, expected, multiply
 
 F16, BF16 = torch.float16, torch.bfloat16
 OPERANDS = Path(__file__).with_name("operands.cu")
@@ -37,13 +36,7 @@ CASES = [
     ("w8z", 64, 257, 80, 3, 3, BF16),
 ]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiler() -> None:
-    try:
-        find_compiler()
-    except BuildError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("compiler")
 
 
 def sample(draw, scheme, tokens, rows, columns, dtype, seed=0):
@@ -51,12 +44,6 @@ def sample(draw, scheme, tokens, rows, columns, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed + 1)
     inputs = torch.randn(tokens, columns, generator=generator).to(dtype)
     return weight, inputs, torch.randn(rows, generator=generator).to(dtype)
-
-
-def assert_right(output, weight, inputs, bias=None):
-    exact, bound = expected(weight, inputs, bias)
-    error = (output.double() - exact).abs()
-    assert (error <= bound).all(), f"off by {(error / bound).max()} times what it may be"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])

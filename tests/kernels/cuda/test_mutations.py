@@ -5,7 +5,6 @@ from functools import partial
 import pytest
 import torch
 
-from quantlib.kernels.cpu.build import BuildError, find_compiler
 from quantlib.kernels.cuda import decode
 
 from .emulated import expected, multiply
@@ -184,13 +183,7 @@ SPARSE_FAULTS = {
 SCHEMES = ("w4g64z", "w3g128z5")
 SPARSE = "w4g128"
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiler() -> None:
-    try:
-        find_compiler()
-    except BuildError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("compiler")
 
 
 def faults_of(weight, source):

@@ -9,7 +9,6 @@ import torch
 from quantlib.errors import FormatError
 from quantlib.formats import Scheme
 from quantlib.formats.activation import with_clips
-from quantlib.kernels.cpu.build import BuildError, find_compiler
 from quantlib.kernels.cuda import quantizer, segmented
 from quantlib.kernels.emulator import build
 from quantlib.kernels.emulator.machine import Kernel, Writable
@@ -18,13 +17,7 @@ from quantlib.transforms.hadamard import rotate, signs, split
 F16, BF16 = torch.float16, torch.bfloat16
 NONE = quantizer.NO_TURN
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiler() -> None:
-    try:
-        find_compiler()
-    except BuildError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("compiler")
 
 
 def layout_of(scheme, columns, architecture=80, clip=1.0):

@@ -10,7 +10,6 @@ from quantlib.errors import FormatError
 from quantlib.formats import Scheme, dequantize
 from quantlib.formats.weight import effective_scale
 from quantlib.kernels import reference
-from quantlib.kernels.cpu.build import BuildError, find_compiler
 from quantlib.kernels.cuda import segmented
 from quantlib.kernels.cuda.segmented import PROMPT_TILES
 from quantlib.kernels.emulator import build
@@ -39,13 +38,7 @@ PROMPTS = [
     ("w4za4zh8/8", 70, 129, 400, 90, 3, BF16),
 ]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiler() -> None:
-    try:
-        find_compiler()
-    except BuildError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("compiler")
 
 
 def inputs_of(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:

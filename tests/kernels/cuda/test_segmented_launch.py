@@ -9,7 +9,6 @@ from quantlib.errors import FormatError
 from quantlib.formats import Scheme
 from quantlib.formats.activation import ActivationFormat, ActivationSegment
 from quantlib.kernels import workspace
-from quantlib.kernels.cpu.build import BuildError, find_compiler
 from quantlib.kernels.cuda import cache, cubins, launch, loading, quantizer, segmented
 
 from .emulated_segmented import expected, linear
@@ -24,12 +23,7 @@ class Alone(launch.EmulatedRunner):
     processors = 1
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiler() -> None:
-    try:
-        find_compiler()
-    except BuildError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("compiler")
 
 
 def inputs_of(tokens, columns, dtype=F16, seed=0):

@@ -2,12 +2,21 @@
 instructions that were meant, and none that an architecture only emulates. Needs nvcc and nvdisasm,
 or NVRTC; no GPU."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from quantlib.formats import Scheme
 from quantlib.kernels.cuda import cache, loading, machine_code, quantizer, segmented, toolkit
 from quantlib.kernels.cuda import compile as compilers
+
+if __name__ == "__main__":  # as a program it has no package
+    sys.path.insert(0, str(Path(__file__).parent))
+    from recorded import has_not_grown, write
+else:
+    from .recorded import has_not_grown
 
 F16 = torch.float16
 SCHEMES = (
@@ -26,6 +35,8 @@ MATRIX = [
     for tokens in (1, 64, 4096)
     for architecture in compilers.ARCHITECTURES
 ]
+RECORDED = 80
+"""The architecture whose arithmetic instructions are recorded."""
 needs_nvcc = pytest.mark.skipif(
     toolkit.find_nvcc() is None or toolkit.find_nvdisasm() is None,
     reason="needs nvcc and nvdisasm: a CUDA toolkit, or nvidia-cuda-nvcc and nvidia-cuda-nvdisasm",
@@ -36,6 +47,10 @@ def case_of(scheme: str, tokens: int, architecture: int) -> segmented.GemmCase:
     own = Scheme.parse(scheme)
     layout = segmented.layout(own.segments(4096), own.activations(4096), architecture)
     return segmented.case(layout, tokens, F16, architecture)
+
+
+def name_of(scheme: str, tokens: int) -> str:
+    return f"{scheme}-m{tokens}-sm_{RECORDED}"
 
 
 def assert_fit_for_a_gpu(code: machine_code.MachineCode, case: segmented.GemmCase) -> None:
@@ -60,7 +75,10 @@ def check(scheme: str, tokens: int, architecture: int) -> None:
     cubin, resources = compilers.with_nvcc(segmented.SOURCE, case.macros(), architecture)
     assert resources.spilled == resources.stack == 0
     assert resources.registers <= 255
-    assert_fit_for_a_gpu(machine_code.read(cubin), case)
+    code = machine_code.read(cubin)
+    assert_fit_for_a_gpu(code, case)
+    if architecture == RECORDED:
+        assert has_not_grown(name_of(scheme, tokens), code)
 
 
 @pytest.mark.kernels
@@ -148,3 +166,11 @@ def test_the_quantizer_spills_nothing(architecture, order):
     cubin, resources = compilers.with_nvcc(quantizer.SOURCE, macros, architecture)
     assert resources.spilled == resources.stack == 0
     assert machine_code.read(cubin).count("LDL|STL") == 0
+
+
+if __name__ == "__main__":
+    for scheme, tokens, architecture in MATRIX:
+        if architecture == RECORDED:
+            own = case_of(scheme, tokens, architecture)
+            cubin, _ = compilers.with_nvcc(segmented.SOURCE, own.macros(), architecture)
+            write({name_of(scheme, tokens): machine_code.read(cubin).arithmetic})

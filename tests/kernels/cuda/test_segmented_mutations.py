@@ -6,7 +6,6 @@ from functools import partial
 import pytest
 import torch
 
-from quantlib.kernels.cpu.build import BuildError, find_compiler
 from quantlib.kernels.cuda import segmented
 
 from .emulated_segmented import expected, linear, multiply
@@ -69,13 +68,18 @@ FAULTS = {
     ),
     "segments that keep the unit of the one before": (
         GEMM,
-        "if (step > at.step) sums.multiply_rows(ratios, place);",
+        "if (step > at.step) sums.multiply_rows(ratios);",
         "",
     ),
     "a span that runs on into the next segment": (
         SEGMENTS,
         "span_steps == 0 ? 2 * steps : (steps + span_steps - 1) / span_steps",
         "span_steps == 0 ? 2 * steps : steps / span_steps + 1",
+    ),
+    "a tile's only span is added to the tile before": (
+        GEMM,
+        "          sums.clear();\n          sums.add_span<s>",
+        "          sums.add_span<s>",
     ),
     "weights of the segment before": (
         GEMM,
@@ -105,15 +109,9 @@ FAULTS = {
         "        const float4*",
     ),
 }
-SCHEMES = ("w4g64z5s5a4zg64h8/8", "w4za4zh8/8")
+SCHEMES = ("w4g64z5s5a4zg64h8/8", "w4za4zh8/8", "w8a8")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiler() -> None:
-    try:
-        find_compiler()
-    except BuildError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("compiler")
 
 
 def faults_of(draw, source, scheme):

@@ -9,13 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantlib.formats import QuantizedWeight, Scheme
-from quantlib.formats.sparse import AMONG, KEPT, compress, expand
-from quantlib.kernels.cpu.build import BuildError, find_compiler
+from quantlib.formats.sparse import AMONG, KEPT, compress, expand, kept_of
 from quantlib.kernels.cuda import decode, fragments, sparse_layout
 from quantlib.kernels.emulator import build
 from quantlib.rounding.sparsegpt import round_sparse
 
-from .emulated import expected, multiply
+from .emulated import assert_right, multiply
 
 F16, BF16 = torch.float16, torch.bfloat16
 # Scheme, tokens, rows, columns, blocks, stages, dtype: every way of scaling, every number of
@@ -31,13 +30,7 @@ CASES = [
     ("w2", 3, 31, 64, 1, 5, BF16),
 ]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiler() -> None:
-    try:
-        find_compiler()
-    except BuildError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("compiler")
 
 
 def random_mask(rows, columns, seed):
@@ -59,12 +52,6 @@ def pruned(draw, scheme, rows, columns, seed=0):
 def inputs_of(tokens, columns, dtype, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(tokens, columns, generator=generator).to(dtype)
-
-
-def assert_right(output, weight, inputs, bias=None):
-    exact, bound = expected(weight, inputs, bias)
-    error = (output.double() - exact).abs()
-    assert (error <= bound).all(), f"off by {(error / bound).max()} times what it may be"
 
 
 # Those that no other test here has already: the rest are for `make test-kernels`.
@@ -126,7 +113,7 @@ def test_what_is_not_kept_is_not_multiplied(draw):
     weight, inputs = pruned(draw, "w4g128", 64, 128), inputs_of(9, 128, F16)
     inputs[4, 7] = torch.nan
     output, _ = multiply(weight, inputs)
-    mask = sparse_layout.kept_of(weight.segments[0].codes, 8)
+    mask = kept_of(weight.segments[0].codes, 8)
     _, kept = expand(mask, torch.tensor(8, dtype=torch.uint8))
     assert torch.equal(output[4].isnan(), kept[:, 7])
     assert output[[0, 1, 2, 3, 5, 6, 7, 8]].isfinite().all()
@@ -163,11 +150,10 @@ def test_lanes_share_places_out_without_gap_or_overlap():
 
 def test_fours_with_fewer_others_are_filled_up_with_zeros():
     codes = torch.tensor([[8, 8, 8, 8, 8, 3, 8, 8, 1, 8, 8, 2]], dtype=torch.uint8)
-    found = sparse_layout.kept_of(codes, 8)
+    found = kept_of(codes, 8)
     assert found.values.tolist() == [[8, 8, 8, 3, 1, 2]]
     assert found.places.tolist() == [[0, 1, 0, 1, 0, 3]]
-    assert sparse_layout.kept_of(torch.tensor([[1, 2, 3, 8]], dtype=torch.uint8), 8) is None
-    assert sparse_layout.kept_of(codes[:, :10], 8) is None
+    assert kept_of(torch.tensor([[1, 2, 3, 8]], dtype=torch.uint8), 8) is None
 
 
 @pytest.mark.parametrize("scheme", ["w4g16", "w4g64z", "w8g128", "w5"])

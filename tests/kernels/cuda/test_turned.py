@@ -9,7 +9,7 @@ import torch
 from quantlib.errors import FormatError
 from quantlib.formats import Scheme, pack, quantize_rtn
 from quantlib.kernels import accelerated, dispatch, ops, turned
-from quantlib.kernels.cpu.build import BuildError, find_compiler
+from quantlib.kernels.cpu.build import BuildError
 from quantlib.kernels.cuda import quantizer
 from quantlib.kernels.packed import PackedWeight, activations_of
 from quantlib.runtime.fused_turn import InputTurn, take_turn
@@ -21,13 +21,7 @@ from quantlib.transforms.hadamard import signs, split
 F16 = torch.float16
 SCHEME = "w4a4zh8/8"
 
-
-@pytest.fixture(autouse=True)
-def _compiler() -> None:
-    try:
-        find_compiler()
-    except BuildError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("compiler")
 
 
 def made(columns, rows=40, scheme=SCHEME):

@@ -44,7 +44,9 @@ def assert_fit(made: ahead.Compiled) -> None:
         return
     # Hopper and Blackwell's warp groups multiply; elsewhere warps do.
     integer = re.fullmatch(r"w[2468](g(32|64|128|256))?(z\d?)?(s\d|e)?a8 .*", made.name)
+    float8 = re.match(r"(mx)?fp8(e5m2)?(g\d+)?a(mx)?fp8", made.name)
     kinds = {"IMMA", "IGMMA", "UTCIMMA"} if integer else {"HMMA", "HGMMA", "UTCHMMA"}
+    kinds = {"QMMA", "QGMMA", "UTCQMMA"} if float8 else kinds
     assert made.matrix, made
     assert set(made.matrix) <= kinds, made
 
@@ -60,6 +62,16 @@ def test_products_of_four_bits_for_hopper():
     assert integers.matrix == {"IGMMA": 4}
     # Inputs (16 x 128 x 2 bytes) and codes (64 x 64) of four stages, and where sums change hands.
     assert numbers.shared_bytes <= 4 * (4096 + 4096) + 2048
+
+
+def test_eight_bit_floats_are_multiplied_as_they_are():
+    """By tensor cores from Ada on: no operand becomes 16 bits wide on the way. On Hopper by warp
+    groups, of which Triton takes none where sums of single products are asked for."""
+    ada, hopper = compiled("--quick", "--only", "fp8afp8", "--architectures", "89", "90")
+    for made, instruction in ((ada, "QMMA"), (hopper, "QGMMA")):
+        assert_fit(made)
+        assert set(made.matrix) == {instruction}
+    assert {arch for one, arch in ahead.matrix() if "afp8" in one.name} == {89, 90, 100, 120}
 
 
 @pytest.mark.kernels

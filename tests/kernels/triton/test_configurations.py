@@ -23,11 +23,16 @@ def test_the_nearest_shape_decides():
         configurations.choose(Shape("integers", 4, 1, 64, 64), TABLE)
 
 
-def test_a_gpu_without_a_table_of_its_own_takes_the_untuned_one(tmp_path, monkeypatch):
+def test_a_table_is_found_by_a_gpus_name(tmp_path, monkeypatch):
+    """Tuned here, predicted for its kind, or untuned."""
     monkeypatch.setattr(configurations, "user_tables", lambda: tmp_path)
     table_for = configurations.table_for.__wrapped__
-    untuned = table_for("NVIDIA H100 PCIe")
-    assert {shape.kind for shape, _ in untuned} == set(configurations.KINDS)
+    kept = {path.stem: configurations.read(path) for path in configurations.TABLES.glob("*.json")}
+    assert table_for("NVIDIA H100 PCIe") == table_for("NVIDIA H100 80GB HBM3") == kept["h100"]
+    assert table_for("NVIDIA GeForce RTX 4090") == kept["rtx-4090"]
+    assert table_for("NVIDIA GeForce RTX 3090") == table_for("A1000") == kept["untuned"]
+    for table in kept.values():
+        assert {shape.kind for shape, _ in table} == set(configurations.KINDS)
     rows = [(*TABLE[0], 12.5)]
     (tmp_path / "nvidia-h100-pcie.json").write_text(json.dumps(configurations.to_json(rows)))
     assert table_for("NVIDIA H100 PCIe") == TABLE[:1]

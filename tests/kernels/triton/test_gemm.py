@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantlib.errors import FormatError
-from quantlib.formats.activation import ActivationFormat, ActivationSegment, quantize
+from quantlib.formats import dequantize
+from quantlib.formats.activation import (
+    ActivationFormat,
+    ActivationSegment,
+    fake_quantize,
+    quantize,
+    quantize_float8,
+)
 from quantlib.kernels import workspace
 from quantlib.kernels.triton import launch, layout
 from quantlib.kernels.triton.configurations import Configuration
@@ -153,6 +160,48 @@ def test_scales_that_change_within_16_columns_have_no_integer_kernel(draw):
         )
 
 
+FLOAT8 = [
+    ("fp8", "fp8"),
+    ("fp8e5m2g64", "fp8e5m2"),
+    ("mxfp8", "mxfp8"),
+    ("fp8g128", "mxfp8"),
+    ("mxfp8e5m2", "fp8e5m2"),
+]
+
+
+@pytest.mark.parametrize(("scheme", "form"), FLOAT8)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_eight_bit_floats_are_multiplied_as_codes(draw, device, scheme, form, splits):
+    if not launch.has_float8(device):
+        pytest.skip("these tensor cores do not multiply 8-bit floats")
+    weight, _ = draw(23, [(scheme, 331)])
+    activations = (ActivationSegment(0, 331, ActivationFormat.parse(form)),)
+    x = inputs(5, 331)
+    codes, scales = quantize_float8(x, activations)
+    given = codes.to(device), scales.to(device), layout.pack(moved(weight, device))
+    found = launch.float8_linear(
+        *given, activations, configuration=Configuration(16, 16, 4, 2, splits)
+    )
+    rounded = fake_quantize(x, activations)
+    exact, bound = expected(weight, rounded)
+    if device.type == "cuda":
+        # Hopper adds the products of 32 columns with 13 bits behind the largest one's first.
+        bound = bound + 2.0**-13 * rounded.double().abs() @ dequantize(weight).double().abs().T
+    assert_close(found, exact, bound)
+
+
+def test_eight_bit_floats_of_two_kinds_have_no_product_of_codes(draw):
+    weight, _ = draw(8, [("fp8", 64)])
+    packed = layout.pack(weight)
+    for form in ("fp8e5m2", "8", "fp6"):
+        activations = (ActivationSegment(0, 64, ActivationFormat.parse(form)),)
+        assert launch.float8_plan(packed, activations) is None
+    with pytest.raises(FormatError, match="8-bit floats of one kind"):
+        launch.float8_linear(
+            torch.zeros(1, 64, dtype=torch.float8_e5m2), torch.ones(1, 1), packed, activations
+        )
+
+
 def test_partial_sums_that_do_not_fit_are_made_for_fewer_tokens_at_a_time(
     draw, device, monkeypatch
 ):
@@ -175,8 +224,6 @@ def test_splits_do_not_depend_on_the_run(draw, device):
 @pytest.mark.parametrize("scheme", ["w4g64zs6", "w3", "w5g16z4", "w8t", "fp8e5m2", "nvfp4"])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_rows_are_dequantized(draw, device, scheme, dtype):
-    from quantlib.formats import dequantize
-
     weight, _ = draw(37, [(scheme, 150)])
     packed, dense = layout.pack(moved(weight, device)), dequantize(weight)
     # Two-level scales are rounded in another order: three float32 roundings, and the last one.
