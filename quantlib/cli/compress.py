@@ -79,7 +79,8 @@ Rows = Annotated[
     bool | None,
     typer.Option(
         "--rows/--no-rows",
-        help="Let linears mix widths by rows: outputs that matter more get more bits.",
+        help="Let linears mix widths by rows: outputs that matter more get more bits. Loses less, "
+        "but such a model runs through transformers, not on the native engine.",
         rich_help_panel=RECIPE,
         show_default=False,
     ),

@@ -24,6 +24,7 @@ from quantlib.kernels.kv_format import MAX_SINKS, KvFormat
 from quantlib.kernels.packed import has_kernels
 from quantlib.runtime.engine_spec import EngineSpec
 from quantlib.transforms import hadamard
+from quantlib.transforms.rotation import MEAN
 
 _ORTHOGONAL = 1e-4
 """A basis changes no vector's length by more than this share: float32's rounding is far below."""
@@ -174,6 +175,8 @@ def unsupported_changes(checkpoint: PackedCheckpoint, spec: EngineSpec) -> str |
             return f"{name} keeps more than {MAX_SINKS} first positions as they are"
     if "encoder" in around.tensors:
         return "it has an encoder with a basis of its own"
+    if any(name.startswith(MEAN) for name in around.tensors):
+        return "means are subtracted from the inputs of its linears"
     if around.kv is not None:
         return "its KV cache keeps words and images in formats of their own"
     for name, scheme in checkpoint.schemes.items():

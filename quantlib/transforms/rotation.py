@@ -31,7 +31,8 @@ _READ = (1, VERSION, WITH_MEANS)
 rotations with means are of version 3."""
 _METADATA = "quantlib_rotation"
 _ORDER = "hidden_order."
-_MEAN = "mean."
+MEAN = "mean."
+"""What names of means begin with among a rotation's tensors."""
 _ORTHOGONAL = 1e-6
 """Largest |U^T U - I| of a basis: far above float64's rounding, far below what a model notices."""
 
@@ -142,7 +143,7 @@ class Rotation:
         for name, order in self.hidden_order.items():
             tensors[_ORDER + name] = order.detach().to("cpu", torch.int64).contiguous()
         for name, mean in self.means.items():
-            tensors[_MEAN + name] = mean.detach().to("cpu", torch.float64).contiguous()
+            tensors[MEAN + name] = mean.detach().to("cpu", torch.float64).contiguous()
         settings = {
             "version": WITH_MEANS if self.means else VERSION,
             "hidden": dict(sorted(self.hidden.items())),
@@ -170,7 +171,7 @@ class Rotation:
                 fold_norms=bool(settings["fold_norms"]),
                 hidden_order={n: t.to(torch.int64) for n, t in _below(_ORDER, tensors).items()},
                 hidden_high=_counts(settings["hidden_high"] if settings["version"] > 1 else {}),
-                means=_below(_MEAN, tensors),
+                means=_below(MEAN, tensors),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise TransformError(

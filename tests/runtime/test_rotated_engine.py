@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from quantlib.checkpoint.tensorfile import atomic_save_tensors, read_tensors
 from quantlib.errors import CheckpointError
 from quantlib.kernels.cpu import library as cpu
 from quantlib.runtime.engine import Engine
+from quantlib.runtime.engine_changes import unsupported_changes
 from quantlib.runtime.generate import Sampling, TransformersTexts, new_tokens
+from quantlib.transforms.rotation import MEAN
 
 from .test_rotated_checkpoint import A_FEW_CODES, Made, difference, make
 
@@ -192,9 +195,19 @@ def test_a_basis_of_another_model_is_a_sentence(make: Callable[..., Made]) -> No
 def test_what_the_engine_does_not_do_runs_through_transformers(make: Callable[..., Made]) -> None:
     made = make()
     change_config(made, lambda described: described["caches"].update(other=_CACHE))
-    assert quantlib.runtime.engine_changes.unsupported_changes(
-        read_layout(made.folder), _Spec()
-    ) == ("the keys and values of other are rounded")
+    assert unsupported_changes(read_layout(made.folder), _Spec()) == (
+        "the keys and values of other are rounded"
+    )
+
+
+def test_the_engine_knows_no_means_that_are_subtracted(make: Callable[..., Made]) -> None:
+    read = read_layout(make().folder)
+    assert unsupported_changes(read, _Spec()) is None
+    means = {**read.around.tensors, MEAN + "model.layers.0.mlp.down_proj.weight": "elsewhere"}
+    shifted = replace(read, around=replace(read.around, tensors=means))
+    assert unsupported_changes(shifted, _Spec()) == (
+        "means are subtracted from the inputs of its linears"
+    )
 
 
 _CACHE = {"kv": "int4", "sinks": 0, "query_bits": 0}
