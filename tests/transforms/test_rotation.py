@@ -131,7 +131,7 @@ def test_settings_of_another_version_are_refused(tmp_path: Path) -> None:
     tensors = load_file(path)
     whole_but_one = {"version": 2, "hidden": {}, "fold_norms": False}
     for settings, message in (
-        ({"version": 3}, "version 3"),
+        ({"version": 4}, "version 4"),
         ({"version": 1}, "damaged"),
         (whole_but_one, "damaged.*hidden_high"),
     ):
