@@ -54,13 +54,12 @@ def with_row_blocks(run: Run, table: Sensitivity) -> Sensitivity:
     with run.stage("rows", len(groups)) as progress:
         found = dict(table.rows)
         for group in groups:
-            prices = row_prices(run, group)
+            prices, formats = row_prices(run, group), row_formats(run, group)
             for name in group.members:
                 weight, measured = run.model_map.weight(name), table.rows[name]
-                formats = row_formats(run, group)
                 offered = [index for index, scheme in enumerate(formats) if scheme in measured]
-                own, formats = prices[name][:, offered], [formats[index] for index in offered]
-                found[name] = {**measured, **_mixtures(weight, formats, own, measured)}
+                own, names = prices[name][:, offered], [formats[index] for index in offered]
+                found[name] = {**measured, **_mixtures(weight, names, own, measured)}
             progress.tick(group.name)
     return replace(table, rows=found)
 
