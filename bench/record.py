@@ -30,17 +30,26 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
+def when_and_where() -> dict[str, str]:
+    """Date and machine of a measurement, for files whose rows are of several."""
+    return {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "machine": machine()}
+
+
+def path_of(name: str) -> Path:
+    """The result file of this name."""
+    return RESULTS / f"{name}.json"
+
+
 def write(name: str, rows: dict[str, Any]) -> Path:
     """Keep `rows` as `results/NAME.json` with date, machine, versions and the command that made
     them."""
     words = [_module(), *(Path(w).name if _is_path(w) else w for w in sys.argv[1:])]
     head = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": machine(),
+        **when_and_where(),
         "versions": versions(),
         "command": "python -P -m quantlib.bench." + shlex.join(words),
     }
-    path = RESULTS / f"{name}.json"
+    path = path_of(name)
     RESULTS.mkdir(exist_ok=True)
     atomic_write_text(path, json.dumps({**head, **rows}, indent=1) + "\n")
     return path
