@@ -11,7 +11,9 @@ in 16 bits. Both are judged on records nobody calibrated on, against the full-pr
 (`quantlib eval --suite multimodal`). Ablations leave one thing out, at the middle budget; `speech`
 also has GPTQ with 5 bits for every linear.
 
-A row is kept as soon as it is measured, so the command can be stopped and goes on where it was.
+A row is kept as soon as it is measured, and the result file with it, so the command can be stopped
+and goes on where it was. A machine whose cache is empty goes on where the result file is: rows have
+keys there, which name nothing of a machine.
 """
 
 from __future__ import annotations
@@ -117,6 +119,7 @@ def measured(row: Row, judging: Judging, *, again: bool = False) -> dict[str, An
     console.print(f"Measuring {row.method.name} at {row.bits:g} bits, seed {row.seed}")
     found = {
         "key": key_of(row, judging.limit),
+        **record.when_and_where(),
         "method": row.method.name,
         "bits": row.bits,
         "seed": row.seed,
@@ -131,23 +134,42 @@ def state_of(row: Row, limit: int) -> str:
     """What is known of a row: "measured", "stale" (something has changed since) or "missing"."""
     if kept_row(row, limit) is not None:
         return "measured"
-    return "stale" if row.file.exists() else "missing"
+    return "stale" if _read(row) else "missing"
 
 
 def kept_row(row: Row, limit: int) -> dict[str, Any] | None:
     """The figures of a row that was measured before; None when there are none that can be read, or
     when something that they depend on has changed."""
-    found = _read(row)
-    return found if found is not None and found.get("key") == key_of(row, limit) else None
+    known = _read(row)
+    key = key_of(row, limit) if known else None
+    return next((found for found in known if found.get("key") == key), None)
 
 
-def _read(row: Row) -> dict[str, Any] | None:
-    """A row's file, whatever it depends on; None when it cannot be read."""
+def _read(row: Row) -> list[dict[str, Any]]:
+    """What is known of a row, whatever it depends on: this machine's figures, if they can be read,
+    then those of the result file."""
     try:
-        found: dict[str, Any] = read_json(row.file)
+        mine = [read_json(row.file)]
     except CheckpointError:
-        return None
-    return found
+        mine = []
+    named = (row.method.name, row.bits, row.seed)
+    written = _written(row.bed)
+    return [*mine, *(r for r in written if (r["method"], r["bits"], r["seed"]) == named)]
+
+
+def _written(bed: Bed) -> list[dict[str, Any]]:
+    """The rows of a bed's result file; none where there is no such file. Raises CheckpointError
+    when it is damaged: its rows would be lost by writing over it."""
+    path = record.path_of(_name(bed))
+    if not path.exists():
+        return []
+    file = read_json(path)
+    return [*file.get("rows", ()), *file.get("stale_rows", ())]
+
+
+def _name(bed: Bed) -> str:
+    """Of its result file."""
+    return f"multimodal_{bed.name}"
 
 
 def key_of(row: Row, limit: int) -> str:
@@ -241,24 +263,25 @@ def _run(
         for row in rows:
             print(f"{state_of(row, limit):8}  {row.name}")
         return
+    everything = rows_of(bed, PARTS, max(seeds, SEEDS), kinds)
     with Judging(bed, limit) as judging:
         for row in rows:
             measured(row, judging, again=again)
-    path = write_results(bed, rows_of(bed, PARTS, max(seeds, SEEDS), kinds), limit)
+            path = write_results(bed, everything, limit)
+    print(table(read_json(path)["comparison"]))
     console.print(f"wrote {path.name}")
 
 
 def write_results(bed: Bed, rows: Sequence[Row], limit: int) -> Path:
     """The result file of a bed, from all of these rows that are there: another part or seed that
-    was measured earlier stays in it. Rows that are stale stay, too, and are compared with nothing.
-    Prints the table."""
+    was measured earlier stays in it. Rows that are stale stay, too, and are compared with
+    nothing."""
     known = [(row, kept) for row in rows if (kept := kept_row(row, limit)) is not None]
-    found = [_figures_of(kept) for _, kept in known]
-    stale = [row for row in rows if state_of(row, limit) == "stale"]
+    found = [kept for _, kept in known]
+    stale = [_read(row)[0] for row in rows if state_of(row, limit) == "stale"]
     comparison = compared(found)
-    print(table(comparison))
     return record.write(
-        f"multimodal_{bed.name}",
+        _name(bed),
         {
             "bed": bed.name,
             "test_records": limit,
@@ -267,14 +290,9 @@ def write_results(bed: Bed, rows: Sequence[Row], limit: int) -> Path:
             "points_lost": points_lost(comparison),
             "comparison": comparison,
             "rows": found,
-            "stale_rows": [_figures_of(kept) for row in stale if (kept := _read(row)) is not None],
+            "stale_rows": stale,
         },
     )
-
-
-def _figures_of(kept: dict[str, Any]) -> dict[str, Any]:
-    """A row as the result file has it."""
-    return {name: value for name, value in kept.items() if name != "key"}
 
 
 if __name__ == "__main__":

@@ -73,8 +73,11 @@ def main(
     try:
         work = artifacts.folder() / "multimodal"
         work.mkdir(parents=True, exist_ok=True)
-        found = {name: measure(bed(), work, BITS, seeds) for name, bed in BEDS.items()}
-        print(record.write("encoders", {"preset": PRESET, "models": found}))
+        found: dict[str, Any] = {}
+        for name, bed in BEDS.items():
+            found[name] = measure(bed(), work, BITS, seeds)
+            path = record.write("encoders", {"preset": PRESET, "models": found})
+        print(path)
     except QuantlibError as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(error.exit_code) from error

@@ -12,7 +12,7 @@ import torch
 import typer
 from PIL import Image
 
-from quantlib.bench import artifacts, comparisons, multimodal
+from quantlib.bench import artifacts, comparisons, multimodal, record
 from quantlib.bench.comparisons import (
     ABLATIONS,
     LANGUAGE_ONLY,
@@ -146,16 +146,23 @@ def test_ablations_that_change_nothing_are_left_out() -> None:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Row]:
-    """Rows that were really measured; the cache lies in a folder of the test."""
+    """Rows that were really measured; cache and result files lie in folders of the test."""
     done: list[Row] = []
 
     def measure(row: Row, judging: Judging) -> dict[str, Any]:
         done.append(row)
         return {"bytes": 1, "figures": []}
 
-    monkeypatch.setattr(artifacts, "folder", lambda: tmp_path)
+    monkeypatch.setattr(artifacts, "folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(multimodal, "_measure", measure)
     return done
+
+
+def written(bed: Bed) -> dict[str, Any]:
+    """The bed's result file."""
+    found: dict[str, Any] = json.loads(record.path_of(f"multimodal_{bed.name}").read_text())
+    return found
 
 
 def test_a_row_is_measured_once_until_its_data_change(bed: Bed, counted: list[Row]) -> None:
@@ -183,22 +190,67 @@ def test_the_result_file_has_every_row_that_is_kept(
     bed: Bed, counted: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One seed measured after another, and each budget by itself: nothing is lost between."""
-    written: list[dict[str, Any]] = []
-
-    def write(name: str, rows: dict[str, Any]) -> Path:
-        assert name == "multimodal_tiny"
-        written.append(rows)
-        return Path("multimodal_tiny.json")
-
-    monkeypatch.setattr(multimodal.record, "write", write)
     monkeypatch.setitem(multimodal.BEDS, "tiny", bed)
     multimodal.main("tiny", ["budgets"], 1, [4.0], 10)
+    first = written(bed)["rows"]
+    assert len(first) == 2
     multimodal.main("tiny", ["budgets"], 2, [6.0], 10)
-    kept = [(row["method"], row["bits"], row["seed"]) for row in written[-1]["rows"]]
-    assert len(written[0]["rows"]) == 2
+    kept = [(row["method"], row["bits"], row["seed"]) for row in written(bed)["rows"]]
     assert len(kept) == len(set(kept)) == 6
     assert {bits for _, bits, _ in kept} == {4.0, 6.0}
-    assert all("key" not in row for row in written[-1]["rows"])
+    assert all(row in written(bed)["rows"] for row in first)
+    assert all(row["date"] and row["machine"] for row in first), "rows may be of several machines"
+
+
+def test_a_run_that_is_stopped_leaves_its_rows_in_the_result_file(
+    bed: Bed, counted: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop_at_the_second(row: Row, judging: Judging) -> dict[str, Any]:
+        if row.method == LANGUAGE_ONLY:
+            raise KeyboardInterrupt
+        return {"bytes": 1, "figures": []}
+
+    monkeypatch.setitem(multimodal.BEDS, "tiny", bed)
+    monkeypatch.setattr(multimodal, "_measure", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        multimodal.main("tiny", ["budgets"], 1, [4.0], 10)
+    assert [row["method"] for row in written(bed)["rows"]] == [WHOLE.name]
+
+
+def test_another_machine_goes_on_where_the_result_file_is(
+    bed: Bed, counted: list[Row], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its cache is empty and its processor another one: a row whose model, data and settings are
+    the same is not measured again, and one that has become stale is."""
+    monkeypatch.setitem(multimodal.BEDS, "tiny", bed)
+    multimodal.main("tiny", ["budgets"], 1, [4.0], 10)
+    first = written(bed)["rows"]
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(record, "machine", lambda: "another")
+    multimodal.main("tiny", ["budgets"], 2, [4.0], 10)
+    assert [row.seed for row in counted] == [0, 0, 1, 1]
+    assert written(bed)["rows"][:2] == first
+    assert {row["machine"] for row in written(bed)["rows"][2:]} == {"another"}
+    shutil.rmtree(tmp_path / "cache")
+    newer = dataclasses.replace(bed, version=bed.version + 1)
+    monkeypatch.setitem(multimodal.BEDS, "tiny", newer)
+    multimodal.main("tiny", ["budgets"], 1, [4.0], 10)
+    assert len(counted) == 6
+    assert [row["seed"] for row in written(bed)["rows"]] == [0, 0]
+    assert [row["seed"] for row in written(bed)["stale_rows"]] == [1, 1]
+
+
+def test_a_damaged_result_file_is_not_written_over(
+    bed: Bed, counted: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = record.path_of("multimodal_tiny")
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    monkeypatch.setitem(multimodal.BEDS, "tiny", bed)
+    with pytest.raises(typer.Exit):
+        multimodal.main("tiny", ["budgets"], 1, [4.0], 10)
+    assert path.read_text() == "{"
+    assert not counted
 
 
 def test_rows_of_an_older_method_are_stale(
@@ -227,17 +279,15 @@ def test_rows_of_an_older_method_are_stale(
 
 
 def test_stale_rows_stay_in_the_result_file_and_are_compared_with_nothing(
-    bed: Bed, counted: list[Row], monkeypatch: pytest.MonkeyPatch
+    bed: Bed, counted: list[Row]
 ) -> None:
-    written: list[dict[str, Any]] = []
-    monkeypatch.setattr(multimodal.record, "write", lambda _, rows: written.append(rows) or Path())
     raised = dataclasses.replace(bed, version=bed.version + 1)
     older, newer = Row(raised, WHOLE, 4.0, 0), Row(raised, WHOLE, 4.0, 1)
     measured(Row(bed, WHOLE, 4.0, 0), Judging(bed, 10))
     measured(newer, Judging(raised, 10))
     multimodal.write_results(raised, [older, newer], 10)
-    assert [row["seed"] for row in written[0]["rows"]] == [1]
-    assert [row["seed"] for row in written[0]["stale_rows"]] == [0]
+    assert [row["seed"] for row in written(raised)["rows"]] == [1]
+    assert [row["seed"] for row in written(raised)["stale_rows"]] == [0]
 
 
 def test_a_damaged_row_is_measured_again(bed: Bed, counted: list[Row]) -> None:
