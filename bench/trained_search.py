@@ -13,7 +13,9 @@ unit of cost is
 bit operations (multiplications x weight bits x input bits); every layer is quantized, the first and
 the last too, weights by output channel, inputs by token (of convolutions: by picture). Every
 quantized network that quantlib stores is written as a checkpoint, loaded again, and judged as it
-runs there. Rows are kept in the user's cache and made once; a run that was stopped goes on.
+runs there. Rows are kept in the user's cache and in the result file, which is written after each,
+and made once; a run that was stopped goes on. A machine whose cache is empty goes on where the
+result file is.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from quantlib.bench.beds.fashion_networks import (
     pictures,
 )
 from quantlib.bench.packages import console
-from quantlib.bench.trained_table import as_hex, compared, table
+from quantlib.bench.trained_table import ANSWERS, as_hex, compared, table
 from quantlib.checkpoint.disk import atomic_write_text, read_json
 from quantlib.errors import CheckpointError, QuantlibError, SearchError, UsageError
 from quantlib.formats.scheme import Scheme
@@ -62,9 +64,7 @@ STEPS = 600
 """Steps of every method."""
 DELAY, SETTLE = 40, 300
 """Of these: uniform drawing at first, fixed formats at the end."""
-ANSWERS = "right"
-"""The figure of a row that says of every picture whether it was named right: kept with the row,
-for comparing rows picture by picture, and not in the result file."""
+RESULT = "search_trained"
 TUNING_SEED = 100
 FOUR = 16.0
 """Bit operations of a multiplication in 4-bit numbers."""
@@ -188,11 +188,16 @@ def main(
             for row in rows:
                 print(f"{'there  ' if _kept(row) else 'missing'}  {row.name}")
             return
-        found = [measured(row) for row in rows]
+        found = []
+        for row in rows:
+            found.append(measured(row))
+            if not tuning:
+                path = report()
         if tuning:
             print(table(compared(found)))
         else:
-            report()
+            print(table(read_json(path)["comparison"]))
+            console.print(f"wrote {path.name}")
     except QuantlibError as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(error.exit_code) from error
@@ -205,12 +210,17 @@ def _named(known: Mapping[str, Any], asked: Sequence[str] | None, what: str) -> 
     return [known[name] for name in asked or known]
 
 
-def report() -> None:
-    """Print the table of all rows that are there, and keep it."""
-    every = [Row(n, e, s) for n in NETWORKS.values() for e in ENTRIES.values() for s in range(10)]
-    rows = [found for row in every if (found := _kept(row)) is not None]
-    figures = compared(rows)
-    print(table(figures))
+def report() -> Path:
+    """Keep all rows that are there, and what they say of each other: the result file."""
+    written = _written()
+    rows = []
+    for row in (
+        Row(n, e, s) for n in NETWORKS.values() for e in ENTRIES.values() for s in range(10)
+    ):
+        earlier = (told for told in written["rows"] if _is_of(row, told))
+        found = _kept(row) or next(earlier, None)
+        if found is not None:
+            rows.append(found)
     settings = {
         "before": BEFORE,
         "steps": STEPS,
@@ -219,18 +229,36 @@ def report() -> None:
         "policy": asdict(Settings.short(FOUR, DELAY, SETTLE)),
     }
     says = {name: entry.says for name, entry in ENTRIES.items()}
-    told = [{k: v for k, v in row.items() if k not in ("key", ANSWERS)} for row in rows]
-    document = {"settings": settings, "methods": says, "comparison": figures, "rows": told}
-    console.print(f"wrote {record.write('search_trained', document).name}")
+    figures = compared(rows, written["comparison"])
+    document = {"settings": settings, "methods": says, "comparison": figures, "rows": rows}
+    return record.write(RESULT, document)
+
+
+def _written() -> dict[str, list[dict[str, Any]]]:
+    """Rows and comparison of the result file; none where there is no file. Raises CheckpointError
+    when it is damaged: its rows would be lost by writing over it."""
+    path = record.path_of(RESULT)
+    file = read_json(path) if path.exists() else {}
+    made = {name: file[name] for name in ("date", "machine") if name in file}
+    rows = [{**made, **row} for row in file.get("rows", [])]
+    return {"rows": rows, "comparison": file.get("comparison", [])}
+
+
+def _is_of(row: Row, told: Mapping[str, Any]) -> bool:
+    """Whether a row of the result file stands in this place."""
+    place = (row.network.name, row.entry.name, row.seed)
+    return place == (told["network"], told["method"], told["seed"])
 
 
 def _kept(row: Row) -> dict[str, Any] | None:
     """The row that was made before, None when there is none, or of other settings."""
     try:
-        found: dict[str, Any] = read_json(folder() / "rows" / f"{row.name}.json")
+        made = [read_json(folder() / "rows" / f"{row.name}.json")]
     except CheckpointError:
-        return None
-    return found if found.get("key") == row.key and ANSWERS in found else None
+        made = []
+    if row.judged_on == "test":
+        made += [told for told in _written()["rows"] if _is_of(row, told)]
+    return next((one for one in made if one.get("key") == row.key and ANSWERS in one), None)
 
 
 def measured(row: Row) -> dict[str, Any]:
@@ -241,9 +269,9 @@ def measured(row: Row) -> dict[str, Any]:
     console.print(f"Training {row.name}")
     source = trained_before(row.network, row.seed)
     started, resumed = time.monotonic(), _state_file(row.state).exists()
-    found: dict[str, Any] = {"key": row.key, "network": row.network.name}
-    found |= {"method": row.entry.name}
-    found |= {"seed": row.seed, **_measure(row, source)}
+    found: dict[str, Any] = {"key": row.key, **record.when_and_where()}
+    found |= {"network": row.network.name, "method": row.entry.name, "seed": row.seed}
+    found |= _measure(row, source)
     found["seconds"] = None if resumed else round(time.monotonic() - started, 1)
     path = folder() / "rows" / f"{row.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -320,6 +348,7 @@ def _measure(row: Row, source: Path) -> dict[str, Any]:
     right = answers(trainable.model, test)
     per_product = spent / sum(products.values())
     return {
+        "began_with": trainable.source.fingerprint,
         "accuracy": float(right.float().mean()),
         "pictures": len(right),
         ANSWERS: as_hex(right),

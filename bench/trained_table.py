@@ -9,6 +9,11 @@ told with two intervals:
                   beside it what pictures vary beyond that (crossed random effects, estimated by the
                   analysis of variance)
     on_pictures   of these very networks and other pictures; all there is to a single seed
+
+Only rows that began with the very same network are paired: another machine trains another one from
+the same seed. Rows whose answers were not kept still have a difference of accuracies: they count as
+a seed, and pictures' part is told from the others (which makes it longer, not shorter). Where no
+row of a difference has its answers, what was told when they were there is kept.
 """
 
 from __future__ import annotations
@@ -25,7 +30,11 @@ from torch import Tensor
 REFERENCES = {"int4": "over_int4", "e2m1": "over_e2m1", "full": "over_full"}
 """Methods that others are compared with -> the name of the difference."""
 
+ANSWERS = "right"
+"""The figure of a row that says of every picture whether it was named right (`as_hex`)."""
+
 Rows = Sequence[Mapping[str, Any]]
+Pairs = Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
 
 
 def interval(values: Sequence[float]) -> dict[str, float | None]:
@@ -41,21 +50,27 @@ def interval(values: Sequence[float]) -> dict[str, float | None]:
     }
 
 
-def paired(differences: np.ndarray) -> dict[str, float | None]:
-    """Mean of differences [seeds, pictures], in percent, and half widths of 95 % intervals: over
-    seeds and pictures (None for one seed), never below that over pictures alone."""
-    seeds, count = differences.shape
-    by_seed, by_picture = differences.mean(1), differences.mean(0)
+def paired(by_seed: Sequence[float], pictures: np.ndarray) -> dict[str, float | None]:
+    """Mean of differences, in percent, and half widths of 95 % intervals: over seeds and pictures
+    (None for one seed), never below that over pictures alone.
+
+    by_seed: mean difference of every seed. pictures: [seeds, pictures] of those seeds (one at
+    least) whose answers are known.
+    """
+    known, count = pictures.shape
+    by_picture = pictures.mean(0)
     normal = float(norm.ppf(0.975))
     variance = by_picture.var(ddof=1) / count
     on_pictures = normal * math.sqrt(variance)
-    told = {"mean": 100 * float(differences.mean()), "on_pictures": 100 * on_pictures}
-    if seeds < 2:
+    told = {"mean": 100 * float(np.mean(by_seed)), "on_pictures": 100 * on_pictures}
+    if len(by_seed) < 2:
         return {**told, "half_width": None}
-    rest = differences - by_seed[:, None] - by_picture + differences.mean()
-    noise = float((rest**2).sum()) / ((seeds - 1) * (count - 1)) / (seeds * count)
-    of_seeds = float(student.ppf(0.975, seeds - 1)) * math.sqrt(by_seed.var(ddof=1) / seeds)
-    of_pictures = normal * math.sqrt(max(0.0, variance - noise))
+    of_seeds = interval(by_seed)["half_width"] or 0.0
+    of_pictures = 0.0
+    if known > 1:
+        rest = pictures - pictures.mean(1)[:, None] - by_picture + pictures.mean()
+        noise = float((rest**2).sum()) / ((known - 1) * (count - 1)) / (known * count)
+        of_pictures = normal * math.sqrt(max(0.0, variance - noise))
     half_width = max(on_pictures, math.hypot(of_seeds, of_pictures))
     return {**told, "half_width": 100 * half_width}
 
@@ -71,9 +86,12 @@ def from_hex(text: str, count: int) -> np.ndarray:
     return np.unpackbits(packed, count=count).astype(np.float64)
 
 
-def compared(rows: Rows) -> list[dict[str, Any]]:
+def compared(rows: Rows, before: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
     """One entry for each network and method: accuracy in percent, what is spent, and differences
-    from the references in points, seed by seed."""
+    from the references in points, seed by seed.
+
+    before: the entries that were told last, for rows whose answers are not there any more.
+    """
     found = []
     for network in dict.fromkeys(row["network"] for row in rows):
         of_network = [row for row in rows if row["network"] == network]
@@ -87,10 +105,12 @@ def compared(rows: Rows) -> list[dict[str, Any]]:
                 "bits_product": interval([row["bits_product"] for row in of_method])["mean"],
                 "seconds": _mean([row["seconds"] for row in of_method]),
             }
+            named = (network, method)
+            told = next((e for e in before if (e["network"], e["method"]) == named), {})
             for reference, name in REFERENCES.items():
-                differences = _differences(of_method, of_network, reference)
-                if len(differences) and method != reference:
-                    entry[name] = paired(differences)
+                pairs = _pairs(of_method, of_network, reference)
+                if pairs and method != reference:
+                    entry[name] = _difference(pairs, told.get(name))
             found.append(entry)
     return found
 
@@ -101,15 +121,33 @@ def _mean(seconds: Sequence[float | None]) -> float | None:
     return interval(known)["mean"] if known else None
 
 
-def _differences(of_method: Rows, of_network: Rows, reference: str) -> np.ndarray:
-    """Right answers more than the reference of the same seed has: -1, 0 or 1 [seeds, pictures]."""
-    theirs = {row["seed"]: row for row in of_network if row["method"] == reference}
-    pairs = [(row, theirs[row["seed"]]) for row in of_method if row["seed"] in theirs]
-    return np.array([_answers(own) - _answers(other) for own, other in pairs])
+def _pairs(of_method: Rows, of_network: Rows, reference: str) -> Pairs:
+    """Rows beside the reference's that began with the same network."""
+    theirs = {_beginning(row): row for row in of_network if row["method"] == reference}
+    return [(row, theirs[_beginning(row)]) for row in of_method if _beginning(row) in theirs]
+
+
+def _beginning(row: Mapping[str, Any]) -> tuple[int, str | None]:
+    """The network that a row began with: its seed and, of rows that have it, its fingerprint."""
+    return row["seed"], row.get("began_with")
+
+
+def _difference(pairs: Pairs, told: Mapping[str, float | None] | None) -> dict[str, float | None]:
+    """In points, with intervals as far as answers are known: right answers more than the reference
+    has, -1, 0 or 1 for a picture."""
+    by_seed = [own["accuracy"] - other["accuracy"] for own, other in pairs]
+    known = [pair for pair in pairs if all(ANSWERS in row for row in pair)]
+    if known:
+        pictures = np.array([_answers(own) - _answers(other) for own, other in known])
+        return paired(by_seed, pictures)
+    figures = interval([100 * value for value in by_seed])
+    if told is not None and math.isclose(told["mean"] or 0.0, figures["mean"] or 0.0, abs_tol=1e-4):
+        return dict(told)
+    return {"mean": figures["mean"], "on_pictures": None, "half_width": figures["half_width"]}
 
 
 def _answers(row: Mapping[str, Any]) -> np.ndarray:
-    return from_hex(row["right"], row["pictures"])
+    return from_hex(row[ANSWERS], row["pictures"])
 
 
 def table(figures: Rows) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 
-from quantlib.bench import trained_search
+from quantlib.bench import record, trained_search
 from quantlib.bench.beds import fashion_networks
 from quantlib.bench.beds.fashion import FASHION
 from quantlib.bench.beds.fashion_networks import (
@@ -117,6 +120,7 @@ def test_what_ships_answers_as_what_was_trained(
 ) -> None:
     """A search on each network, to the packed checkpoint: not one answer changes."""
     monkeypatch.setattr(trained_search.artifacts, "folder", lambda: tmp_path)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(trained_search, "BEFORE", {"resnet": 10, "vit": 10})
     for setting, steps in (("STEPS", 12), ("DELAY", 2), ("SETTLE", 3)):
         monkeypatch.setattr(trained_search, setting, steps)
@@ -133,6 +137,100 @@ def test_what_ships_answers_as_what_was_trained(
         allowed = 32 if method.endswith("8th") else 16
         assert found["bits_product"] <= allowed * (1 + 1e-9)
         assert trained_search.measured(row) == found, "rows are made once"
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Rows that were really trained; cache and result file lie in folders of the test."""
+    done: list[str] = []
+
+    def measure(row: Row, source: Path) -> dict[str, Any]:
+        done.append(row.name)
+        right = torch.rand(40, generator=torch.Generator().manual_seed(len(done))) < 0.8
+        accuracy = float(right.float().mean())
+        figures = {"began_with": source.name, "accuracy": accuracy, "pictures": 40}
+        return {**figures, "right": as_hex(right), "bits_product": 16.0}
+
+    monkeypatch.setattr(trained_search.artifacts, "folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(trained_search, "trained_before", lambda _, seed: Path(f"drawn-{seed}"))
+    monkeypatch.setattr(trained_search, "_measure", measure)
+    return done
+
+
+def written() -> dict[str, Any]:
+    """The result file."""
+    found: dict[str, Any] = json.loads(record.path_of("search_trained").read_text())
+    return found
+
+
+def test_another_machine_goes_on_where_the_result_file_is(
+    counted: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its cache is empty: rows whose settings are the same are not made again, and differences are
+    still taken picture by picture."""
+    trained_search.main(["vit"], ["int4", "e2m1"], 1, 0, False, False)
+    first = written()
+    shutil.rmtree(tmp_path / "cache")
+    trained_search.main(["vit"], ["int4", "e2m1"], 2, 0, False, False)
+    assert counted == ["vit-int4-0", "vit-e2m1-0", "vit-int4-1", "vit-e2m1-1"]
+    assert [row for row in written()["rows"] if row["seed"] == 0] == first["rows"]
+    monkeypatch.setattr(trained_search, "STEPS", 7)
+    trained_search.main(["vit"], ["int4"], 1, 0, False, False)
+    assert counted[4:] == ["vit-int4-0"], "other settings"
+    assert len(written()["rows"]) == 4
+
+
+def test_rows_whose_answers_were_not_kept_stay_and_count(
+    counted: list[str], tmp_path: Path
+) -> None:
+    """As result files were written once: without keys and answers."""
+    trained_search.main(["vit"], ["int4", "e2m1"], 2, 0, False, False)
+    old = written()
+    bare = [{k: v for k, v in row.items() if k not in NEW_FIGURES} for row in old["rows"]]
+    record.path_of("search_trained").write_text(json.dumps({**old, "rows": bare}))
+    shutil.rmtree(tmp_path / "cache")
+    trained_search.main(["vit"], ["full"], 1, 2, False, False)
+    again = written()
+    by_name = {entry["method"]: entry for entry in again["comparison"]}
+    before = {entry["method"]: entry for entry in old["comparison"]}
+    assert by_name["e2m1"] == before["e2m1"], "what was told with answers is kept"
+    trained_search.main(["vit"], ["int4", "e2m1"], 1, 2, False, False)
+    found = next(e for e in written()["comparison"] if e["method"] == "e2m1")
+    rows = {(row["method"], row["seed"]): row["accuracy"] for row in written()["rows"]}
+    differences = [rows["e2m1", seed] - rows["int4", seed] for seed in range(3)]
+    assert found["seeds"] == [0, 1, 2]
+    assert found["over_int4"]["mean"] == pytest.approx(100 * sum(differences) / 3)
+    students = interval([100 * value for value in differences])["half_width"]
+    assert students is not None
+    assert found["over_int4"]["half_width"] == pytest.approx(
+        max(students, found["over_int4"]["on_pictures"])
+    )
+
+
+NEW_FIGURES = ("key", "right", "began_with", "date", "machine")
+
+
+def test_rows_are_paired_only_where_they_began_with_the_same_network() -> None:
+    def row(method: str, machine: str) -> dict[str, Any]:
+        named = {"network": "n", "method": method, "seed": 0, "began_with": machine}
+        figures = {"accuracy": 0.5, "pictures": 8, "right": "f0"}
+        return {**named, **figures, "bits_product": 16.0, "seconds": 1}
+
+    apart = compared([row("int4", "one"), row("fliqs", "another")])
+    together = compared([row("int4", "one"), row("fliqs", "one")])
+    assert "over_int4" not in apart[1]
+    assert together[1]["over_int4"]["mean"] == 0
+
+
+def test_a_damaged_result_file_is_not_written_over(counted: list[str]) -> None:
+    path = record.path_of("search_trained")
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    with pytest.raises(typer.Exit):
+        trained_search.main(["vit"], ["int4"], 1, 0, False, False)
+    assert path.read_text() == "{"
+    assert not counted
 
 
 def test_intervals_are_students() -> None:
@@ -182,7 +280,7 @@ def test_intervals_hold_what_they_say(by_seed: float, by_picture: float, noise: 
         differences = by_seed * generator.standard_normal((4, 1))
         differences = differences + by_picture * generator.standard_normal((1, 50))
         differences = differences + noise * generator.standard_normal((4, 50))
-        found = paired(differences)
+        found = paired(differences.mean(1).tolist(), differences)
         assert found["mean"] is not None
         assert found["half_width"] is not None
         inside += abs(found["mean"]) <= found["half_width"]
