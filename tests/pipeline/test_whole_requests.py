@@ -17,6 +17,7 @@ from quantlib.pipeline.parts import SHARES_FILE, calibrate_whole, parts_there, s
 from quantlib.pipeline.plan import Budget
 from quantlib.recipe import Recipe
 
+from ..models import stacked_models
 from . import whole_models
 
 FEW: dict[str, Any] = {"windows": 3, "probe_windows": 1, "probes": 0, "expert_tokens": 4}
@@ -114,6 +115,136 @@ def test_a_processor_that_disagrees_with_the_config_is_found(data: Path, tmp_pat
         inputs(replaced(16, 16), data)
     with pytest.raises(DataError, match=r"puts 9 tokens in the place of a picture .* it has 16"):
         inputs(replaced(8, 9), data)
+
+
+WORDS, PLAIN = whole_models.tokenizer(), whole_models.PLAIN
+
+
+def _clip_pictures(side: int) -> Any:
+    square = {"height": side, "width": side}
+    return transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size=square, **PLAIN
+    )
+
+
+def _llava(side: int, patch: int) -> Any:
+    return transformers.LlavaProcessor(
+        _clip_pictures(side), WORDS, patch, "default", num_additional_image_tokens=1
+    )
+
+
+def _siglip_pictures(side: int) -> Any:
+    return transformers.SiglipImageProcessorPil(size={"height": side, "width": side}, **PLAIN)
+
+
+def _gemma(tokens: int) -> Any:
+    pixels = transformers.Gemma3ImageProcessorPil(
+        size={"height": 28, "width": 28}, do_pan_and_scan=False, **PLAIN
+    )
+    return transformers.Gemma3Processor(pixels, WORDS, image_seq_length=tokens)
+
+
+def _idefics(tokens: int) -> Any:
+    edge = {"longest_edge": 28}
+    pixels = transformers.Idefics3ImageProcessorPil(
+        size=edge, max_image_size=edge, do_image_splitting=False
+    )
+    return transformers.Idefics3Processor(pixels, WORDS, image_seq_len=tokens)
+
+
+def _qwen_pictures(patch: int) -> Any:
+    return transformers.Qwen2VLImageProcessorPil(
+        patch_size=patch, merge_size=2, size={"shortest_edge": 256, "longest_edge": 256}
+    )
+
+
+def _chameleon(tokens: int) -> Any:
+    square = {"height": 8, "width": 8}
+    pixels = transformers.ChameleonImageProcessorPil(
+        size={"shortest_edge": 8}, crop_size=square, **PLAIN
+    )
+    return transformers.ChameleonProcessor(pixels, WORDS, image_seq_length=tokens)
+
+
+def _sounds(bins: int) -> Any:
+    return transformers.WhisperFeatureExtractor(feature_size=bins, chunk_length=1, hop_length=500)
+
+
+OTHERS: dict[str, tuple[str, Callable[[], Any], str]] = {
+    "llava, patches": (
+        *("llava_dinov2", lambda: _llava(28, 7)),
+        r"puts 16 tokens in the place of a picture .* it has 4",
+    ),
+    "llava, pixels": (
+        *("llava", lambda: _llava(56, 14)),
+        "pictures of 56 x 56 pixels, and config.json says 28 x 28",
+    ),
+    "gemma": ("gemma3", lambda: _gemma(9), r"puts 9 tokens .* it has 4"),
+    "idefics": ("idefics3", lambda: _idefics(4), r"puts 4 tokens .* it has 1"),
+    "qwen, patches": (
+        *("qwen2_5_vl", lambda: _qwen_pictures(8)),
+        "has a patch_size of 8, and config.json a patch_size of 4",
+    ),
+    "qwen, another's": (
+        *("qwen2_5_vl", lambda: _clip_pictures(28)),
+        "is a CLIPImageProcessorPil, which does not cut pictures into patches",
+    ),
+    "chameleon": ("chameleon", lambda: _chameleon(9), r"puts 9 tokens .* it has 16"),
+    "clip": ("clip", lambda: _clip_pictures(56), "56 x 56 pixels, and config.json says 28 x 28"),
+    "siglip": (
+        *("siglip", lambda: _siglip_pictures(56)),
+        "56 x 56 pixels, and config.json says 28 x 28",
+    ),
+    "clip tower": (
+        *("clip_vision", lambda: _clip_pictures(56)),
+        "56 x 56 pixels, and config.json says 28 x 28",
+    ),
+    "whisper": ("whisper", lambda: _sounds(16), "makes 16 bins of 32 frames, and by config.json"),
+}
+"""What is wrong -> the model, the processor that is put beside it, and the sentence."""
+
+
+@pytest.mark.parametrize("wrong", OTHERS)
+def test_every_family_finds_a_processor_that_disagrees(wrong: str, tmp_path: Path) -> None:
+    """Before any work, and with both numbers: transformers would fail in the middle, or not at
+    all."""
+    case, processor, sentence = OTHERS[wrong]
+    model = whole_models.save(case, tmp_path / "model")
+    data = whole_models.records(case, tmp_path)
+    inputs(model, data)
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (model / name).unlink(missing_ok=True)
+    processor().save_pretrained(model)
+    with pytest.raises(DataError, match=sentence):
+        inputs(model, data)
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ({"feature_size": 16}, "makes 16 bins of a sound, and by config.json there are 8"),
+        ({"merge_size": 1}, "has a merge_size of 1, and config.json a spatial_merge_size of 2"),
+    ],
+)
+def test_omni_finds_a_processor_that_disagrees(
+    setting: dict[str, int], sentence: str, tmp_path: Path
+) -> None:
+    """Its pictures and sounds are prepared by what one file says."""
+    model = whole_models.save("qwen2_5_omni", tmp_path / "model")
+    data = whole_models.records("qwen2_5_omni", tmp_path)
+    file = model / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | setting))
+    with pytest.raises(DataError, match=sentence):
+        inputs(model, data)
+
+
+def test_emu3_finds_an_image_encoder_that_disagrees(tmp_path: Path) -> None:
+    """Its processor halves pictures three times, whatever the config says."""
+    model = whole_models.save("emu3", tmp_path / "model")
+    data = whole_models.records("emu3", tmp_path)
+    stacked_models.save(stacked_models.build("emu3"), model)  # which halves them once
+    with pytest.raises(DataError, match=r"puts 6 tokens in the place of a picture .* it has 72"):
+        inputs(model, data)
 
 
 def test_media_of_the_wrong_kind_are_found_before_any_work(janus: Path, tmp_path: Path) -> None:

@@ -24,10 +24,9 @@ from quantlib.calibration.paths.reading import (
     WORDS,
     answer_sample,
     answers,
-    any_count,
-    any_side,
     by_parts,
-    pictures_of,
+    parsed,
+    patches_of,
     question,
     token_of,
     with_answer,
@@ -63,6 +62,10 @@ def think(model: Any, **inputs: Any) -> Any:
 
 
 # -- hearing ---------------------------------------------------------------------------------------
+
+
+def _tower(tools: Tools) -> Any:
+    return parsed(tools).thinker_config.vision_config
 
 
 def _by_parts(tools: Tools, text: str, image: Any) -> dict[str, Any]:
@@ -106,7 +109,14 @@ def _hearing(tools: Tools, _: Any, record: Record) -> Sample:
 
 
 def _check_hearing(tools: Tools, record: Record) -> None:
-    _heard(tools, record)
+    inputs, _ = _heard(tools, record)
+    bins = inputs["input_features"].shape[1]
+    wanted = int(parsed(tools).thinker_config.audio_config.num_mel_bins)
+    if bins != wanted:
+        raise DataError(
+            f"the feature extractor in {tools.folder} makes {bins} bins of a sound, and by "
+            f"config.json there are {wanted}: fetch both again"
+        )
 
 
 # -- speaking --------------------------------------------------------------------------------------
@@ -222,7 +232,7 @@ FAMILIES = (
         (
             replace(TEXT_ROUTE, run=think),
             replace(
-                answers(pictures_of(any_side, any_count), encode=_by_parts, placeholder=token_of),
+                answers(patches_of(_tower), encode=_by_parts, placeholder=token_of),
                 run=think,
             ),
             Route(

@@ -55,7 +55,15 @@ def by_processor(tools: Tools, text: str, image: Image) -> dict[str, Any]:
 
 
 def by_parts(tools: Tools, text: str, image: Image) -> dict[str, Any]:
-    """Qwen2.5-VL's, whose processor cannot be had without torchvision: it is for videos, too."""
+    """Qwen2.5-VL's, whose processor cannot be had without torchvision: it is for videos, too.
+
+    Raises DataError for an image processor that cuts pictures in no patches.
+    """
+    if not hasattr(tools.pictures, "merge_size"):
+        raise DataError(
+            f"the image processor in {tools.folder} is a {type(tools.pictures).__name__}, which "
+            "does not cut pictures into patches as this model reads them: fetch the model's own"
+        )
     pixels = dict(tools.pictures(images=[image], return_tensors="pt"))
     places = int(pixels["image_grid_thw"].prod()) // int(tools.pictures.merge_size) ** 2
     placeholder = tools.tokenizer.convert_ids_to_tokens(tools.image_token_id)
@@ -186,13 +194,37 @@ def require_side(tools: Tools, pixels: Tensor, side: int | None) -> None:
         )
 
 
+def patches_of(tower: Callable[[Tools], Any]) -> Fits:
+    """Fits models that read patches which the image processor has cut; tower: the config of what
+    reads them."""
+
+    def fits(tools: Tools, _: Mapping[str, Any], __: str) -> None:
+        for mine, theirs in _PATCHES.items():
+            found, wanted = getattr(tools.pictures, mine, None), getattr(tower(tools), theirs)
+            if _number(found) != _number(wanted):
+                raise DataError(
+                    f"the image processor in {tools.folder} has a {mine} of {found}, and "
+                    f"config.json a {theirs} of {wanted}: fetch both again"
+                )
+
+    return fits
+
+
+_PATCHES = {
+    "patch_size": "patch_size",
+    "temporal_patch_size": "temporal_patch_size",
+    "merge_size": "spatial_merge_size",
+}
+"""Names of an image processor -> what a tower's config calls the same."""
+
+
+def _number(size: Any) -> Any:
+    """A size that may be written once for each direction."""
+    return size[0] if isinstance(size, list | tuple) and len({*size}) == 1 else size
+
+
 def any_side(_: Tools) -> None:
     """Pictures may have any size."""
-    return None
-
-
-def any_count(_: Tools, __: Tensor) -> None:
-    """How many tokens a picture takes follows from the picture."""
     return None
 
 

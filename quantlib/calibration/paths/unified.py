@@ -21,8 +21,8 @@ from quantlib.calibration.paths.reading import (
     TEXT_ROUTE,
     WORDS,
     answers,
-    any_count,
     any_side,
+    parsed,
     pictures_of,
     require_side,
     vision,
@@ -184,6 +184,24 @@ def _chameleon_unread(_: Mapping[str, Any], __: ModelMap) -> dict[str, str]:
     return {"model.vqmodel.post_quant_conv.*": NO_DECODER}
 
 
+def _grid(tools: Tools, pixels: Tensor) -> tuple[int, int]:
+    """(rows, columns) of codes that the image encoder makes of pixels [..., H, W]: it halves a
+    picture from each of its levels to the next."""
+    halvings = len(parsed(tools).vq_config.channel_multiplier) - 1
+    return pixels.shape[-2] >> halvings, pixels.shape[-1] >> halvings
+
+
+def _chameleon_tokens(tools: Tools, pixels: Tensor) -> int:
+    rows, columns = _grid(tools, pixels)
+    return rows * columns
+
+
+def _emu3_tokens(tools: Tools, pixels: Tensor) -> int:
+    """Every row ends with a token of its own."""
+    rows, columns = _grid(tools, pixels)
+    return rows * (columns + 1)
+
+
 def _chameleon_encode(tools: Tools, text: str, image: Any) -> dict[str, Any]:
     found = tools.processor(
         text=text,
@@ -199,7 +217,7 @@ CHAMELEON = Routes(
     ("chameleon",),
     (
         TEXT_ROUTE,
-        answers(pictures_of(any_side, any_count), WORDS, _chameleon_encode),
+        answers(pictures_of(any_side, _chameleon_tokens), WORDS, _chameleon_encode),
         _CODES,
     ),
     _chameleon_unread,
@@ -247,7 +265,7 @@ EMU3 = Routes(
     ("emu3",),
     (
         TEXT_ROUTE,
-        answers(pictures_of(any_side, any_count), WORDS),
+        answers(pictures_of(any_side, _emu3_tokens), WORDS),
         Route("image", (GENERATION,), WORDS, _emu3_writing, _check_joined, modalities=MODALITIES),
         Route(
             "decoder",

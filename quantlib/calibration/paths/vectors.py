@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantlib.calibration.media import read_image
 from quantlib.calibration.objectives import VectorObjective
-from quantlib.calibration.paths.reading import require_side
+from quantlib.calibration.paths.reading import parsed, require_side
 from quantlib.calibration.paths.route import Route, Routes
 from quantlib.calibration.paths.tools import Tools, row
 from quantlib.calibration.records import GENERATION, PAIR, PICTURE, QUESTION, TEXT, Record
@@ -48,9 +48,16 @@ def _text(tools: Tools, _: Any, record: Record) -> Sample:
 def _pixels(tools: Tools, record: Record) -> Tensor:
     image = read_image(record.file)
     pixels: Tensor = tools.pictures(images=[image], return_tensors="pt")["pixel_values"]
-    fixed = tools.config["model_type"] in ("clip_vision_model", "siglip_vision_model")
-    require_side(tools, pixels, tools.config.get("image_size") if fixed else None)
+    require_side(tools, pixels, _side(tools))
     return pixels
+
+
+def _side(tools: Tools) -> int | None:
+    """Of the pictures a tower reads; DINOv2 interpolates its places to any."""
+    if tools.config["model_type"] == "dinov2":
+        return None
+    config = parsed(tools)
+    return int(getattr(config, "vision_config", config).image_size)
 
 
 def _picture(tools: Tools, _: Any, record: Record) -> Sample:

@@ -10,10 +10,10 @@ from torch import Tensor
 from quantlib.calibration.paths.reading import (
     TEXT_ROUTE,
     answers,
-    any_count,
     any_side,
     by_parts,
     parsed,
+    patches_of,
     pictures_of,
     token_of,
     vision,
@@ -75,6 +75,10 @@ def _idefics_tokens(tools: Tools, pixels: Tensor) -> int:
     return pixels.shape[1] * places // factor**2
 
 
+def _tower(tools: Tools) -> Any:
+    return parsed(tools).vision_config
+
+
 FAMILIES = (
     Routes(("llava",), (TEXT_ROUTE, answers(pictures_of(_llava_side, _llava_tokens))), _unread),
     Routes(
@@ -85,7 +89,7 @@ FAMILIES = (
         ("qwen2_5_vl",),
         (
             TEXT_ROUTE,
-            answers(pictures_of(any_side, any_count), encode=by_parts, placeholder=token_of),
+            answers(patches_of(_tower), encode=by_parts, placeholder=token_of),
         ),
     ),
 )
