@@ -19,11 +19,12 @@ BOTH_WAYS = "Suite multimodal: records of pictures, sounds and words"
 SUITES = ("text", "multimodal")
 
 Data = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="TEXT|RECORDS",
         help="What calibration has not seen: a text (file, .jsonl, folder, or hub:name), or a "
-        ".jsonl file of records with pictures or sounds.",
+        ".jsonl file of records with pictures or sounds. By default the records that it held back, "
+        "if OUT.work is still there.",
         rich_help_panel=MEASUREMENT,
         show_default=False,
     ),
@@ -87,7 +88,7 @@ Temperature = Annotated[
 
 def evaluate(
     out: Checkpoint,
-    data: Data,
+    data: Data = None,
     against: Against = None,
     suite: Suite = None,
     windows: Windows = 12,
@@ -111,14 +112,21 @@ def evaluate(
         quantlib eval OUT --against path/to/model --data held_out.txt
         quantlib eval OUT --data held_out.txt --windows 40 --json
         quantlib eval OUT --against path/to/model --data test.jsonl --judge judge.safetensors
+        quantlib eval OUT --against path/to/model --suite multimodal
     """
     from quantlib.calibration.records import is_records
 
     if suite not in (None, *SUITES):
         raise UsageError(f"unknown --suite {suite}: use one of {', '.join(SUITES)}")
     quiet_transformers()
-    if suite == "multimodal" or (suite is None and is_records(data)):
-        _both_ways(out, against, data, judge, limit, (seed, guidance, temperature), json)
+    chosen = None
+    if data is None:
+        if suite == "text":
+            raise UsageError("--data is missing: give a text that calibration has not seen")
+        data, chosen = _held_back(out, against)
+    if chosen or suite == "multimodal" or (suite is None and is_records(data)):
+        drawing = seed, guidance, temperature
+        _both_ways(out, against, data, judge, limit, drawing, json, chosen)
         return
     if judge is not None:
         raise UsageError(
@@ -126,6 +134,20 @@ def evaluate(
             "target, or leave it out"
         )
     _text(out, against, data, seqlen, windows, seed, json)
+
+
+def _held_back(out: Path, against: Path | None) -> tuple[str, frozenset[str]]:
+    """The data that calibration used, and where in it are the records that it held back."""
+    from quantlib.pipeline.beside import held_back
+
+    found = held_back(out, against)
+    notes().print(
+        f"no --data: evaluating on the {len(found.chosen)} records of {found.data} that "
+        "calibration held back, which the search has seen; records of your own judge better",
+        style="yellow",
+        markup=False,
+    )
+    return found.data, found.chosen
 
 
 def _text(
@@ -164,6 +186,7 @@ def _both_ways(
     limit: int,
     drawing: tuple[int, float | None, float],
     json: bool,
+    chosen: frozenset[str] | None = None,
 ) -> None:
     from quantlib.evaluation.multimodal import evaluate_suite
     from quantlib.evaluation.passes import Options
@@ -175,6 +198,7 @@ def _both_ways(
         data,
         judge=judge,
         limit=limit,
+        chosen=chosen,
         options=Options(seed=seed, guidance=guidance, temperature=temperature),
         progress=by_stage(Bars(notes())),
     )

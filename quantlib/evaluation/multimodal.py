@@ -11,12 +11,12 @@ from __future__ import annotations
 import gc
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from quantlib.calibration.records import read_records
+from quantlib.calibration.records import Record, read_records
 from quantlib.errors import UsageError
 from quantlib.evaluation.compare import (
     StageProgress,
@@ -45,6 +45,8 @@ class Given:
     data:  a file of records. judge: a file of `evaluation.judge`, for pictures.
     limit: the most records of a stream.
     load:  opens a folder, if not as `open_model` does.
+    chosen: the `Record.where` of the records that are used, as calibration held them back; None:
+           all.
     """
 
     data: str | Path
@@ -53,10 +55,16 @@ class Given:
     options: Options = field(default_factory=Options)
     load: OpenModel | None = None
     progress: StageProgress | None = None
+    chosen: Collection[str] | None = None
 
     def __post_init__(self) -> None:
         if self.limit < 1:
             raise UsageError(f"limit is {self.limit}: use 1 record or more")
+
+    def records(self) -> list[Record]:
+        """Those that are used. Raises DataError as `read_records`."""
+        found = read_records(self.data)
+        return [r for r in found if self.chosen is None or r.where in self.chosen]
 
     def open(self, folder: Path) -> Any:
         """The model of a folder, in memory."""
@@ -111,6 +119,7 @@ def evaluate_suite(
     options: Options | None = None,
     load: OpenModel | None = None,
     progress: StageProgress | None = None,
+    chosen: Collection[str] | None = None,
 ) -> SuiteResult:
     """Evaluate the folder `model`, against the folder `against` if given, on records of `data`.
 
@@ -120,7 +129,7 @@ def evaluate_suite(
     used, ModelError and CheckpointError for folders.
     """
     began, target = time.monotonic(), model_folder(model)
-    given = Given(data, judge, limit, options or Options(), load, progress)
+    given = Given(data, judge, limit, options or Options(), load, progress, chosen)
     if against is not None:
         with Baseline(against, given) as baseline:
             return replace(baseline.evaluate(model), seconds=time.monotonic() - began)
@@ -131,7 +140,7 @@ def evaluate_suite(
 
 def _asked(folder: Path, given: Given) -> tuple[Media, Questions, Truth]:
     """The model of a folder, and the questions as it prepares them."""
-    records = read_records(given.data)
+    records = given.records()
     judge = None if given.judge is None else load_judge(given.judge)
     media = Media.of(given.open(folder), folder, SEQLEN)
     questions = prepare(media, records, judge, given.options, given.limit)
@@ -150,6 +159,7 @@ def _result(
         model_bytes=weight_bytes(target),
         against_bytes=None if base is None else weight_bytes(base),
         data=str(given.data),
+        held_back=given.chosen is not None,
         data_sha256=hashlib.sha256(Path(given.data).expanduser().read_bytes()).hexdigest(),
         judge=None if given.judge is None else str(given.judge),
         seed=options.seed,

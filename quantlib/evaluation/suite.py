@@ -27,7 +27,8 @@ class PicturePair:
 class SuiteResult:
     """What `evaluate_suite` found, with enough of its circumstances to repeat it.
 
-    records: kind -> how many of them were used.
+    records: kind -> how many of them were used. held_back: they are those of the data that
+             calibration held back.
     skipped: sentences about what could not be evaluated, and why.
     """
 
@@ -46,6 +47,7 @@ class SuiteResult:
     skipped: list[str]
     images: list[PicturePair] = field(default_factory=list)
     seconds: float = 0.0
+    held_back: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Every field, for `--json` and for the report."""
@@ -79,9 +81,10 @@ class SuiteResult:
     def footing(self) -> str:
         """On what, and how it was measured."""
         used = ", ".join(f"{count} of kind {kind}" for kind, count in self.records.items())
+        seen = " that calibration held back" if self.held_back else ""
         return (
-            f"records of {self.data}: {used}; ± is one standard error over records (bootstrap), "
-            "and changes are taken record by record"
+            f"records of {self.data}{seen}: {used}; ± is one standard error over records "
+            "(bootstrap), and changes are taken record by record"
         )
 
 

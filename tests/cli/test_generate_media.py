@@ -9,7 +9,10 @@ from PIL import Image
 
 import quantlib
 from quantlib.errors import UsageError
+from quantlib.pipeline.compress import compress
+from quantlib.pipeline.opening import reopen_run
 
+from ..pipeline import whole_models
 from ..runtime import media_folders
 from .conftest import Run
 
@@ -135,6 +138,41 @@ def test_eval_finds_the_suite_by_the_data(run: Run, out: dict[str, Path], tmp_pa
     assert "answers flipped" in table
     assert "same likeliest image code" in table
     assert json.dumps(found.json)
+
+
+def test_without_data_eval_takes_what_calibration_held_back(
+    run: Run, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    """One record in five of each kind, which the work directory beside the checkpoint knows."""
+    model = whole_models.save("llava_dinov2", tmp_path / "model")
+    data = whole_models.records("llava_dinov2", tmp_path, count=10)
+    few = {"windows": 4, "probe_windows": 2, "probes": 0, "passes": 0, "schemes": ["w4g32zs4"]}
+    out = compress(model, out=tmp_path / "out", data=data, bits=20.0, report=False, **few).path
+    command = ("eval", out, "--against", model, "--suite", "multimodal")
+    answer = run(*command, "--json")
+    assert answer.code == 0, answer
+    found = answer.json
+    assert found["held_back"]
+    assert found["records"] == {"question": 2, "text": 2}
+    assert "the 4 records of" in answer.stderr
+    with reopen_run(tmp_path / "out.work", with_data=True) as opened:
+        workload = opened.streams
+        chosen = {r.where for records in workload.held_back.values() for r in records}
+        seen = {r.where for records in workload.calibration.values() for r in records}
+    assert not chosen & seen
+    lines = data.read_text().split("\n")
+    mine = [line for n, line in enumerate(lines, 1) if f"{data}, line {n}" in chosen]
+    apart = tmp_path / "held_back.jsonl"
+    apart.write_text("\n".join(mine))
+    same = run(*command, "--data", apart, "--json").json
+    assert not same["held_back"]
+    assert same["figures"] == found["figures"]
+    assert "that calibration held back" in run(*command).stdout
+    assert "--data is missing: give a text" in fails(2, "eval", out, "--suite", "text")
+    data.write_text("\n".join(lines[::-1]))
+    assert "is not the one that was measured" in fails(2, *command)
+    (tmp_path / "out.work").rename(tmp_path / "elsewhere")
+    assert "give a .jsonl file of records with --data" in fails(2, *command)
 
 
 def test_eval_says_what_does_not_fit(
