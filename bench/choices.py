@@ -11,8 +11,9 @@ table; `linears` are mixtures of the others by rows (`pipeline.row_blocks`), for
 is rounded. The exact solver then chooses with and without the family, under the same bytes, and
 both plans are measured on held-out windows. `gain` is the mean difference of KL over windows
 (positive: the family helps), with its standard error. What is done stays in DIR, rounded weights
-and measured plans: the command goes on where it was stopped. The result file has all rows measured
-so far.
+and measured plans: the command goes on where it was stopped. The result file is written after every
+row; rows of other budgets and families that stand in it stay, as long as they were measured on the
+same windows.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import argparse
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from quantlib.bench import assets, record
 from quantlib.calibration.data import load_windows
-from quantlib.checkpoint.disk import atomic_write_text
+from quantlib.checkpoint.disk import atomic_write_text, read_json
 from quantlib.checkpoint.provenance import digest
 from quantlib.evaluation.estimate import Estimate
 from quantlib.evaluation.language import evaluate_language
@@ -67,6 +68,7 @@ factors where rounding alone is worst, rare tokens in 3 bits, in 2, or in fewer 
 MIXED = "linears"
 """A family without schemes of its own."""
 NONE, JOINT = "none", "all"
+RESULT = "choices"
 BITS = (2.5, 2.75, 3.0, 3.25, 3.5)
 """True bits per parameter of the whole file."""
 WINDOWS, SEQLEN = 16, 512
@@ -94,13 +96,12 @@ class Bench:
         if self._file.exists():
             self.known = json.loads(self._file.read_text(encoding="utf-8"))
 
-    def rows(self, bits: Sequence[float], measured: bool) -> list[dict[str, Any]]:
+    def rows(self, bits: Sequence[float], measured: bool) -> Iterator[dict[str, Any]]:
         """Every family at every budget; measured: also on held-out windows."""
         with open_run(self.model, self.work, self.recipe) as run:
             calibrate(run)
             table = measure(run)
             trial = _Trial(run, self.windows, self.seqlen)
-            rows = []
             for size in bits:
                 joint = (JOINT,) if len(self.families) > 1 else ()
                 for family in (NONE, *self.families, *joint):
@@ -109,9 +110,9 @@ class Bench:
                         base = row
                     elif measured:
                         row["gain"] = _gain(base, row)
-                    rows.append(row)
-                    print(_sentence(row), flush=True)
-            return rows
+                    if family == JOINT:
+                        row["joined"] = list(self.families)
+                    yield row
 
     def matrices(self, layers: Sequence[int]) -> list[dict[str, Any]]:
         """The linears of some layers in the families' candidates: predicted losses beside what the
@@ -224,6 +225,28 @@ def _interpolated(points: Sequence[tuple[int, float]], size: int) -> float:
     return float(np.exp(np.interp(size, sizes, np.log(losses))))
 
 
+def kept(rows: Sequence[dict[str, Any]], windows: int, seqlen: int) -> dict[str, Any]:
+    """The result file's content: these rows, and those of the file that stands there which have
+    another budget or family, if they were measured on the same windows.
+
+    Raises CheckpointError for a damaged file: its rows would be lost by writing over it.
+    """
+    path = record.path_of(RESULT)
+    before: dict[str, Any] = read_json(path) if path.exists() else {}
+    mine = {(row["bits"], row["family"]) for row in rows}
+    others = []
+    if (before.get("windows"), before.get("seqlen")) == (windows, seqlen):
+        made = {name: before[name] for name in ("date", "machine")}
+        older = (row for row in before["rows"] if (row["bits"], row["family"]) not in mine)
+        others = [{**made, **row} for row in older]
+    told = [{**record.when_and_where(), **row} for row in rows]
+    families = {**before.get("families", {}), **FAMILIES} if others else FAMILIES
+    listed = {row["family"] for row in (*told, *others)}
+    named = {family: list(names) for family, names in families.items() if family in listed}
+    rows = sorted([*told, *others], key=lambda row: float(row["bits"]))
+    return {"windows": windows, "seqlen": seqlen, "families": named, "rows": rows}
+
+
 def _sentence(row: dict[str, Any]) -> str:
     text = f"{row['bits']} bits, {row['family']}: predicted {row['predicted_sum']:.4f}"
     if "kl" in row:
@@ -265,11 +288,14 @@ def main() -> None:
         rows = bench.matrices(options.layer)
         print(record.write("choices_matrices", {"layers": options.layer, "rows": rows}))
         return
-    rows = bench.rows(options.bits or BITS, not options.predict)
+    rows = []
+    for row in bench.rows(options.bits or BITS, not options.predict):
+        rows.append(row)
+        print(_sentence(row), flush=True)
+        if not options.predict:
+            path = record.write(RESULT, kept(rows, options.windows, options.seqlen))
     if not options.predict:
-        about = {"windows": options.windows, "seqlen": options.seqlen}
-        candidates = {family: FAMILIES.get(family, ()) for family in families}
-        print(record.write("choices", {**about, "families": candidates, "rows": rows}))
+        print(path)
 
 
 if __name__ == "__main__":

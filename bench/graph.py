@@ -179,6 +179,8 @@ def publish(rows: Mapping[str, Any]) -> Path:
     before = json.loads(file.read_text()) if file.exists() else {}
     found = {part: before[part] for part in (*PARTS, FEWER) if part in before}
     found |= {part: own for part, own in rows.items() if part in PARTS}
+    if "prediction" in rows:  # methods that are not predicted again yet stay, too
+        found["prediction"] = {**before.get("prediction", {}), **rows["prediction"]}
     if "columns" in rows:
         columns = [
             {"method": name.partition("@")[0], **row} for name, row in rows["columns"].items()

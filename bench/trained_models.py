@@ -6,8 +6,8 @@
 
 Three rows each, of the same bit operations: all layers in one format and rounded to nearest, the
 same format trained on, and FLIQS trained for as long. A model learns from its own full-precision
-self (SmolLM2) or from its task (unified). Rows are kept in the user's cache and made once; a run
-that was stopped goes on.
+self (SmolLM2) or from its task (unified). Rows are kept in the user's cache and in the result file,
+which is written after each, and made once; a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -86,6 +86,11 @@ class Subject:
     def label(self) -> str:
         """Its name in files."""
         return f"{self.name}_quick" if self.quick else self.name
+
+    @property
+    def result(self) -> str:
+        """Name of its result file."""
+        return f"search_trained_{self.label}"
 
     def key(self, method: str) -> str:
         """sha256 over what a row depends on."""
@@ -188,16 +193,19 @@ def main(
         chosen = SUBJECTS[subject].quickly() if quick else SUBJECTS[subject]
         for name in method or METHODS:
             measured(chosen, name)
-        kept = [row for name in METHODS if (row := _kept(chosen, name)) is not None]
-        policy = asdict(Settings.short(0.0, 0, 0, DRAWS))
-        settings = {**asdict(chosen.training), **{f"policy_{k}": v for k, v in policy.items()}}
-        told = [{k: v for k, v in row.items() if k != "key"} for row in kept]
-        document = {"settings": settings, "rows": told}
-        path = record.write(f"search_trained_{chosen.label}", document)
+            path = report(chosen)
         console.print(f"wrote {path.name}")
     except QuantlibError as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(error.exit_code) from error
+
+
+def report(subject: Subject) -> Path:
+    """Keep all rows that are there: the result file."""
+    rows = [row for name in METHODS if (row := _kept(subject, name)) is not None]
+    policy = asdict(Settings.short(0.0, 0, 0, DRAWS))
+    settings = {**asdict(subject.training), **{f"policy_{k}": v for k, v in policy.items()}}
+    return record.write(subject.result, {"settings": settings, "rows": rows})
 
 
 def folder() -> Path:
@@ -212,10 +220,13 @@ def _row_file(subject: Subject, method: str) -> Path:
 def _kept(subject: Subject, method: str) -> dict[str, Any] | None:
     """The row that was made before, None when there is none, or of other settings."""
     try:
-        found = dict(read_json(_row_file(subject, method)))
+        known = [read_json(_row_file(subject, method))]
     except CheckpointError:
-        return None
-    return found if found.get("key") == subject.key(method) else None
+        known = []
+    written = record.path_of(subject.result)
+    known += read_json(written)["rows"] if written.exists() else []
+    wanted = subject.key(method)
+    return next((dict(row) for row in known if row.get("key") == wanted), None)
 
 
 def measured(subject: Subject, method: str) -> dict[str, Any]:
@@ -225,7 +236,7 @@ def measured(subject: Subject, method: str) -> dict[str, Any]:
         return kept
     console.print(f"Training {subject.name}, {method}")
     started = time.monotonic()
-    found: dict[str, Any] = {"key": subject.key(method)}
+    found: dict[str, Any] = {"key": subject.key(method), **record.when_and_where()}
     found |= {"subject": subject.name, "method": method}
     found |= _measure(subject, method)
     found["seconds"] = round(time.monotonic() - started, 1)

@@ -244,7 +244,8 @@ class Fliqs:
         """Nothing: formats are not differentiated."""
 
     def after(self, step: int, quality: float) -> None:
-        """Reward the policy, while it learns."""
+        """Reward the policy, while it learns. Raises FloatingPointError for a reward that is not
+        finite, before the policy has seen it."""
         if not self._search.delay <= step < self._settles_at or self.choice is None:
             return
         share = (step - self._search.delay) / (self._settles_at - self._search.delay)
@@ -258,7 +259,10 @@ class Fliqs:
         self.policy.learn_together(drawn, values, weight)
 
     def _reward(self, choice: Choice, quality: float) -> float:
-        return reward(quality, self._costs.of(choice), self._search)
+        value = reward(quality, self._costs.of(choice), self._search)
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the reward of a choice is {value}")
+        return value
 
     def _judged(self, choice: Choice, step: int) -> float:
         assert self._judge is not None  # there are draws

@@ -93,7 +93,7 @@ class Method(Protocol):
         """What is added to the loss."""
 
     def after(self, step: int, quality: float) -> None:
-        """Learn from a step."""
+        """Learn from a step. Raises FloatingPointError, which says what is no finite number."""
 
     def figures(self) -> dict[str, float]:
         """What is worth telling, by name."""
@@ -158,8 +158,8 @@ class Loop:
     def run(self) -> None:
         """Train to the end, or go on from the file; the model is then in evaluation mode.
 
-        Raises SearchError for a file of other settings, and at the first loss or gradient that is
-        not finite: the file keeps the last state that was.
+        Raises SearchError for a file of other settings, and at the first loss, gradient or reward
+        that is not finite: the file keeps the last state that was.
         """
         optimizer = self._optimizer()
         first = self._resume(optimizer)
@@ -167,7 +167,7 @@ class Loop:
         saved = time.monotonic()
         for step in range(first, self.training.steps):
             quality = self._step(optimizer, step)
-            self.method.after(step, quality)
+            self._learn(step, quality)
             if time.monotonic() - saved > SECONDS_BETWEEN_FILES:
                 self._save(step + 1, optimizer)
                 saved = time.monotonic()
@@ -186,7 +186,7 @@ class Loop:
             extra = self.method.penalty()
             loss = outcome.loss if extra is None else outcome.loss + extra
         if not bool(torch.isfinite(loss)):
-            raise SearchError(self._diverged(step, f"the loss is {float(loss)}"))
+            raise SearchError(self._diverged(step, f"the loss is {float(loss.detach())}"))
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(list(self._trained().values()), self.training.norm)
@@ -194,6 +194,12 @@ class Loop:
             raise SearchError(self._diverged(step, f"the gradient's length is {float(norm)}"))
         optimizer.step()
         return outcome.quality
+
+    def _learn(self, step: int, quality: float) -> None:
+        try:
+            self.method.after(step, quality)
+        except FloatingPointError as error:
+            raise SearchError(self._diverged(step, str(error))) from error
 
     def _diverged(self, step: int, what: str) -> str:
         kept = "nothing had been kept yet"

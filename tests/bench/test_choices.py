@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from quantlib.bench.choices import FAMILIES, _chosen, _gain, _restricted
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantlib.bench import record
+from quantlib.bench.choices import FAMILIES, _chosen, _gain, _restricted, kept
 from quantlib.formats import Scheme
 from quantlib.recipe import NATIVE_SCHEMES, Recipe
 from quantlib.search.plan import Assignment, Plan
@@ -39,3 +45,28 @@ def test_a_gain_is_paired_by_window() -> None:
 def test_only_what_joined_is_counted() -> None:
     rows = {"a": Assignment("w4g64", 1, 0.0), "b": Assignment("w4g64+r4", 1, 0.0)}
     assert _chosen(Plan("model", rows), ("w4g64+r4",)) == {"w4g64+r4": 1}
+
+
+def test_rows_of_other_budgets_stay_in_the_result_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "machine", lambda: "one")
+
+    def write(rows: list[dict[str, Any]], windows: int = 6) -> list[dict[str, Any]]:
+        document = kept(rows, windows, 256)
+        record.write("choices", document)
+        found: list[dict[str, Any]] = document["rows"]
+        return found
+
+    write([{"bits": 2.5, "family": "rows", "kl": 1.0}, {"bits": 3.0, "family": "rows", "kl": 0.5}])
+    monkeypatch.setattr(record, "machine", lambda: "another")
+    found = write([{"bits": 3.0, "family": "rows", "kl": 0.4}])
+    assert [(row["bits"], row["kl"], row["machine"]) for row in found] == [
+        (2.5, 1.0, "one"),
+        (3.0, 0.4, "another"),
+    ]
+    assert len(write([{"bits": 3.5, "family": "none", "kl": 0.2}])) == 3
+    assert len(write([{"bits": 3.5, "family": "none", "kl": 0.2}], windows=8)) == 1, (
+        "figures of other windows are not comparable"
+    )

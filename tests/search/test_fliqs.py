@@ -223,6 +223,21 @@ def test_nan_stops_and_the_last_good_state_stays(
     assert all(bool(t.isfinite().all()) for t in healthy.model.state_dict().values())
 
 
+def test_a_choice_judged_nan_stops_before_the_policy_learns_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch that is trained on is fine, the one that choices are judged on is not."""
+    monkeypatch.setattr(loops, "SECONDS_BETWEEN_FILES", -1.0)
+    run, method = searched(tmp_path / "state", draws=2)
+    method._judge = lambda step: -1.0 if step < 12 else math.nan
+    with pytest.raises(SearchError, match=r"step 12.*reward.* nan; .*keeps the state of step 12"):
+        run.run()
+    assert all(bool(row.isfinite().all()) for row in method.policy.logits)
+    healthy, _ = searched(tmp_path / "state", draws=2)
+    healthy.run()
+    assert accuracy(healthy.model) > 0.25  # chance
+
+
 def test_targets_and_phases_out_of_reach_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SearchError, match="cannot be reached"):
         searched(tmp_path / "state", target=1.0)
