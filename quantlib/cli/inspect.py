@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantlib.cli.console import answers, facts, print_json, table
+from quantlib.cli.console import answers, facts, notes, print_json, table
 from quantlib.cli.options import OTHER, Debug, Download, Json, Model, Preset
+from quantlib.errors import QuantlibError
 
 if TYPE_CHECKING:
     from quantlib.models.components import Component, KeptTensors
@@ -34,7 +36,8 @@ def inspect(
     """Show what a model is made of: bytes, bits, and what is left as it is, part by part.
 
     Of a model to compress also what would be quantized, and the time, memory and disk it would
-    take. Only the config and the headers of the weight files are read.
+    take; of a checkpoint what each part is predicted to lose, if its work directory (OUT.work) is
+    still there. Only the config and the headers of the weight files are read.
 
     Examples:
         quantlib inspect path/to/model
@@ -82,7 +85,12 @@ def _inspect_packed(path: str, coverage: bool, json: bool) -> None:
     checkpoint = read_layout(path)
     found = contents(checkpoint)
     model_map = found.model_map
+    losses, why = _losses(path)
     if json:
+        components = [
+            {**asdict(row), "predicted_losses": losses.get(row.name, {})}
+            for row in found.components
+        ]
         print_json(
             {
                 "model": path,
@@ -93,7 +101,7 @@ def _inspect_packed(path: str, coverage: bool, json: bool) -> None:
                 "file_bytes": found.file_bytes,
                 "header_bytes": found.header_bytes,
                 "bits": found.bits,
-                "components": [asdict(row) for row in found.components],
+                "components": components,
                 "beside": [asdict(row) for row in found.beside],
                 "schemes": {name: str(scheme) for name, scheme in checkpoint.schemes.items()},
                 **surroundings.described(checkpoint.around),
@@ -116,6 +124,7 @@ def _inspect_packed(path: str, coverage: bool, json: bool) -> None:
     )
     console.print()
     print_components(found.components, found.beside)
+    _print_losses(losses, why)
     if coverage:
         rows = [
             (row.name, str(checkpoint.schemes[row.name]), "×".join(map(str, row.shape)))
@@ -123,6 +132,40 @@ def _inspect_packed(path: str, coverage: bool, json: bool) -> None:
         ]
         console.print(table("weight", "scheme", "shape", rows=rows))
         console.print()
+
+
+def _losses(path: str) -> tuple[dict[str, dict[str, float]], str]:
+    """Component -> task -> what it is predicted to lose, of a checkpoint; where that is not known
+    here, {} and the reason."""
+    from quantlib.pipeline.beside import component_losses
+
+    try:
+        return component_losses(Path(path)), ""
+    except QuantlibError as error:
+        return {}, str(error)
+
+
+def _print_losses(losses: Mapping[str, Mapping[str, float]], why: str) -> None:
+    from quantlib.search.sensitivity import unit_of
+
+    if not losses:
+        notes().print(
+            f"what each part is predicted to lose is not known here: {why}",
+            style="dim",
+            markup=False,
+        )
+        return
+    tasks = list(next(iter(losses.values())))
+    several = len(tasks) > 1
+    total = {task: sum(row[task] for row in losses.values()) for task in tasks}
+    rows = [
+        (name, *(f"{100 * row[task]:.3g} %" if several else f"{row[task]:.3g}" for task in tasks))
+        for name, row in {**losses, "all": total}.items()
+    ]
+    unit = "relative to full precision" if several else unit_of(tasks[0])
+    console = answers()
+    console.print(table(f"predicted to lose ({unit})", *tasks, rows=rows))
+    console.print()
 
 
 def _described(source: Source, model_map: ModelMap, estimate: Estimate) -> dict[str, Any]:

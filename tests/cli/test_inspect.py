@@ -1,6 +1,7 @@
 """`quantlib inspect` accounts for every byte, of a model and of a checkpoint."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,6 +57,25 @@ def test_a_checkpoint_for_people(run: Run, packed: Path) -> None:
     assert "model.layers.1.mlp.down_proj.weight" in run("inspect", packed, "--coverage").stdout
 
 
+def test_parts_of_a_checkpoint_say_what_they_are_predicted_to_lose(
+    run: Run, packed: Path, tmp_path: Path
+) -> None:
+    """As the plan and the table say; without the work directory that has them, why not."""
+    plan = json.loads((packed / "quantlib_plan.json").read_text())
+    found = run("inspect", packed, "--json").json["components"]
+    losses = [row["predicted_losses"]["kl"] for row in found]
+    assert all(loss > 0 for loss in losses)
+    assert sum(losses) == pytest.approx(sum(row["loss"] for row in plan["weights"].values()))
+    assert "predicted to lose" in run("inspect", packed).stdout
+    moved = shutil.copytree(packed, tmp_path / "moved")
+    assert all(
+        not row["predicted_losses"] for row in run("inspect", moved, "--json").json["components"]
+    )
+    answer = run("inspect", moved)
+    assert "predicted to lose" not in answer.stdout
+    assert "is not known here" in answer.stderr
+
+
 def test_what_lies_beside_a_rotated_model_is_listed(
     run: Run, model: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -74,8 +94,6 @@ def test_what_lies_beside_a_rotated_model_is_listed(
 def test_a_checkpoint_without_its_map_or_with_another_is_a_sentence(
     fails: Callable[..., str], packed: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     damaged = Path(shutil.copytree(packed, tmp_path / "damaged"))
     file = damaged / "quantlib_map.json"
     known = json.loads(file.read_text())
