@@ -4,7 +4,8 @@ for their descriptions, DINOv2-small by the kinds of its pictures' nearest neigh
     python -P -m quantlib.bench.multimodal_encoders
 
 Every weight is quantized, embeddings and the convolution too. A model has one task, the squared
-error of its vectors, and the table shows what that means for what the vectors are used for.
+error of its vectors, and the table shows what that means for what the vectors are used for: each
+figure with its change from full precision, which is taken question by question.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import Annotated, Any
 import typer
 
 from quantlib.bench import artifacts, record
-from quantlib.bench.beds.encoders import judge, open_encoder, text_bed, vision_bed
+from quantlib.bench.beds.encoders import Scores, judge, open_encoder, text_bed, vision_bed
 from quantlib.bench.beds.folders import CALIBRATION, MODEL
 from quantlib.bench.packages import console
 from quantlib.errors import QuantlibError
+from quantlib.evaluation.estimate import Estimate
 from quantlib.pipeline.compress import compress
 
 BEDS: dict[str, Callable[[], Path]] = {"MiniLM": text_bed, "DINOv2-small": vision_bed}
@@ -37,7 +39,7 @@ def measure(bed: Path, work: Path, bits: Sequence[float], seeds: int) -> dict[st
     and judging raise.
     """
     kind, model = open_encoder(bed / MODEL)
-    before = {name: vars(figure) for name, figure in judge(kind, model, bed).items()}
+    before = judge(kind, model, bed)
     rows = []
     for seed in range(seeds):
         for budget in bits:
@@ -53,17 +55,31 @@ def measure(bed: Path, work: Path, bits: Sequence[float], seeds: int) -> dict[st
                     preset=PRESET,
                     report=False,
                 )
-                figures = judge(*open_encoder(result.path), bed)
+                scores = judge(*open_encoder(result.path), bed)
             rows.append(
                 {
                     "bits": budget,
                     "seed": seed,
                     "bytes": result.file_bytes,
                     "true_bits": 8 * result.file_bytes / result.parameters,
-                    "figures": {name: vars(figure) for name, figure in figures.items()},
+                    "figures": _figures(scores),
+                    "changes": _figures(_changes(before, scores)),
                 }
             )
-    return {"full_precision": before, "rows": rows}
+    return {"full_precision": _figures(before), "rows": rows}
+
+
+def _figures(scores: Scores) -> dict[str, Any]:
+    """Means with their standard errors, as JSON."""
+    return {name: Estimate.mean(values).to_json() for name, values in scores.items()}
+
+
+def _changes(before: Scores, after: Scores) -> Scores:
+    """What every question scores more than before."""
+    return {
+        name: [now - was for was, now in zip(before[name], values, strict=True)]
+        for name, values in after.items()
+    }
 
 
 def main(

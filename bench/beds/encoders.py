@@ -155,8 +155,12 @@ def open_encoder(path: Path) -> tuple[str, Any]:
     return kind, AutoModel.from_pretrained(path, dtype=torch.float32).eval()
 
 
-def judge(kind: str, model: Any, bed: Path) -> dict[str, Estimate]:
-    """Figures of a model on the test records of its bed."""
+Scores = dict[str, list[float]]
+"""Figure -> what each question scores; the figure is their mean."""
+
+
+def judge(kind: str, model: Any, bed: Path) -> Scores:
+    """What a model scores on the test records of its bed."""
     records = read_records(bed / TEST)
     if kind == "bert":
         from transformers import AutoTokenizer
@@ -171,7 +175,7 @@ def judge(kind: str, model: Any, bed: Path) -> dict[str, Estimate]:
     labels = torch.tensor([record.extra["label"] for record in known])
     right = torch.tensor([record.extra["label"] for record in others])
     found = neighbours_say(picture_vectors(model, others), picture_vectors(model, known), labels)
-    return {"nearest_neighbours": Estimate.mean((found == right).double().tolist())}
+    return {"nearest_neighbours": (found == right).double().tolist()}
 
 
 @torch.no_grad()
@@ -201,15 +205,16 @@ def picture_vectors(model: Any, records: Sequence[Record]) -> Tensor:
     return torch.cat(found)
 
 
-def retrieval(asked: Tensor, articles: Tensor) -> dict[str, Estimate]:
-    """Recall at 1 and 5 and mean reciprocal rank of article i for query i, both [N, width]."""
+def retrieval(asked: Tensor, articles: Tensor) -> Scores:
+    """Of every query, both [N, width]: whether article i is query i's first, or among its first
+    five, and the reciprocal of its rank."""
     similarity = asked @ articles.T
     own = similarity.diagonal()[:, None]
     ranks = 1 + (similarity > own).sum(1).double()
     return {
-        "recall_at_1": Estimate.mean((ranks <= 1).double().tolist()),
-        "recall_at_5": Estimate.mean((ranks <= 5).double().tolist()),
-        "reciprocal_rank": Estimate.mean(ranks.reciprocal().tolist()),
+        "recall_at_1": (ranks <= 1).double().tolist(),
+        "recall_at_5": (ranks <= 5).double().tolist(),
+        "reciprocal_rank": ranks.reciprocal().tolist(),
     }
 
 
@@ -238,8 +243,9 @@ def main(
             return
         kind, opened = open_encoder(model)
         bed = text_bed(cache, wheels) if kind == "bert" else vision_bed(cache, wheels)
-        figures = judge(kind, opened, bed)
-        print(json.dumps({name: vars(figure) for name, figure in figures.items()}))
+        scores = judge(kind, opened, bed)
+        figures = {name: Estimate.mean(values).to_json() for name, values in scores.items()}
+        print(json.dumps(figures))
     except QuantlibError as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(error.exit_code) from error

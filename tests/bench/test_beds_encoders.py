@@ -16,7 +16,6 @@ from quantlib.bench import multimodal_encoders
 from quantlib.bench.beds import dinov2, encoders, fashion
 from quantlib.bench.beds.folders import write_records
 from quantlib.errors import DataError, UsageError
-from quantlib.evaluation.estimate import Estimate
 from quantlib.pipeline.compress import compress
 
 from ..pipeline import whole_models
@@ -31,13 +30,13 @@ QUICK: dict[str, Any] = {
 
 
 def test_ranks_are_counted_from_the_nearest_article() -> None:
-    """Query 0 finds its own first, query 1 its own second: recall at 1 is a half."""
+    """Query 0 finds its own first, query 1 its own second."""
     articles = torch.eye(2)
     asked = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
     found = encoders.retrieval(asked, articles)
-    assert found["recall_at_1"].value == 0.5
-    assert found["recall_at_5"].value == 1.0
-    assert found["reciprocal_rank"].value == 0.75
+    assert found["recall_at_1"] == [1.0, 0.0]
+    assert found["recall_at_5"] == [1.0, 1.0]
+    assert found["reciprocal_rank"] == [1.0, 0.5]
 
 
 def test_near_neighbours_outvote_many_far_ones() -> None:
@@ -203,13 +202,17 @@ def test_vision_is_judged_on_pictures_that_are_not_known(small: None, tmp_path: 
     asked = encoders.pictures(images[:4], labels[:4], tmp_path / "asked", known=False)
     write_records(tmp_path / "test.jsonl", [*known, *asked])
     found = encoders.judge("dinov2", dino(), tmp_path)["nearest_neighbours"]
-    assert (found.value, found.samples) == (1.0, 4)
+    assert found == [1.0] * 4
     swapped = encoders.pictures(images[:4], 1 - labels[:4], tmp_path / "asked", known=False)
     write_records(tmp_path / "test.jsonl", [*known, *swapped])
-    assert encoders.judge("dinov2", dino(), tmp_path)["nearest_neighbours"].value == 0.0
+    assert encoders.judge("dinov2", dino(), tmp_path)["nearest_neighbours"] == [0.0] * 4
 
 
 # -- the bench -------------------------------------------------------------------------------------
+
+
+def _is_packed(model: Any) -> bool:
+    return any(name.endswith("weight_packed") for name, _ in model.named_buffers())
 
 
 def test_rows_of_an_encoder_are_within_their_budgets(
@@ -225,10 +228,10 @@ def test_rows_of_an_encoder_are_within_their_budgets(
     monkeypatch.setattr(
         multimodal_encoders,
         "judge",
-        lambda kind, model, _: {"nearest": Estimate.mean([float(kind == "dinov2"), 1.0])},
+        lambda kind, model, _: {"nearest": [float(_is_packed(model)), 0.0, 1.0]},
     )
     found = multimodal_encoders.measure(bed, tmp_path / "work", (12.0, 20.0), 2)
-    assert found["full_precision"]["nearest"]["value"] == 1.0
+    assert found["full_precision"]["nearest"]["value"] == pytest.approx(1 / 3)
     assert [(row["bits"], row["seed"]) for row in found["rows"]] == [
         (12.0, 0),
         (20.0, 0),
@@ -237,4 +240,7 @@ def test_rows_of_an_encoder_are_within_their_budgets(
     ]
     for row in found["rows"]:
         assert row["true_bits"] <= row["bits"]
-        assert row["figures"]["nearest"]["value"] == 1.0
+        assert row["figures"]["nearest"]["value"] == pytest.approx(2 / 3)
+        change = row["changes"]["nearest"]
+        assert change["value"] == pytest.approx(1 / 3)
+        assert change["standard_error"] == pytest.approx(1 / 3), "of one question in three"
