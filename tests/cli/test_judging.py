@@ -83,6 +83,21 @@ def test_one_process_or_two_find_the_same_plan_and_remember_its_trials(
 
 
 @pytest.mark.usefixtures("needs_optuna")
+def test_a_cluster_finds_the_plan_that_one_process_finds(
+    run: Run, measured: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray", reason="Ray is the extra `ray`, 200 MB")
+    asked = ("--validate", 3, "--json", "-o")
+    alone = run("search", "--work", measured, *BUDGET, *asked, tmp_path / "one.json")
+    (measured / "trials.log").unlink()
+    cluster = ("--ray", "local", "--workers", 2)
+    both = run("search", "--work", measured, *BUDGET, *cluster, *asked, tmp_path / "two.json")
+    assert both.code == 0, both
+    assert alone.json["validation"] == both.json["validation"]
+    assert (tmp_path / "one.json").read_text() == (tmp_path / "two.json").read_text()
+
+
+@pytest.mark.usefixtures("needs_optuna")
 def test_trials_of_other_settings_are_refused(run: Run, fails: Fails, measured: Path) -> None:
     assert run("search", "--work", measured, *BUDGET, "--validate", 1).code == 0
     log = measured / "trials.log"
