@@ -140,7 +140,8 @@ def others_table(rows: Sequence[Mapping[str, Any]]) -> str:
         error = "" if row["error"] is None else f" ± {row['error']:.2g}"
         cost = f"{row['cost']:.3g} {row['cost_unit']}"
         quality = f"{row['quality']:.4g}{error} {row['quality_unit']}"
-        cells = (row["task"], row["method"], cost, quality, f"{row['minutes']:.2g}")
+        minutes = "" if row["minutes"] is None else f"{row['minutes']:.2g}"
+        cells = (row["task"], row["method"], cost, quality, minutes)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -52,7 +52,8 @@ def _graph(data: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _trained(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Networks trained with their formats: accuracy over seeds, with half a 95 % interval."""
+    """Networks trained with their formats: accuracy over seeds, with half a 95 % interval; minutes
+    are None where every run was stopped and resumed."""
     rows = []
     for row in data["comparison"]:
         half = row["accuracy"]["half_width"]
@@ -65,7 +66,7 @@ def _trained(data: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "quality": float(row["accuracy"]["mean"]),
                 "quality_unit": "accuracy, %",
                 "error": None if half is None else float(half),
-                "minutes": float(row["seconds"]) / 60,
+                "minutes": None if row["seconds"] is None else float(row["seconds"]) / 60,
             }
         )
     return rows

@@ -155,13 +155,18 @@ def test_rows_of_other_benchmarks_join_when_they_are_there(tmp_path: Path) -> No
         "seconds": 120,
     }
     (tmp_path / search_others.GRAPH).write_text(json.dumps({"columns": [graph]}))
-    (tmp_path / search_others.TRAINED).write_text(json.dumps({"comparison": [trained]}))
+    resumed = {**trained, "method": "csq", "seconds": None}
+    (tmp_path / search_others.TRAINED).write_text(json.dumps({"comparison": [trained, resumed]}))
     rows = search_others.other_rows(tmp_path)
-    assert [row["method"] for row in rows] == ["graph", "fliqs-int"]
-    assert [row["minutes"] for row in rows] == [1.5, 2.0]
+    assert [row["method"] for row in rows] == ["graph", "fliqs-int", "csq"]
+    assert [row["minutes"] for row in rows] == [1.5, 2.0, None]
     text = search.others_table(rows)
+    assert (
+        "| fashion vit, trained | csq | 16 weight bits x input bits | 90.5 accuracy, % |  |" in text
+    )
     assert "0.5 ± 0.02 KL" in text
     assert "90.5 accuracy, %" in text
+    assert search_others.other_rows(), "the committed files are read"
     (tmp_path / search_others.TRAINED).write_text("{}")
     with pytest.raises(DataError, match="does not have the rows"):
         search_others.other_rows(tmp_path)
