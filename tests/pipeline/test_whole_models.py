@@ -12,6 +12,7 @@ import torch
 
 import quantlib
 from quantlib.calibration.paths.route import objective
+from quantlib.checkpoint.contents import contents
 from quantlib.pipeline.compress import Result, compress
 from quantlib.pipeline.dense import DensePlan
 from quantlib.pipeline.opening import reopen_run
@@ -118,9 +119,10 @@ def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(difference / expected[allowed].abs().max())
 
 
-@pytest.mark.parametrize("case", ["janus", "llava_siglip", "gemma3", "whisper", "qwen2_5_omni"])
+@pytest.mark.parametrize("case", CASES)
 def test_nothing_stays_without_a_reason(case: str, squeezed: Squeeze) -> None:
-    """Every matrix is packed, or is named with why not."""
+    """Every matrix is packed, or is named with why not; and the component table of the checkpoint
+    has all of its bytes."""
     result = squeezed(case)
     known = load_model(result.work).model_map
     assert set(result.plan.schemes) == {weight.name for weight in known.weights}
@@ -128,6 +130,13 @@ def test_nothing_stays_without_a_reason(case: str, squeezed: Squeeze) -> None:
     checkpoint = quantlib.load(result.path, engine="plain").checkpoint
     reasons = {name: row.reason for row in known.kept for name in (row.name, *row.aliases)}
     assert set(checkpoint.kept_names) <= set(reasons)
+    found = contents(checkpoint)
+    left = [row for part in found.components for row in part.kept]
+    assert sum(row.parameters for row in left) == sum(row.parameters for row in known.kept)
+    assert all(row.name and row.reason for row in left)
+    assert not found.beside, "tensors that are no parameter of the model"
+    held = sum(part.bytes for part in found.components) + found.header_bytes
+    assert held == sum(file.stat().st_size for file in result.path.glob("*.safetensors"))
 
 
 def test_what_nothing_reads_is_kept_and_says_so(squeezed: Squeeze) -> None:
