@@ -13,12 +13,20 @@ from typing import Any
 from torch import Tensor
 
 from quantlib.errors import QuantlibError, UsageError
-from quantlib.kernels.cpu.engine_model import FAST, MODES, Decoder, Description, Layer, Linear
+from quantlib.kernels.cpu.engine_model import (
+    FAST,
+    MODES,
+    Decoder,
+    Description,
+    Layer,
+    Linear,
+    RowBlocks,
+)
 from quantlib.kernels.cpu.engine_structs import STRUCTS, Model, Step
 from quantlib.kernels.cpu.library import ISAS, Library, row_out_of_range
 from quantlib.kernels.kv_format import KvFormat
 
-__all__ = ["FAST", "MODES", "Decoder", "Layer", "Linear", "NativeEngine"]
+__all__ = ["FAST", "MODES", "Decoder", "Layer", "Linear", "NativeEngine", "RowBlocks"]
 
 _NO_MEMORY, _NO_SUCH_ISA = 1, 2
 _BAD_TOKEN, _BAD_SEQUENCE, _FULL, _BAD_STEP = 17, 18, 19, 20

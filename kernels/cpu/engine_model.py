@@ -7,9 +7,8 @@ written, so several engines may run over one decoder, each in a mode and with a 
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,10 +33,25 @@ _EXACT_CACHE = KvFormat.parse("f32")
 
 
 @dataclass(frozen=True, eq=False)
+class RowBlocks:
+    """A matrix [N, K] whose rows are in several: those of `parts[i]`, [n, K], are its rows
+    `rows[i]`, integers [n], ascending. Every row is in one of them."""
+
+    parts: tuple[TiledWeight, ...]
+    rows: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        return sum(map(len, self.rows)), self.parts[0].shape[1]
+
+
+@dataclass(frozen=True, eq=False)
 class Linear:
     """A matrix [N, K], a bias, float32 [N], and what is done to its input x.
 
-    weight:      tiled, or a contiguous float32, float16 or bfloat16 tensor.
+    weight:      tiled, in blocks of rows that are tiled, or a contiguous float32, float16 or
+                 bfloat16 tensor.
     mode:        what its scheme asks for, a key of MODES, where `activations` says nothing; dense
                  ones are always exact.
     activations: how its scheme rounds x; none: as `mode` says.
@@ -45,7 +59,7 @@ class Linear:
     order:       int32 [K]: column k of the weight meets x[order[k]], in every mode.
     """
 
-    weight: TiledWeight | Tensor
+    weight: TiledWeight | RowBlocks | Tensor
     bias: Tensor | None = None
     mode: str = "exact"
     activations: tuple[ActivationSegment, ...] = ()
@@ -58,13 +72,21 @@ class Linear:
         rows, columns = self.weight.shape
         return rows, columns
 
+    def blocks(self) -> Iterator[tuple[Linear, Tensor]]:
+        """Of a weight in blocks of rows: each block as a linear, and its rows."""
+        assert isinstance(self.weight, RowBlocks)
+        for part, rows in zip(self.weight.parts, self.weight.rows, strict=True):
+            bias = None if self.bias is None else self.bias[rows.long()]
+            yield replace(self, weight=part, bias=bias), rows
+
     def rounds_itself(self, mode: str | None) -> bool:
         """Whether an engine's mode leaves x to the weight's scheme, and that rounds it."""
         return mode in (None, FAST) and bool(self.activations)
 
     def activations_in(self, mode: str | None) -> tuple[ActivationSegment, ...]:
-        """How x is rounded in an engine's mode; None: as the weight's scheme says."""
-        if isinstance(self.weight, Tensor):
+        """How x is rounded in an engine's mode; None: as the weight's scheme says. Blocks of rows
+        have each their own answer."""
+        if not isinstance(self.weight, TiledWeight):
             return ()
         if self.rounds_itself(mode):
             return self.activations
@@ -174,8 +196,8 @@ class Description:
             layers=layers,
             ropes=ropes,
             final_norm=_pointer(decoder.final_norm),
-            embedding=_weight(decoder.embedding),
-            head=self._linear(decoder.head),
+            embedding=self._linears([decoder.embedding], _weight),
+            head=self._linears([decoder.head]),
             layer_count=len(layers),
             rope_count=len(ropes),
             vocabulary=decoder.vocabulary,
@@ -193,8 +215,8 @@ class Description:
             integer_attention=integer_attention,
         )
         if decoder.residual is not None:  # y = x @ U is a linear with the weight U^T
-            self.model.enter = self._linear(Linear(decoder.residual.T.contiguous()))
-            self.model.leave = self._linear(Linear(decoder.residual.contiguous()))
+            self.model.enter = self._linears([Linear(decoder.residual.T.contiguous())])
+            self.model.leave = self._linears([Linear(decoder.residual.contiguous())])
 
     def _layer(self, layer: Layer) -> c.Layer:
         cache = layer.cache if self._kv is None else self._kv
@@ -207,11 +229,9 @@ class Description:
             k_norm=_pointer(layer.k_norm),
             key_basis=self._basis(layer.key_basis),
             qkv=self._linears(layer.qkv),
+            o=self._linears([layer.o]),
             gate_up=self._linears(layer.gate_up),
-            qkv_count=len(layer.qkv),
-            gate_up_count=len(layer.gate_up),
-            o=self._linear(layer.o),
-            down=self._linear(layer.down),
+            down=self._linears([layer.down]),
             intermediate=layer.intermediate,
             window=layer.window,
             attention_scale=layer.attention_scale,
@@ -232,14 +252,32 @@ class Description:
         self._held.append(padded := padded.contiguous())
         return padded.data_ptr()
 
-    def _linears(self, linears: Sequence[Linear]) -> ctypes.Array[c.Linear]:
-        return (c.Linear * len(linears))(*map(self._linear, linears))
+    def _linears(
+        self, linears: Sequence[Linear], describe: Callable[[Linear], c.Linear] | None = None
+    ) -> c.Linears:
+        """Linears that read one input; of a weight in blocks of rows, each block is one."""
+        describe = describe or self._linear
+        described: list[c.Linear] = []
+        first_row = 0
+        for linear in linears:
+            if isinstance(linear.weight, RowBlocks):
+                for block, rows in linear.blocks():
+                    places = (rows + first_row).to(torch.int32).contiguous()
+                    described.append(describe(block))
+                    described[-1].places = places.data_ptr()
+                    self._held += [block, places]
+            else:
+                described.append(describe(linear))
+            first_row += linear.shape[0]
+        array = (c.Linear * len(described))(*described)
+        self._held.append(array)
+        return c.Linears(array, len(array))
 
     def _linear(self, linear: Linear) -> c.Linear:
         described = _weight(linear)
         self._held.append(linear)
         activations = linear.activations_in(self._mode)
-        if activations and not isinstance(linear.weight, Tensor):
+        if activations and isinstance(linear.weight, TiledWeight):
             described.mode = _INT8 if linear.weight.all_integer else _ROUNDED
         own = linear.rounds_itself(self._mode)
         if not own and linear.rotation is None and linear.order is None:
@@ -250,12 +288,10 @@ class Description:
 
     def _form(self, linear: Linear, activations: tuple[ActivationSegment, ...]) -> Form:
         """Linears with the same form share it, and with it the engine's work on their input."""
-        if isinstance(linear.weight, Tensor):
-            segments: tuple[Segment, ...] = (
-                Segment(0, linear.shape[1], WeightFormat("int8", CHANNEL)),
-            )
-        else:
+        if isinstance(linear.weight, TiledWeight):
             segments = linear.weight.segments
+        else:
+            segments = (Segment(0, linear.shape[1], WeightFormat("int8", CHANNEL)),)
         spans = tuple((part.start, part.length) for part in segments)
         order = None if linear.order is None else linear.order.numpy().tobytes()
         key = (spans, activations, id(linear.rotation), order)
@@ -265,13 +301,13 @@ class Description:
 
 
 def _weight(linear: Linear) -> c.Linear:
-    """A linear without anything done to its input."""
+    """A linear of one matrix, without anything done to its input."""
     rows, columns = linear.shape
     described = c.Linear(bias=_pointer(linear.bias), rows=rows, columns=columns, mode=_EXACT)
     if isinstance(linear.weight, Tensor):
         described.dense = linear.weight.data_ptr()
         described.dense_type = _DENSE_TYPES[linear.weight.dtype]
-    else:
+    elif isinstance(linear.weight, TiledWeight):
         described.tiled = linear.weight.address
     return described
 

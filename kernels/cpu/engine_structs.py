@@ -24,11 +24,21 @@ class Linear(ctypes.Structure):
         ("dense", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("form", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
         ("act_group", ctypes.c_int64),
         ("dense_type", ctypes.c_int32),
         ("mode", ctypes.c_int32),
+    )
+
+
+class Linears(ctypes.Structure):
+    """QlLinears."""
+
+    _fields_ = (
+        ("linears", ctypes.POINTER(Linear)),
+        ("count", ctypes.c_int64),
     )
 
 
@@ -54,12 +64,10 @@ class Layer(ctypes.Structure):
         ("q_norm", ctypes.c_void_p),
         ("k_norm", ctypes.c_void_p),
         ("key_basis", ctypes.c_void_p),
-        ("qkv", ctypes.POINTER(Linear)),
-        ("gate_up", ctypes.POINTER(Linear)),
-        ("qkv_count", ctypes.c_int64),
-        ("gate_up_count", ctypes.c_int64),
-        ("o", Linear),
-        ("down", Linear),
+        ("qkv", Linears),
+        ("o", Linears),
+        ("gate_up", Linears),
+        ("down", Linears),
         ("intermediate", ctypes.c_int64),
         ("window", ctypes.c_int64),
         ("attention_scale", ctypes.c_float),
@@ -79,10 +87,10 @@ class Model(ctypes.Structure):
         ("layers", ctypes.POINTER(Layer)),
         ("ropes", ctypes.POINTER(Rope)),
         ("final_norm", ctypes.c_void_p),
-        ("embedding", Linear),
-        ("head", Linear),
-        ("enter", Linear),
-        ("leave", Linear),
+        ("embedding", Linears),
+        ("head", Linears),
+        ("enter", Linears),
+        ("leave", Linears),
         ("layer_count", ctypes.c_int64),
         ("rope_count", ctypes.c_int64),
         ("vocabulary", ctypes.c_int64),

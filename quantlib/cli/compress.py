@@ -80,7 +80,7 @@ Rows = Annotated[
     typer.Option(
         "--rows/--no-rows",
         help="Let linears mix widths by rows: outputs that matter more get more bits. Loses less, "
-        "but such a model runs through transformers, not on the native engine.",
+        "and takes longer to measure.",
         rich_help_panel=RECIPE,
         show_default=False,
     ),

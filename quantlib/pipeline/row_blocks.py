@@ -148,33 +148,48 @@ def stored_weight(run: Run, name: str, scheme: str, key: str | None = None) -> S
     weight, parsed = run.model_map.weight(name), Scheme.parse(scheme)
     key = key or entry_key(run, name, scheme)
     if is_mixture(run, name, scheme) and not run.bank.has(key):
-        return _mixture(run, weight, parsed)
+        return _mixture(run, weight, parsed, _prices_of(run, weight.group))
     shape = (weight.parameters // weight.in_features, weight.in_features)
     return unpack_stored(run.bank.get(key), shape, parsed)
 
 
 def keep_mixtures(run: Run, schemes: Mapping[str, str]) -> None:
     """Put the mixtures of a plan (weight -> scheme) that the bank lacks into it."""
-    lacking = [
-        (name, scheme)
-        for name, scheme in schemes.items()
-        if is_mixture(run, name, scheme) and not run.bank.has(entry_key(run, name, scheme))
-    ]
+    lacking: dict[str, list[Weight]] = {}
+    for name, scheme in schemes.items():
+        if is_mixture(run, name, scheme) and not run.bank.has(entry_key(run, name, scheme)):
+            weight = run.model_map.weight(name)
+            lacking.setdefault(weight.group, []).append(weight)
     if not lacking:
         return
     with run.bank.batch() as batch:
-        for name, scheme in lacking:
-            tensors = pack_stored(_mixture(run, run.model_map.weight(name), Scheme.parse(scheme)))
-            batch.put(name, scheme, run.rounding_hash, tensors)
+        for group, weights in lacking.items():
+            prices = _prices_of(run, group)
+            for weight in weights:
+                scheme = schemes[weight.name]
+                tensors = pack_stored(_mixture(run, weight, Scheme.parse(scheme), prices))
+                batch.put(weight.name, scheme, run.rounding_hash, tensors)
 
 
-def _mixture(run: Run, weight: Weight, scheme: Scheme) -> CompositeWeight:
+def _prices_of(run: Run, group: str) -> dict[tuple[str, str], Tensor]:
+    """(member of a group, format) -> float32 [N]: what each of its rows loses there."""
+    found = run.model_map.group(group)
+    formats = row_formats(run, found)
+    return {
+        (name, scheme): prices[:, index]
+        for name, prices in row_prices(run, found).items()
+        for index, scheme in enumerate(formats)
+    }
+
+
+def _mixture(
+    run: Run, weight: Weight, scheme: Scheme, prices: Mapping[tuple[str, str], Tensor]
+) -> CompositeWeight:
     """Blocks of rows of the bank's entries: the dearest rows, by what they lose in the narrowest
-    block's format, are in the first block, as `search.row_widths` ranks them."""
-    group = run.model_map.group(weight.group)
-    prices, formats = row_prices(run, group)[weight.name], row_formats(run, group)
+    block's format, are in the first block, as `search.row_widths` ranks them. prices: those of its
+    group (`_prices_of`)."""
     names = [str(block.format) for block in scheme.rows]
-    block = assign_rows(scheme, prices[:, formats.index(names[-1])].double())
+    block = assign_rows(scheme, prices[weight.name, names[-1]].double())
     parts: dict[str, QuantizedWeight] = {}
     for index, rows in enumerate(rows_of_blocks(block, weight.out_features)):
         whole = stored_weight(run, weight.name, names[index])

@@ -33,7 +33,7 @@ from quantlib.formats.scheme import Scheme
 from quantlib.kernels.ops import embedding
 from quantlib.models.window import Window, from_rows, to_rows
 from quantlib.runtime.convolution import PackedConvolution, QuantizedConvolution
-from quantlib.runtime.modules import PackedEmbedding, QuantizedLinear
+from quantlib.runtime.modules import PackedEmbedding, PackedLinear, QuantizedLinear
 from quantlib.runtime.packed_module import SCHEME, PackedModule, multiply
 
 
@@ -305,11 +305,9 @@ class _InBlocks(PackedModule):
         super()._load_from_state_dict(*args, **kwargs)
 
 
-class BlockedLinear(_InBlocks):
+class BlockedLinear(_InBlocks, PackedLinear):
     """`nn.Linear` on a weight [out_features, in_features] in blocks of rows: one product for each
-    block. Its inputs are not rounded. Output dtype: the input's."""
-
-    bias: nn.Parameter | None
+    block. Its inputs are not rounded."""
 
     def __init__(
         self,
@@ -320,10 +318,8 @@ class BlockedLinear(_InBlocks):
         mode: str = SCHEME,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(mode)
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(in_features, out_features, bias, mode)
         self.register_blocks(scheme, (out_features, in_features), device)
-        self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.by_blocks(x, self.bias, self.mode)

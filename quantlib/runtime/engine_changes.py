@@ -18,6 +18,8 @@ from torch import Tensor
 from quantlib.checkpoint.reader import PackedCheckpoint
 from quantlib.checkpoint.surroundings import CacheSettings
 from quantlib.errors import CheckpointError
+from quantlib.formats.composite import parts_of
+from quantlib.formats.scheme import Scheme, Segment
 from quantlib.kernels.cpu import forms
 from quantlib.kernels.cpu.forms import BlockRotation
 from quantlib.kernels.kv_format import MAX_SINKS, KvFormat
@@ -117,6 +119,20 @@ def read_changes(checkpoint: PackedCheckpoint, spec: EngineSpec) -> Changes:
     )
 
 
+def _in_row_blocks(scheme: Scheme) -> bool:
+    """Whether a weight is several matrices, each some of its rows as they are."""
+    return bool(scheme.rows) and not any(block.width for block in scheme.rows)
+
+
+def _layouts(checkpoint: PackedCheckpoint, name: str) -> list[tuple[Segment, ...]]:
+    """K segments of every packed matrix of a weight; none where it is kept."""
+    scheme = checkpoint.schemes[name]
+    if scheme.weight is None:
+        return []
+    parts = parts_of(scheme, checkpoint.shapes[name][-2:])
+    return [part.segments for part in parts.values()]
+
+
 def cache_format(settings: CacheSettings) -> KvFormat:
     """The format of a cache with its first positions. float32 has no need of them."""
     form, sinks = settings.kv, max(settings.kv.sinks, settings.sinks)
@@ -180,16 +196,16 @@ def unsupported_changes(checkpoint: PackedCheckpoint, spec: EngineSpec) -> str |
     if around.kv is not None:
         return "its KV cache keeps words and images in formats of their own"
     for name, scheme in checkpoint.schemes.items():
-        if scheme.is_composite:
+        if scheme.is_composite and not _in_row_blocks(scheme):
             return f"{name} is stored as several matrices ({scheme})"
-        if scheme.weight is not None and not has_kernels(checkpoint.segments(name)):
+        if not all(map(has_kernels, _layouts(checkpoint, name))):
             return f"the compiled kernels do not know {scheme} of {name}"
         activations = checkpoint.activations(name)
         if scheme.weight is None and activations:
             return f"the inputs of {name}, which is not packed, are rounded"
         if name.endswith("embed_tokens.weight") and name in around.orders:
             return f"{name} is in another order"
-        if scheme.weight is not None and activations:
+        if activations:
             reason = forms.why_not(checkpoint.segments(name), activations)
             if reason:
                 return f"the inputs of {name} are rounded as {scheme} says ({reason})"

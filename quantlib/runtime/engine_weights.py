@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from quantlib.checkpoint.reader import PackedCheckpoint
-from quantlib.errors import CheckpointError
-from quantlib.kernels.cpu.engine_library import Decoder, Layer, Linear
+from quantlib.errors import CheckpointError, FormatError
+from quantlib.formats.composite import BLOCK, Part, parts_of, rows_of_blocks, unpack_block
+from quantlib.formats.scheme import Scheme
+from quantlib.formats.weight import packed_layout
+from quantlib.kernels.cpu.engine_library import Decoder, Layer, Linear, RowBlocks
 from quantlib.kernels.kv_format import KvFormat
-from quantlib.kernels.layouts import tile
+from quantlib.kernels.layouts import TiledWeight, tile
 from quantlib.kernels.packed import PackedWeight
 from quantlib.models.headers import TORCH_DTYPES, TensorHeader
 from quantlib.runtime.engine_changes import NO_CHANGES, Changes, block_name, read_changes
@@ -231,19 +234,36 @@ class _Reader:
         if scheme is None or scheme.weight is None:
             dense = self._take(name)
             return Linear(dense if dense.dtype in _DENSE else dense.to(torch.float32), vector)
-        suffixes, segments = self._checkpoint.layout(name), self._checkpoint.segments(name)
-        rows, columns = self._checkpoint.shapes[name]
-        tensors = {suffix: self._mapped(name + suffix) for suffix in suffixes}
-        tiled = tile(PackedWeight.from_tensors(tensors, (rows, columns), segments))
-        for suffix in suffixes:
-            self._release(name + suffix)
         order = self._checkpoint.order(name)
         return Linear(
-            tiled,
+            self._packed(name, scheme),
             vector,
             activations=self._checkpoint.activations(name),
             order=None if order is None else order.clone(),
         )
+
+    def _packed(self, name: str, scheme: Scheme) -> TiledWeight | RowBlocks:
+        """A weight of one matrix, or of blocks of rows. Raises CheckpointError where the blocks of
+        its rows are damaged."""
+        rows, columns = self._checkpoint.shapes[name]
+        parts = parts_of(scheme, (rows, columns))
+        tiled = [self._tiled(name + suffix, part) for suffix, part in parts.items()]
+        if not scheme.rows:
+            return tiled[0]
+        try:
+            block = unpack_block(self._take(name + BLOCK), scheme, rows)
+        except FormatError as error:
+            raise CheckpointError(f"{name} in {self._checkpoint.path}: {error}") from error
+        return RowBlocks(tuple(tiled), tuple(rows_of_blocks(block, rows)))
+
+    def _tiled(self, name: str, part: Part) -> TiledWeight:
+        """One packed matrix."""
+        suffixes = packed_layout(part.shape, part.segments)
+        tensors = {suffix: self._mapped(name + suffix) for suffix in suffixes}
+        tiled = tile(PackedWeight.from_tensors(tensors, part.shape, part.segments))
+        for suffix in suffixes:
+            self._release(name + suffix)
+        return tiled
 
     def _vector(self, name: str) -> Tensor:
         return self._take(name).to(torch.float32)

@@ -23,10 +23,25 @@ from quantlib.runtime.packed_module import (
 )
 
 
-class QuantizedLinear(PackedModule):
-    """`nn.Linear` on a packed weight `[out_features, in_features]`. Output dtype: the input's."""
+class PackedLinear(PackedModule):
+    """Base of linears on packed weights: `nn.Linear`'s fields. Output dtype: the input's."""
 
     bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: nn.Parameter | None = None,
+        mode: str = SCHEME,
+    ) -> None:
+        super().__init__(mode)
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("bias", bias)
+
+
+class QuantizedLinear(PackedLinear):
+    """`nn.Linear` on a packed weight `[out_features, in_features]`."""
 
     def __init__(
         self,
@@ -37,10 +52,8 @@ class QuantizedLinear(PackedModule):
         mode: str = SCHEME,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(mode)
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(in_features, out_features, bias, mode)
         self.register_packed("weight", (out_features, in_features), segments, device)
-        self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.multiply("weight", x, self.bias)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantlib.formats import Scheme, Segment, dequantize, pack, quantize_rtn
-from quantlib.kernels.cpu.engine_library import Decoder, Layer, Linear
+from quantlib.kernels.cpu.engine_library import Decoder, Layer, Linear, RowBlocks
 from quantlib.kernels.cpu.forms import BlockRotation
 from quantlib.kernels.layouts import TiledWeight, tile
 from quantlib.kernels.ops import PackedWeight
@@ -43,17 +43,64 @@ def random_tiled(
         assert form is not None
         segments.append(Segment(start, length, form))
         start += length
-    rounded = quantize_rtn(weight, tuple(segments))
-    return tile(PackedWeight.from_tensors(pack(rounded), (rows, columns), tuple(segments)))
+    return tile(_pack(weight, tuple(segments)))
+
+
+def pack_weight(weight: Tensor, scheme: str) -> PackedWeight:
+    """A weight [N, K], rounded to the nearest."""
+    return _pack(weight, Scheme.parse(scheme).segments(weight.shape[1]))
+
+
+def _pack(weight: Tensor, segments: tuple[Segment, ...]) -> PackedWeight:
+    return PackedWeight.from_tensors(pack(quantize_rtn(weight, segments)), weight.shape, segments)
+
+
+def random_blocks(count: int, blocks: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Which of `count` rows are in which of some blocks: of sizes and places by lot, none empty."""
+    order = torch.randperm(count, generator=generator)
+    cuts = 1 + torch.randperm(count - 1, generator=generator)[: blocks - 1]
+    parts = order.tensor_split(cuts.sort().values.tolist())
+    return tuple(part.sort().values for part in parts)
+
+
+def in_blocks(linear: Linear, blocks: int, generator: torch.Generator) -> Linear:
+    """The same linear with its rows in several matrices of one format; dense ones as they are."""
+    if not isinstance(linear.weight, TiledWeight):
+        return linear
+    packed = linear.weight.to_packed()
+    rows = random_blocks(packed.shape[0], blocks, generator)
+    parts = tuple(tile(packed.select_rows(own)) for own in rows)
+    return replace(linear, weight=RowBlocks(parts, rows))
+
+
+def all_in_blocks(model: Decoder, seed: int = 0) -> Decoder:
+    """The same decoder with the rows of all linears in up to four blocks, of one format each."""
+    generator, lot = torch.Generator().manual_seed(seed), random.Random(seed)
+
+    def divided(linear: Linear) -> Linear:
+        return in_blocks(linear, lot.randint(1, 4), generator)
+
+    layers = [
+        replace(
+            layer,
+            qkv=tuple(map(divided, layer.qkv)),
+            o=divided(layer.o),
+            gate_up=tuple(map(divided, layer.gate_up)),
+            down=divided(layer.down),
+        )
+        for layer in model.layers
+    ]
+    embedding, head = divided(model.embedding), divided(model.head)
+    return replace(model, layers=tuple(layers), embedding=embedding, head=head)
 
 
 class _Drawer:
     """Draws the parts of a decoder."""
 
-    def __init__(self, seed: int, mode: str, dense: bool, changed: bool) -> None:
+    def __init__(self, seed: int, mode: str, dense: bool, changed: bool, blocks: bool) -> None:
         self.pick = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.mode, self.dense, self.changed = mode, dense, changed
+        self.mode, self.dense, self.changed, self.blocks = mode, dense, changed, blocks
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator)
@@ -70,6 +117,13 @@ class _Drawer:
             weight = (self.normal(rows, columns) / math.sqrt(columns)).to(self.pick.choice(DENSE))
             return Linear(weight, bias)
         schemes = SCHEMES if self.mode == "exact" else SCHEMES[:5]
+        if self.blocks and self.pick.random() < 0.8:
+            found = random_blocks(rows, self.pick.randint(2, 4), self.generator)
+            weights = tuple(
+                random_tiled(len(own), [(self.pick.choice(schemes), columns)], self.generator)
+                for own in found
+            )
+            return Linear(RowBlocks(weights, found), bias, self.mode)
         parts = [(self.pick.choice(schemes), columns)]
         if columns > 40 and self.pick.random() < 0.3:
             parts = [("w8", 40), (self.pick.choice(schemes), columns - 40)]
@@ -127,13 +181,15 @@ def random_decoder(
     dense: bool = True,
     sizes: Sizes | None = None,
     changed: bool = False,
+    blocks: bool = False,
 ) -> Decoder:
     """A decoder with any combination of options. In mode "int8" all tiled weights are integers.
 
     changed: with bases of the residual stream and of keys, rotated and reordered inputs.
+    blocks:  most weights have rows in several formats.
     """
     sizes = sizes or Sizes()
-    draw = _Drawer(seed, mode, dense, changed)
+    draw = _Drawer(seed, mode, dense, changed, blocks)
     pairs = [sizes.head_dim // 2, sizes.head_dim // 4 + 1]
     ropes = tuple(
         (1000.0 ** (-torch.arange(count) / count), draw.pick.choice([1.0, 1.2])) for count in pairs
@@ -163,7 +219,12 @@ def dense_weight(linear: Linear) -> Tensor:
     """float64 [N, K]."""
     if isinstance(linear.weight, Tensor):
         return linear.weight.double()
-    return dequantize(linear.weight.to_packed().to_quantized()).double()
+    if isinstance(linear.weight, TiledWeight):
+        return dequantize(linear.weight.to_packed().to_quantized()).double()
+    out = torch.full(linear.shape, math.nan, dtype=torch.float64)
+    for block, rows in linear.blocks():
+        out[rows] = dense_weight(block)
+    return out
 
 
 def as_read(linear: Linear, x: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from quantlib.errors import DataError, QuantlibError, UsageError
 from quantlib.kernels.cpu import library as cpu
-from quantlib.kernels.cpu.engine_library import Decoder, NativeEngine
+from quantlib.kernels.cpu.engine_library import Decoder, Linear, NativeEngine, RowBlocks
 from quantlib.kernels.cpu.engine_structs import Step
 from quantlib.kernels.kv_format import KvFormat
+from quantlib.kernels.layouts import tile
 
-from .engine_reference import Sizes, forward, random_decoder
+from .engine_reference import Sizes, all_in_blocks, forward, pack_weight, random_decoder
 
 RAGGED = Sizes(hidden=33, intermediate=50, heads=6, kv_heads=1, head_dim=20)
 CACHES = ["f32", "int8", "int4h16", "int4r/int8g16k4"]
@@ -56,11 +57,13 @@ def in_chunks(engine: NativeEngine, tokens: Tensor, size: int, sequence: int = 0
     return torch.cat([append(engine, chunk, sequence) for chunk in tokens.split(size)])
 
 
+@pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("changed", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_it_computes_what_plain_torch_does(library, seed, changed):
-    """Also in other bases, with rotated and reordered inputs of linears."""
-    model = random_decoder(seed, sizes=(Sizes(), RAGGED)[seed % 2], changed=changed)
+def test_it_computes_what_plain_torch_does(library, seed, changed, blocks):
+    """Also in other bases, with rotated and reordered inputs of linears, with blocks of rows."""
+    sizes = (Sizes(), RAGGED)[seed % 2]
+    model = random_decoder(seed, sizes=sizes, changed=changed, blocks=blocks)
     tokens = draw_tokens(90, seed=seed)
     engine = make(library, model)
     logits = torch.empty(90, 150)
@@ -80,10 +83,11 @@ def test_it_computes_what_plain_torch_does(library, seed, changed):
         assert error <= 2e-5
 
 
+@pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_rounded_inputs_stay_close_to_exact_ones(library, seed):
+def test_rounded_inputs_stay_close_to_exact_ones(library, seed, blocks):
     """Int8 activations move logits by some percent; a wrong scale or sum would by all of it."""
-    model = random_decoder(seed, mode="int8")
+    model = random_decoder(seed, mode="int8", blocks=blocks)
     tokens = draw_tokens(40, seed=seed)
     found = append(make(library, model), tokens)
     expected, _ = forward(model, tokens.long())
@@ -110,6 +114,28 @@ def test_a_prompt_gives_the_same_bits_whole_in_chunks_and_token_by_token(
     assert torch.isfinite(whole).all()
     for sequence, size in ((1, 37), (2, 1)):
         assert torch.equal(in_chunks(engine, tokens, size, sequence), whole)
+
+
+@pytest.mark.parametrize("mode", ["exact", "int8"])
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("seed", [2, 5])
+def test_rows_in_blocks_change_no_bit(library, seed, changed, mode):
+    """However the rows of matrices are divided, and on any number of threads: prompts, single
+    tokens, and tokens of several texts."""
+    whole = random_decoder(seed, mode=mode, changed=changed)
+    tokens = draw_tokens(70)
+
+    def found(model: Decoder, threads: int) -> list[Tensor]:
+        engine = make(library, model, "int8")
+        prompt = append(engine, tokens[:60], threads=threads)
+        single = [append(engine, token[None], threads=threads) for token in tokens[60:]]
+        append(engine, tokens[:5], 1, threads)
+        return [prompt, *single, append(engine, tokens[:2], [1, 0], threads)]
+
+    expected = found(whole, 1)
+    for threads in (1, 3):
+        for one, other in zip(found(all_in_blocks(whole, seed), threads), expected, strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("cache", CACHES[:2])
@@ -146,7 +172,7 @@ def test_linears_of_every_instruction_set_make_the_same_logits(library, name):
     if not library.supports(name):
         pytest.skip(f"this processor has no {name}")
     for mode, changed in (("exact", False), ("int8", False), ("int8", True)):
-        model = random_decoder(11, mode=mode, changed=changed)
+        model = random_decoder(11, mode=mode, changed=changed, blocks=changed)
         tokens = draw_tokens(33)
         found, expected = (
             append(make(library, model, "int8", isa=isa, integer_attention=changed), tokens)
@@ -188,8 +214,10 @@ def test_prompts_and_single_tokens_share_a_step(library):
     assert [together.length(sequence) for sequence in range(3)] == [41, 17, 5]
 
 
-def test_only_wanted_rows_are_computed_and_the_best_token_is_the_first_largest(library):
+@pytest.mark.parametrize("blocks", [False, True])
+def test_only_wanted_rows_are_computed_and_the_best_token_is_the_first_largest(library, blocks):
     model = random_decoder(4)
+    model = all_in_blocks(model) if blocks else model
     tokens = draw_tokens(20)
     expected = append(make(library, model), tokens)
     wanted = torch.tensor([0, 7, 19])
@@ -210,6 +238,28 @@ def test_equal_logits_go_to_the_first_token(library):
     engine = make(library, dataclasses.replace(model, head=head))
     engine.step(draw_tokens(1), torch.zeros(1, dtype=torch.int32), torch.arange(1), 2, best=best)
     assert best.item() == 0
+
+
+@pytest.mark.parametrize("cap", [0.0, 4.0])
+def test_equal_logits_go_to_the_first_token_whichever_block_it_is_in(library, cap):
+    """Three tokens have the same row, larger than all others': the last of them is in the first
+    block."""
+    model = random_decoder(4)
+    row = torch.randn(1, model.hidden, generator=torch.Generator().manual_seed(1))
+    weight = torch.zeros(150, model.hidden)
+    best = torch.zeros(1, dtype=torch.int32)
+    rows = (torch.arange(90, 150), torch.arange(0, 90, 2), torch.arange(1, 90, 2))
+    for sign in (1, -1):  # one of both makes the logits of these tokens positive
+        weight[[17, 44, 101]] = sign * row
+        packed = pack_weight(weight, "w8")
+        parts = tuple(tile(packed.select_rows(own)) for own in rows)
+        head = Linear(RowBlocks(parts, rows))
+        found = dataclasses.replace(model, head=head, logit_scale=0.5, logit_softcap=cap)
+        logits = torch.empty(1, 150)
+        step = (draw_tokens(1), torch.zeros(1, dtype=torch.int32), torch.arange(1), 2)
+        make(library, found).step(*step, logits=logits, best=best)
+        assert logits[0, 17] == logits[0, 44] == logits[0, 101] != 0
+        assert best.item() == (17 if logits[0, 17] > 0 else 0)
 
 
 def test_a_truncated_sequence_goes_on_as_if_the_rest_had_never_been(library):
@@ -276,6 +326,17 @@ def test_a_model_whose_parts_do_not_fit_is_refused_with_a_reason(library):
     for reason, wrong in broken.items():
         with pytest.raises(QuantlibError, match=reason):
             make(library, wrong)
+
+
+def test_rows_that_are_in_two_blocks_or_not_in_order_are_refused(library):
+    model = random_decoder(0)
+    packed = pack_weight(torch.ones(80, 100), "w4g64")
+    first, second = torch.arange(0, 80, 2), torch.arange(1, 80, 2)
+    for rows in ((first, first), (second, first.flip(0)), (first, second + 1), (first - 1, second)):
+        parts = tuple(tile(packed.select_rows(own.clamp(0, 79))) for own in rows)
+        layer = dataclasses.replace(model.layers[0], down=Linear(RowBlocks(parts, rows)))
+        with pytest.raises(QuantlibError, match="ascending, or another row is there"):
+            make(library, dataclasses.replace(model, layers=(layer, *model.layers[1:])))
 
 
 def test_steps_from_several_threads_follow_one_another(library):

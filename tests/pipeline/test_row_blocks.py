@@ -145,6 +145,17 @@ def test_what_ships_is_the_better_of_the_bank_and_the_rounding_behind_it(mixed: 
             assert torch.equal(first.block, second.block), "rows stay in their blocks"
 
 
+def test_what_ships_runs_on_the_native_engine(mixed: Result) -> None:
+    loaded = load(mixed.path, mode="exact")
+    assert loaded.engine == "native"
+    ids = list(range(5, 21))
+    with torch.no_grad():
+        expected = loaded.model(torch.tensor([ids])).logits[0]
+    found = loaded.make_engine().score(ids)
+    # float32 sums in another order
+    assert not (found - expected).abs().max() > 1e-5 * expected.abs().max()
+
+
 def test_the_plan_is_applied_again_without_data_and_computes_the_same(
     mixed: Result, tmp_path: Path
 ) -> None:

@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from quantlib.checkpoint.writer import write_checkpoint
-from quantlib.formats import Scheme, pack, quantize_rtn
+from quantlib.formats import CompositeWeight, Scheme, pack_stored, quantize_rtn
+from quantlib.formats.composite import ROWS, StoredWeight, rows_of_blocks
+from quantlib.rounding.rows import assign_rows
 
 from .conftest import COMMON, SCHEMES
 
@@ -84,6 +87,21 @@ def build(name: str, **changes: Any) -> Any:
     return model
 
 
+def rounded(matrix: Tensor, scheme: Scheme) -> StoredWeight:
+    """A matrix rounded to the nearest; of blocks of rows, the longest rows are in the first."""
+    if not scheme.rows:
+        return quantize_rtn(matrix, scheme.segments(matrix.shape[-1]))
+    rows, columns = matrix.shape
+    block = assign_rows(scheme, matrix.norm(dim=1))
+    parts = {
+        f"{ROWS}{index}": quantize_rtn(matrix[own], Scheme(part.format).segments(columns))
+        for index, (part, own) in enumerate(
+            zip(scheme.rows, rows_of_blocks(block, rows), strict=True)
+        )
+    }
+    return CompositeWeight(scheme, (rows, columns), parts, block)
+
+
 def write(model: Any, folder: Path, schemes: Mapping[str, str] | None = None) -> Path:
     """Round a model and write it packed: returns the folder.
 
@@ -99,7 +117,7 @@ def write(model: Any, folder: Path, schemes: Mapping[str, str] | None = None) ->
         if scheme.weight is None:
             tensors[name] = matrix.to(KEPT[given[name]])
         else:
-            packed = pack(quantize_rtn(matrix, scheme.segments(matrix.shape[-1])))
+            packed = pack_stored(rounded(matrix, scheme))
             tensors |= {name + suffix: tensor for suffix, tensor in packed.items()}
     config = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": "float32"}
     config = {key: value for key, value in config.items() if value is not None}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from quantlib.checkpoint.reader import read_layout
 from quantlib.checkpoint.writer import write_checkpoint
@@ -32,6 +34,8 @@ from quantlib.runtime.composite import (
     FactoredLinear,
     ThinConvolution,
 )
+from quantlib.runtime.engine_changes import unsupported_changes
+from quantlib.runtime.engine_spec import EngineSpec
 from quantlib.runtime.load import load
 from quantlib.runtime.modules import TiedHead, packed_modules
 from tests.runtime.conftest import build, matrices
@@ -126,6 +130,21 @@ def test_the_layout_says_version_3_and_the_native_engine_says_why_not(tmp_path: 
     assert "several matrices" in str(loaded.plain_reason)
     with pytest.raises(UsageError, match="several matrices"):
         load(tmp_path / "out", engine="native")
+
+
+def test_the_native_engine_runs_blocks_of_rows_and_names_what_it_does_not(tmp_path: Path) -> None:
+    written("llama", tmp_path / "out")
+    checkpoint = read_layout(tmp_path / "out")
+    spec = EngineSpec.from_config(AutoConfig.from_pretrained(tmp_path / "out"))
+    reasons = {}
+    for name, scheme in checkpoint.schemes.items():
+        alone = dataclasses.replace(checkpoint, schemes={name: scheme})
+        reason = unsupported_changes(alone, spec)
+        assert reason in (None, f"{name} is stored as several matrices ({scheme})")
+        reasons[str(scheme)] = reason
+    runs = {scheme: reason is None for scheme, reason in reasons.items()}
+    factors = {LINEARS[0]: False, LINEARS[1]: False}
+    assert runs == {EMBEDDING: False, **factors, LINEARS[2]: True, LINEARS[3]: True}
 
 
 def test_what_is_loaded_can_be_saved_and_copied(tmp_path: Path) -> None:

@@ -74,6 +74,33 @@ def test_exact_greedy_tokens_and_logits_are_those_of_transformers(
     same_logits(torch.stack(found), whole_logits(loaded.model, whole)[WINDOW:])
 
 
+ROWS = {
+    "embed_tokens.weight": "w8g16@1/8+w6g16@3/8+w6g32",
+    "k_proj.weight": "w6g32",
+    "up_proj.weight": "w8@1/8+fp6g32@1/4+w6g16z@1/2+w5g16z",
+    "": "w8g16@1/4+w6g32z@1/3+w5g16z",
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biases", "qwen3", "phi3", "gemma2"])
+def test_rows_in_blocks_give_the_tokens_of_transformers(name: str, tmp_path: Path) -> None:
+    """Embedding and head, fused inputs, biases, norms behind linears; several texts at once."""
+    loaded = quantlib.load(write(build(name), tmp_path / "out", ROWS), mode="exact")
+    assert loaded.engine == "native"
+    texts = greedy(loaded.make_engine(len(PROMPTS), 128), PROMPTS, 32)
+    assert texts == greedy(TransformersTexts(loaded.model), PROMPTS, 32)
+    assert all(len(set(text)) > 1 for text in texts), "repeating a token would prove little"
+    whole = PROMPTS[2] + texts[2]
+    expected = whole_logits(loaded.model, whole)
+    exact = loaded.make_engine().score(whole)
+    # Gemma 2's soft caps differ by 1.4e-5 where matrices are whole, too
+    assert not (exact - expected).abs().max() > 3e-5 * expected.abs().max()
+    for mode in ("int8", "int8g128"):
+        found = Engine(loaded.decoder, mode=mode).score(whole)
+        # 8 bits per token: half a step is 1/254 of a token's largest value, in each of two layers
+        assert 0 < (found - expected).norm() <= 0.1 * expected.norm()
+
+
 @pytest.mark.parametrize("scheme", ["bf16", "f16", "f32"])
 def test_weights_that_are_kept_run_too(scheme: str, tmp_path: Path) -> None:
     """All of them, and those of one kind among packed ones: a fused input has both then."""
@@ -305,6 +332,14 @@ def test_a_missing_or_misshapen_parameter_is_a_sentence(tmp_path: Path) -> None:
     changed(folder, **{"model__layers__1__self_attn__k_proj__bias": None})
     with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.self_attn\.k_proj\.bias"):
         quantlib.load(folder)
+
+
+def test_damaged_blocks_of_rows_are_a_sentence(tmp_path: Path) -> None:
+    folder = write(build("llama"), tmp_path / "out", {"down_proj.weight": "w6@1/4+w4", "": "w4"})
+    stored = read_tensors(folder / FILE)["model.layers.0.mlp.down_proj.weight_block"]
+    changed(folder, model__layers__0__mlp__down_proj__weight_block=torch.zeros_like(stored))
+    with pytest.raises(CheckpointError, match=r"down_proj\.weight in .* rows, expected .* again"):
+        quantlib.load(folder, engine="native")
 
 
 def test_weights_of_other_names_go_the_plain_way(tmp_path: Path) -> None:

@@ -48,18 +48,29 @@ enum QlInputMode : int32_t {
 };
 
 // y = weight * x + bias: exactly one of `tiled` and `dense` is given.
+//
+// A matrix whose rows are in several formats is several linears, one for each block of rows, whose
+// `places` say which of the matrix's rows they are.
 struct QlLinear {
   const ql::TiledWeight* tiled;
   const void* dense;  // [rows, columns] of dense_type, rows contiguous
   const float* bias;  // [rows] or null
   const ql::TileForm* form;  // null, or what is done to the input (tiles.h): rotation, order, and
                              // in the modes that round, how; linears that share a form share work
+  const int32_t* places;  // [rows], ascending: which outputs of its list (QlLinears) its rows make;
+                          // null: those behind the rows of the linears before it
   int64_t rows;       // N, output features
   int64_t columns;    // K, input features
   int64_t act_group;  // mode INT8 without a form: 0 for one scale per token, else columns per
                       // scale, a multiple of 128; otherwise 0
   int32_t dense_type;  // QlDenseType
   int32_t mode;        // QlInputMode
+};
+
+// Linears that read one input. Their outputs together are one vector, of which each makes its part.
+struct QlLinears {
+  const QlLinear* linears;  // [count]
+  int64_t count;            // at most 12
 };
 
 // Rotation of q and k: pairs (i, i + count) of a head, i < count = rotary_dims / 2, by the angle
@@ -72,9 +83,9 @@ struct QlRope {
   int32_t reserved;
 };
 
-// Fused inputs: the outputs of the `qkv` linears, one after the other, are q (heads * head_dim), k
-// and v (kv_heads * head_dim each), however many linears share the work; likewise `gate_up` makes
-// gate and up (intermediate each).
+// Fused inputs: the outputs of `qkv` are q (heads * head_dim), k and v (kv_heads * head_dim each),
+// one after the other, however many linears share the work; likewise `gate_up` makes gate and up
+// (intermediate each).
 struct QlLayer {
   const float* input_norm;          // [hidden] or null
   const float* attention_out_norm;  // [hidden] or null; Gemma's post_attention_layernorm
@@ -86,12 +97,10 @@ struct QlLayer {
   const float* key_basis;           // [kv_heads, head_dim, padded] or null: what q and k of a KV
                                     // head are multiplied by from the right, columns padded with
                                     // zeros to a multiple of 16
-  const QlLinear* qkv;              // [qkv_count], 1 to 3 of them, K = hidden
-  const QlLinear* gate_up;          // [gate_up_count], 1 or 2, K = hidden
-  int64_t qkv_count;
-  int64_t gate_up_count;
-  QlLinear o;     // heads * head_dim -> hidden
-  QlLinear down;  // intermediate -> hidden
+  QlLinears qkv;                    // K = hidden
+  QlLinears o;                      // heads * head_dim -> hidden
+  QlLinears gate_up;                // K = hidden
+  QlLinears down;                   // intermediate -> hidden
   int64_t intermediate;
   int64_t window;  // a token sees that many positions, itself included; 0: all
   float attention_scale;
@@ -110,10 +119,10 @@ struct QlModel {
   const QlLayer* layers;  // [layer_count]
   const QlRope* ropes;    // [rope_count]
   const float* final_norm;  // [hidden] or null
-  QlLinear embedding;       // [vocabulary, hidden]; its rows are looked up, mode and bias unused
-  QlLinear head;            // hidden -> vocabulary; may be the embedding's weight
-  QlLinear enter;           // hidden -> hidden, a change of basis; rows 0: none
-  QlLinear leave;           // likewise, before the final norm
+  QlLinears embedding;      // [vocabulary, hidden]; its rows are looked up, mode and bias unused
+  QlLinears head;           // hidden -> vocabulary; may be the embedding's weight
+  QlLinears enter;          // hidden -> hidden, a change of basis; of no linears: none
+  QlLinears leave;          // likewise, before the final norm
   int64_t layer_count;
   int64_t rope_count;
   int64_t vocabulary;

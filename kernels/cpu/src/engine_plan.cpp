@@ -1,6 +1,7 @@
 #include "engine_plan.h"
 
 #include <cstddef>
+#include <utility>
 
 #include "attention.h"
 
@@ -37,21 +38,41 @@ bool same(const Preparation& a, const Preparation& b) {
          same_segments(a.like, b.like);
 }
 
-LinearGroup group_linears(const QlLinear* linears, int64_t count) {
+LinearGroup group_linears(const QlLinears& source) {
   LinearGroup group;
-  if (linears[0].rows == 0) return group;
-  group.columns = linears[0].columns;
-  for (int64_t i = 0; i < count; ++i) {
-    const Preparation wanted = preparation_of(linears[i]);
+  for (int64_t i = 0; i < source.count; ++i) {
+    const QlLinear& linear = source.linears[i];
+    const Preparation wanted = preparation_of(linear);
     std::size_t at = 0;
     while (at < group.preparations.size() && !same(group.preparations[at], wanted)) ++at;
     if (at == group.preparations.size()) group.preparations.push_back(wanted);
-    const int64_t strips = (linears[i].rows + kStripRows - 1) / kStripRows;
-    group.linears.push_back({linears[i], strips, static_cast<int64_t>(at), group.rows});
-    group.rows += linears[i].rows;
+    const int64_t strips = (linear.rows + kStripRows - 1) / kStripRows;
+    const int64_t first_row = linear.places ? 0 : group.rows;
+    group.linears.push_back({linear, strips, static_cast<int64_t>(at), first_row});
+    group.columns = linear.columns;
+    group.rows += linear.rows;
     group.strips += strips;
+    group.placed = group.placed || linear.places;
   }
   return group;
+}
+
+// Whether strips of gate and of up for the same outputs are next to one another in their linears.
+bool gates_at_once(const LinearGroup& gate_up, int64_t intermediate) {
+  if (gate_up.placed || gate_up.linears.size() > 2) return false;
+  return gate_up.linears.size() == 1 || gate_up.linears[0].source.rows == intermediate;
+}
+
+std::vector<RowSource> sources_of(const LinearGroup& group) {
+  std::vector<RowSource> sources(static_cast<std::size_t>(group.rows));
+  for (std::size_t i = 0; i < group.linears.size(); ++i) {
+    const PlannedLinear& linear = group.linears[i];
+    for (int64_t row = 0; row < linear.source.rows; ++row) {
+      const int64_t at = linear.source.places ? linear.source.places[row] : linear.first_row + row;
+      sources[static_cast<std::size_t>(at)] = {static_cast<int32_t>(i), static_cast<int32_t>(row)};
+    }
+  }
+  return sources;
 }
 
 bool is_count(int64_t value) { return value >= 1 && value < kMaxCount; }
@@ -82,15 +103,37 @@ const char* check_linear(const QlLinear& linear, int64_t columns) {
   return nullptr;
 }
 
-const char* check_group(const QlLinear* linears, int64_t count, int64_t most, int64_t columns,
-                        int64_t rows) {
-  if (!linears || count < 1 || count > most) return "a layer has too few or too many linears";
-  int64_t found = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    if (const char* problem = check_linear(linears[i], columns)) return problem;
-    found += linears[i].rows;
+// Whether every output of linears of so many rows in all is made once, places ascending.
+bool covers_all(const QlLinears& group, int64_t rows) {
+  std::vector<bool> made(static_cast<std::size_t>(rows), false);
+  int64_t before = 0;
+  for (int64_t i = 0; i < group.count; ++i) {
+    const QlLinear& linear = group.linears[i];
+    for (int64_t row = 0, last = -1; row < linear.rows; ++row) {
+      const int64_t at = linear.places ? linear.places[row] : before + row;
+      if (at <= last || at >= rows || made[static_cast<std::size_t>(at)]) return false;
+      made[static_cast<std::size_t>(at)] = true;
+      last = at;
+    }
+    before += linear.rows;
   }
-  return found == rows ? nullptr : "the rows of a layer's linears do not add up";
+  return true;
+}
+
+const char* check_group(const QlLinears& group, int64_t columns, int64_t rows) {
+  if (!group.linears || group.count < 1 || group.count > kMostLinears) {
+    return "an input has no linears, or too many";
+  }
+  int64_t found = 0;
+  for (int64_t i = 0; i < group.count; ++i) {
+    if (const char* problem = check_linear(group.linears[i], columns)) return problem;
+    found += group.linears[i].rows;
+  }
+  if (found != rows) return "the rows of linears that read one input do not add up";
+  if (!covers_all(group, rows)) {
+    return "the places of a linear's rows are not ascending, or another row is there";
+  }
+  return nullptr;
 }
 
 const char* check_layer(const QlLayer& layer, const QlModel& model) {
@@ -106,16 +149,10 @@ const char* check_layer(const QlLayer& layer, const QlModel& model) {
   if (layer.query_bits != 0 && (layer.query_bits < 2 || layer.query_bits > 8)) {
     return "queries are rounded to 2 to 8 bits";
   }
-  const char* problem = check_group(layer.qkv, layer.qkv_count, 3, model.hidden, q + 2 * kv);
-  if (!problem) problem = check_group(&layer.o, 1, 1, q, model.hidden);
-  if (!problem) {
-    problem = check_group(layer.gate_up, layer.gate_up_count, 2, model.hidden,
-                          2 * layer.intermediate);
-  }
-  if (!problem && layer.gate_up_count == 2 && layer.gate_up[0].rows != layer.intermediate) {
-    problem = "gate and up have different sizes";
-  }
-  if (!problem) problem = check_group(&layer.down, 1, 1, layer.intermediate, model.hidden);
+  const char* problem = check_group(layer.qkv, model.hidden, q + 2 * kv);
+  if (!problem) problem = check_group(layer.o, q, model.hidden);
+  if (!problem) problem = check_group(layer.gate_up, model.hidden, 2 * layer.intermediate);
+  if (!problem) problem = check_group(layer.down, layer.intermediate, model.hidden);
   return problem;
 }
 
@@ -145,14 +182,12 @@ const char* check_model(const QlModel& model) {
       return "a rope has no frequencies, or more than half a head";
     }
   }
-  for (const QlLinear* linear : {&model.embedding, &model.head}) {
-    if (const char* problem = check_linear(*linear, model.hidden)) return problem;
-    if (linear->rows != model.vocabulary) return "embedding or head has another vocabulary";
+  for (const QlLinears* group : {&model.embedding, &model.head}) {
+    if (const char* problem = check_group(*group, model.hidden, model.vocabulary)) return problem;
   }
-  for (const QlLinear* linear : {&model.enter, &model.leave}) {
-    if (linear->rows == 0) continue;
-    if (const char* problem = check_linear(*linear, model.hidden)) return problem;
-    if (linear->rows != model.hidden) return "a change of basis has another size";
+  for (const QlLinears* group : {&model.enter, &model.leave}) {
+    if (group->count == 0) continue;
+    if (const char* problem = check_group(*group, model.hidden, model.hidden)) return problem;
   }
   for (int64_t i = 0; i < model.layer_count; ++i) {
     if (const char* problem = check_layer(model.layers[i], model)) return problem;
@@ -203,14 +238,16 @@ const char* make_plan(const QlModel& model, Plan* plan) {
   plan->ropes.assign(model.ropes, model.ropes + model.rope_count);
   for (int64_t i = 0; i < model.layer_count; ++i) {
     const QlLayer& layer = model.layers[i];
-    plan->layers.push_back({layer, group_linears(layer.qkv, layer.qkv_count),
-                            group_linears(&layer.o, 1),
-                            group_linears(layer.gate_up, layer.gate_up_count),
-                            group_linears(&layer.down, 1)});
+    LinearGroup gate_up = group_linears(layer.gate_up);
+    const bool at_once = gates_at_once(gate_up, layer.intermediate);
+    plan->layers.push_back({layer, group_linears(layer.qkv), group_linears(layer.o),
+                            std::move(gate_up), group_linears(layer.down), at_once});
   }
-  plan->head = group_linears(&model.head, 1);
-  plan->enter = group_linears(&model.enter, 1);
-  plan->leave = group_linears(&model.leave, 1);
+  plan->embedding = group_linears(model.embedding);
+  plan->head = group_linears(model.head);
+  plan->enter = group_linears(model.enter);
+  plan->leave = group_linears(model.leave);
+  plan->embedding_rows = sources_of(plan->embedding);
   return nullptr;
 }
 

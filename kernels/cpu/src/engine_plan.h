@@ -30,18 +30,19 @@ struct PlannedLinear {
   QlLinear source;
   int64_t strips;       // of 32 rows
   int64_t preparation;  // index into the group's
-  int64_t first_row;    // in the group's output
+  int64_t first_row;    // in the group's output; 0 where its rows have places
 };
 
-constexpr int64_t kMostLinears = 3;  // of a group
+constexpr int64_t kMostLinears = 12;  // of a group: q, k and v in four blocks of rows each
 
-// Linears that read the same input; their outputs lie one after the other.
+// Linears that read the same input; their outputs are parts of one vector.
 struct LinearGroup {
   std::vector<PlannedLinear> linears;
   std::vector<Preparation> preparations;
   int64_t columns = 0;  // K
   int64_t rows = 0;     // of all
   int64_t strips = 0;   // of all
+  bool placed = false;  // rows of some have places of their own
 
   int64_t input_bytes(int64_t tokens) const;
 };
@@ -49,14 +50,22 @@ struct LinearGroup {
 struct PlannedLayer {
   QlLayer source;
   LinearGroup qkv, o, gate_up, down;
+  bool gates_at_once;  // rows of gate and up lie so that a thread makes both halves of a product
+};
+
+// Where a row of a group's output is made.
+struct RowSource {
+  int32_t linear;
+  int32_t row;
 };
 
 struct Plan {
   QlModel model;
   std::vector<PlannedLayer> layers;
   std::vector<QlRope> ropes;
-  LinearGroup head;
+  LinearGroup embedding, head;
   LinearGroup enter, leave;  // without linears where the model has none
+  std::vector<RowSource> embedding_rows;  // of every token
 };
 
 // The smallest odd multiple of 64 elements that holds a row: rows that far apart do not fall into

@@ -18,6 +18,15 @@ struct Output {
   bool accumulate;
 };
 
+// Outputs of a linear for one token that a thread has just made, ascending in their vector.
+struct Made {
+  float* values;          // [count]
+  int64_t count;
+  const int32_t* places;  // [count] in the vector; null: from `first` on
+  int64_t first;
+  int64_t place(int64_t i) const { return places ? places[i] : first + i; }
+};
+
 // One thread's view of the step.
 class Worker {
  public:
@@ -43,12 +52,17 @@ class Worker {
       run_attention(context_, member_, i);
       project(layer.o, rows, delta_of(source.attention_out_norm),
               [&](int64_t row) { return shared_.heads + row * shared_.heads_stride; });
-      project_gated(layer, rows, [&](int64_t row) {
+      const auto enter_ffn = [&](int64_t row) {
         add_delta(row, source.attention_out_norm);
         return normed(hidden(row), source.ffn_norm);
-      });
+      };
+      if (layer.gates_at_once) {
+        project_gated(layer, rows, enter_ffn);
+      } else {
+        project(layer.gate_up, rows, {shared_.gated, shared_.gated_stride, false}, enter_ffn);
+      }
       project(layer.down, rows, delta_of(source.ffn_out_norm),
-              [&](int64_t row) { return shared_.gated + row * shared_.gated_stride; });
+              [&](int64_t row) { return gated(layer, row); });
     }
     finish();
     if (step_.wanted_count > 0) head();
@@ -94,8 +108,10 @@ class Worker {
       std::copy_n(step_.embeddings + row * model_.hidden, model_.hidden, x);
       return;
     }
-    const QlLinear& embedding = model_.embedding;
-    const int64_t id = step_.tokens[row];
+    const RowSource from = context_.plan->embedding_rows[static_cast<size_t>(step_.tokens[row])];
+    const QlLinear& embedding =
+        context_.plan->embedding.linears[static_cast<size_t>(from.linear)].source;
+    const int64_t id = from.row;
     if (embedding.tiled) {
       context_.isa->tiles->dequantize_rows(*embedding.tiled, &id, 0, 1, x);
     } else {
@@ -131,7 +147,7 @@ class Worker {
   // The outputs of a group of linears for `rows` inputs, load(row) each. Ends with a barrier.
   template <typename Load>
   void project(const LinearGroup& group, int64_t rows, const Output& out, Load load) const {
-    const auto nothing = [](int64_t, int64_t) {};
+    const auto nothing = [](int64_t, const Made&) {};
     multiply(group, prepare_all(group, rows, load), rows, out, nothing);
     member_.barrier();
   }
@@ -149,9 +165,9 @@ class Worker {
     while (member_.next((width + kStripRows - 1) / kStripRows, most, &first, &last)) {
       const int64_t begin = first * kStripRows, end = std::min(last * kStripRows, width);
       GateProblem problem{};
-      problem.gate = some_rows(group, inputs, begin, end, own_.gate_up, stride);
+      problem.gate = some_rows(group, inputs, begin, end, own_.made, stride);
       problem.up =
-          some_rows(group, inputs, width + begin, width + end, own_.gate_up + stride / 2, stride);
+          some_rows(group, inputs, width + begin, width + end, own_.made + stride / 2, stride);
       problem.out = shared_.gated + begin;
       problem.in_stride = stride;
       problem.out_stride = shared_.gated_stride;
@@ -161,6 +177,22 @@ class Worker {
       engine_.gate(problem);
     }
     member_.barrier();
+  }
+
+  // What the down projection reads. Where nobody has combined gate and up yet, whoever prepares the
+  // row does: of a single token that is every thread, which costs less than waiting once more.
+  const float* gated(const PlannedLayer& layer, int64_t row) const {
+    const float* made = shared_.gated + row * shared_.gated_stride;
+    if (layer.gates_at_once) return made;
+    GateProblem problem{};
+    problem.gate = made;
+    problem.up = made + layer.source.intermediate;
+    problem.out = own_.row;
+    problem.rows = 1;
+    problem.count = layer.source.intermediate;
+    problem.activation = model_.activation;
+    engine_.gate(problem);
+    return own_.row;
   }
 
   // Output rows [begin, end) of a group, all of one linear, to `to` or somewhat behind it.
@@ -213,7 +245,7 @@ class Worker {
     }
   }
 
-  // This thread's share of the strips of a group; after(first, last) for the output rows it made.
+  // This thread's share of the strips of a group; after(token, made) for the outputs it made.
   template <typename After>
   void multiply(const LinearGroup& group, uint8_t* base, int64_t rows, const Output& out,
                 After after) const {
@@ -226,14 +258,53 @@ class Worker {
         const PlannedLinear& linear = group.linears[i];
         const int64_t begin = std::max<int64_t>(first - offset, 0);
         const int64_t end = std::min(last - offset, linear.strips);
-        if (begin < end) {
-          const Output own{out.y + linear.first_row, out.stride, out.accumulate};
-          strips(group, inputs, i, own, begin, end);
-          after(linear.first_row + begin * kStripRows,
-                linear.first_row + std::min(end * kStripRows, linear.source.rows));
+        if (begin < end && linear.source.places) {
+          strips_in_places(group, inputs, i, out, begin, end, after);
+        } else if (begin < end) {
+          strips_in_order(group, inputs, i, out, begin, end, after);
         }
         offset += linear.strips;
       }
+    }
+  }
+
+  template <typename After>
+  void strips_in_order(const LinearGroup& group, Inputs& inputs, size_t index, const Output& out,
+                       int64_t first, int64_t last, After after) const {
+    const PlannedLinear& linear = group.linears[index];
+    strips(group, inputs, index, {out.y + linear.first_row, out.stride, out.accumulate}, first,
+           last);
+    const int64_t begin = first * kStripRows, end = std::min(last * kStripRows, linear.source.rows);
+    for (int64_t token = 0; token < inputs[index].tokens; ++token) {
+      float* const y = out.y + token * out.stride + linear.first_row + begin;
+      after(token, Made{y, end - begin, nullptr, linear.first_row + begin});
+    }
+  }
+
+  // Of a linear whose rows have places: made in memory of this thread, from where they go there.
+  template <typename After>
+  void strips_in_places(const LinearGroup& group, Inputs& inputs, size_t index, const Output& out,
+                        int64_t first, int64_t last, After after) const {
+    const QlLinear& source = group.linears[index].source;
+    const int64_t tokens = inputs[index].tokens, most = made_strips(tokens);
+    const int64_t stride = most * kStripRows;
+    for (int64_t strip = first; strip < last; strip += most) {
+      const int64_t stop = std::min(strip + most, last);
+      const int64_t begin = strip * kStripRows, end = std::min(stop * kStripRows, source.rows);
+      strips(group, inputs, index, {own_.made - begin, stride, false}, strip, stop);
+      for (int64_t token = 0; token < tokens; ++token) {
+        const Made made{own_.made + token * stride, end - begin, source.places + begin, 0};
+        after(token, made);
+        put(made, out.y + token * out.stride, out.accumulate);
+      }
+    }
+  }
+
+  static void put(const Made& made, float* y, bool accumulate) {
+    if (accumulate) {
+      for (int64_t i = 0; i < made.count; ++i) y[made.places[i]] += made.values[i];
+    } else {
+      for (int64_t i = 0; i < made.count; ++i) y[made.places[i]] = made.values[i];
     }
   }
 
@@ -289,24 +360,25 @@ class Worker {
       return normed(leaves ? left + index * shared_.hidden_stride : row, model_.final_norm);
     });
     const Output out{context_.logits, vocabulary, false};
-    multiply(group, inputs, wanted, out, [&](int64_t first, int64_t last) {
-      for (int64_t i = 0; i < wanted; ++i) finish_logits(i, first, last);
-    });
+    multiply(group, inputs, wanted, out,
+             [&](int64_t index, const Made& made) { finish_logits(index, made); });
     if (!step_.best) return;
     member_.barrier();
     if (member_.index > 0) return;
     for (int64_t i = 0; i < wanted; ++i) step_.best[i] = best_of_all(i);
   }
 
-  // Scale and softcap of logits [first, last) of a wanted row, and the best of them.
-  void finish_logits(int64_t index, int64_t first, int64_t last) const {
-    float* row = context_.logits + index * model_.vocabulary;
+  // Scale and softcap of some logits of a wanted row, and the best of them.
+  void finish_logits(int64_t index, const Made& made) const {
     if (model_.logit_softcap != 0.0f || model_.logit_scale != 1.0f) {
-      engine_.softcap(row + first, last - first, model_.logit_scale, model_.logit_softcap);
+      engine_.softcap(made.values, made.count, model_.logit_scale, model_.logit_softcap);
     }
     if (!step_.best) return;
-    const int64_t found = first + engine_.largest(row + first, last - first);
-    own_.best[index] = better(row, own_.best[index], static_cast<int32_t>(found));
+    float* row = context_.logits + index * model_.vocabulary;
+    const int64_t found = engine_.largest(made.values, made.count);
+    const int64_t at = made.place(found);
+    row[at] = made.values[found];  // where it is compared, and belongs
+    own_.best[index] = better(row, own_.best[index], static_cast<int32_t>(at));
   }
 
   int32_t best_of_all(int64_t index) const {

@@ -22,12 +22,29 @@ void for_groups(const Plan& plan, const StepSize& size, Visit visit) {
   visit(plan.leave, size.wanted);
 }
 
-int64_t widest_gate(const Plan& plan) {
+// Numbers of a token between gate and up and the down projection.
+int64_t widest_gated(const Plan& plan) {
   int64_t columns = 0;
+  for (const PlannedLayer& layer : plan.layers) {
+    columns = std::max(columns, layer.source.intermediate * (layer.gates_at_once ? 1 : 2));
+  }
+  return columns;
+}
+
+int64_t widest_row(const Plan& plan) {
+  int64_t columns = plan.model.hidden;
   for (const PlannedLayer& layer : plan.layers) {
     columns = std::max(columns, layer.source.intermediate);
   }
   return columns;
+}
+
+int64_t most_linears(const Plan& plan) {
+  size_t most = 0;
+  for_groups(plan, StepSize{}, [&](const LinearGroup& group, int64_t) {
+    most = std::max(most, group.linears.size());
+  });
+  return static_cast<int64_t>(most);
 }
 
 int64_t widest_preparation(const Plan& plan) {
@@ -117,7 +134,7 @@ bool StepWork::reserve_shared(const Plan& plan, const StepSize& size) {
   work.hidden_stride = odd_stride(model.hidden);
   work.qkv_stride = odd_stride((model.heads + 2 * model.kv_heads) * model.head_dim);
   work.heads_stride = odd_stride(model.heads * model.head_dim);
-  work.gated_stride = odd_stride(widest_gate(plan));
+  work.gated_stride = odd_stride(widest_gated(plan));
   // First to count, then, with the memory, to hand out.
   for (int pass = 0; pass < 2; ++pass) {
     Parts parts(pass == 0 ? nullptr : shared_memory_.data());
@@ -153,13 +170,13 @@ bool StepWork::reserve_threads(const Plan& plan, const EngineIsa& isa, const KvL
     for (int pass = 0; pass < 2; ++pass) {
       Parts parts(pass == 0 ? nullptr : thread_memory_[i].data());
       threads[i].hidden = parts.take<float>(model.hidden);
-      threads[i].row = parts.take<float>(model.hidden);
-      threads[i].gate_up = parts.take<float>(2 * size.tokens * gate_columns(size.tokens));
+      threads[i].row = parts.take<float>(widest_row(plan));
+      threads[i].made = parts.take<float>(2 * size.tokens * gate_columns(size.tokens));
       threads[i].query = parts.take<float>(model.heads * model.head_dim);
       threads[i].prepare.rounded = parts.take<int8_t>(widest_preparation(plan));
       threads[i].prepare.arranged = parts.take<float>(widest_arranged(plan));
       threads[i].inputs = parts.take<uint8_t>(inputs);
-      threads[i].terms = parts.take<int32_t>(kMostLinears * term_stride);
+      threads[i].terms = parts.take<int32_t>(most_linears(plan) * term_stride);
       threads[i].best = parts.take<int32_t>(size.wanted);
       threads[i].scratch = parts.take<uint8_t>(scratch);
       if (pass == 0 && !thread_memory_[i].reserve(parts.used())) return false;

@@ -40,7 +40,8 @@ struct SharedWork {
   float* delta;   // [tokens] at hidden_stride: what is to be added to it
   float* qkv;     // [tokens] at qkv_stride
   float* heads;   // [tokens] at heads_stride: what attention gives
-  float* gated;   // [tokens] at gated_stride: activation(gate) * up
+  float* gated;   // [tokens] at gated_stride: activation(gate) * up, or, of a layer whose rows do not
+                  // let a thread make both at once, gate and then up
   float* logits;    // [wanted, vocabulary]; null when the caller takes them
   float* partials;  // of attention splits
   float* angles;    // per rope, cosines then sines [tokens, count]
@@ -52,7 +53,8 @@ struct SharedWork {
 struct ThreadWork {
   float* hidden;  // the residual stream of a single token: every thread keeps it
   float* row;     // an input vector before it is prepared
-  float* gate_up;   // [tokens]: gate_columns of gate, then of up
+  float* made;    // [tokens]: outputs that are not yet where they belong, gate_columns of gate and
+                  // then of up, or made_strips of rows that have places
   float* query;   // a row of q, rotated
   PrepareWork prepare;
   uint8_t* inputs;   // prepared, of a group, for one token
@@ -71,6 +73,9 @@ inline int64_t gate_strips(int64_t tokens) {
 
 // Columns they take: one strip more, where those of up begin within one.
 inline int64_t gate_columns(int64_t tokens) { return (gate_strips(tokens) + 1) * kStripRows; }
+
+// Strips of rows with places that a thread makes before it puts them there: as much memory.
+inline int64_t made_strips(int64_t tokens) { return 2 * gate_strips(tokens); }
 
 // How much a step needs.
 struct StepSize {

@@ -35,7 +35,7 @@ void call_linears() {
 // Each caller goes on with a sequence of its own, in one engine; what others do does not matter.
 void call_one_engine() {
   const ql::KvFormat cache{8, 0, 0, 0};
-  const Decoder decoder(QL_INPUT_INT8, cache, cache, true);
+  const Decoder decoder(QL_INPUT_INT8, cache, cache, true, true);
   const Engine engine = make_engine(decoder, QL_ISA_BEST);
   const Exact<float> logits[kCallers] = {exact_floats(kVocabulary), exact_floats(kVocabulary),
                                          exact_floats(kVocabulary)};

@@ -75,11 +75,14 @@ void check_engine(int32_t threads) {
   const ql::KvFormat plain{32, 0, 0, 0}, narrow{4, 16, 0, 0}, rotated{8, 0, 0, 1};
   for (const int32_t mode : {QL_INPUT_EXACT, QL_INPUT_INT8, QL_INPUT_ROUNDED}) {
     for (const bool changed : {false, true}) {
-      const bool packed = changed || mode != QL_INPUT_EXACT;
-      const Decoder decoder(mode, packed ? narrow : plain, packed ? rotated : plain, changed);
-      const Exact<float> expected = converse(decoder, QL_ISA_PORTABLE, 1);
-      for (const int32_t isa : instruction_sets()) {
-        expect(same(converse(decoder, isa, threads), expected), "logits", "engine", isa, mode);
+      for (const bool blocks : {false, true}) {
+        const bool packed = changed || mode != QL_INPUT_EXACT;
+        const Decoder decoder(mode, packed ? narrow : plain, packed ? rotated : plain, changed,
+                              blocks);
+        const Exact<float> expected = converse(decoder, QL_ISA_PORTABLE, 1);
+        for (const int32_t isa : instruction_sets()) {
+          expect(same(converse(decoder, isa, threads), expected), "logits", "engine", isa, mode);
+        }
       }
     }
   }

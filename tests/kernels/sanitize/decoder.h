@@ -1,6 +1,7 @@
 // A small random decoder with weights of many formats, for the engine.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 
 #include "engine.h"
@@ -12,19 +13,27 @@ constexpr int64_t kVocabulary = 150, kLayers = 2, kSequenceCount = 3, kEngineCap
 class Decoder {
  public:
   // `mode` is a QlInputMode of tiled weights. `changed`: in other bases, with inputs rotated, put
-  // in order and rounded to few bits, first positions kept, attention in integers.
-  Decoder(int32_t mode, const ql::KvFormat& key, const ql::KvFormat& value, bool changed)
-      : mode_(mode), changed_(changed) {
+  // in order and rounded to few bits, first positions kept, attention in integers. `blocks`: rows
+  // of weights in several formats.
+  Decoder(int32_t mode, const ql::KvFormat& key, const ql::KvFormat& value, bool changed,
+          bool blocks)
+      : mode_(mode), changed_(changed), blocks_(blocks) {
     const int64_t q = kHeads * kHeadDim, kv = kKvHeadCount * kHeadDim;
     for (int64_t i = 0; i < kLayers; ++i) {
       const bool second = i == 1;
-      QlLinear* qkv = linears_.emplace_back(3).data();
-      qkv[0] = tiled(q, {{"w4g64", 64}, {"w8", kHidden - 64}});
-      qkv[1] = second ? dense(kv, kHidden, QL_DENSE_BF16) : tiled(kv, {{"w3g32z", kHidden}});
-      qkv[2] = tiled(kv, {{second ? "nvfp4" : "w5g32z", kHidden}});
-      QlLinear* gate_up = linears_.emplace_back(2).data();
-      gate_up[0] = tiled(kIntermediate, {{"w2g16z", kHidden}});
-      gate_up[1] = tiled(kIntermediate, {{"w6g256zs7", kHidden}});
+      const QlLinears qkv = together(
+          {tiled(q, {{"w4g64", 64}, {"w8", kHidden - 64}}),
+           second ? dense(kv, kHidden, QL_DENSE_BF16) : tiled(kv, {{"w3g32z", kHidden}}),
+           tiled(kv, {{second ? "nvfp4" : "w5g32z", kHidden}})});
+      const QlLinears gate_up = together({tiled(kIntermediate, {{"w2g16z", kHidden}}),
+                                          tiled(kIntermediate, {{"w6g256zs7", kHidden}})});
+      QlLinear o = tiled(kHidden, {{second ? "mxfp4" : "w7g128z", q}});
+      QlLinear down = second ? dense(kHidden, kIntermediate, QL_DENSE_F16)
+                             : tiled(kHidden, {{"fp6g32", kIntermediate}});
+      if (changed) {
+        o.form = form(o, 16);
+        down.form = form(down, 20);
+      }
       QlLayer layer = {};
       layer.input_norm = norm(kHidden);
       layer.ffn_norm = norm(kHidden);
@@ -32,13 +41,11 @@ class Decoder {
       layer.ffn_out_norm = second ? norm(kHidden) : nullptr;
       layer.q_norm = second ? norm(kHeadDim) : nullptr;
       layer.k_norm = second ? norm(kHeadDim) : nullptr;
-      layer.qkv = qkv;
-      layer.qkv_count = 3;
-      layer.gate_up = gate_up;
-      layer.gate_up_count = 2;
-      layer.o = tiled(kHidden, {{second ? "mxfp4" : "w7g128z", q}});
-      layer.down = second ? dense(kHidden, kIntermediate, QL_DENSE_F16)
-                          : tiled(kHidden, {{"fp6g32", kIntermediate}});
+      layer.qkv = blocks ? in_blocks(q + 2 * kv, kHidden, 5) : qkv;
+      layer.o = blocks ? in_blocks(kHidden, q, 3, changed ? 16 : 0) : together({o});
+      layer.gate_up = blocks ? in_blocks(2 * kIntermediate, kHidden, 7) : gate_up;
+      layer.down = blocks ? in_blocks(kHidden, kIntermediate, 2, changed ? 20 : 0)
+                          : together({down});
       layer.intermediate = kIntermediate;
       layer.window = second ? 37 : 0;
       layer.attention_scale = 0.2f;
@@ -47,8 +54,6 @@ class Decoder {
       layer.key = key;
       layer.value = value;
       if (changed) {
-        layer.o.form = form(layer.o, 16);
-        layer.down.form = form(layer.down, 20);
         layer.key_basis = matrix(kKvHeadCount * kHeadDim * kHeadDim);
         layer.query_bits = second ? 4 : 0;
         layer.sinks = 3;
@@ -69,9 +74,9 @@ class Decoder {
     model_.layers = layers_.data();
     model_.ropes = &rope_;
     model_.final_norm = norm(kHidden);
-    model_.embedding = model_.head = tiled(kVocabulary, {{"w4g64", kHidden}});
-    model_.embedding.mode = QL_INPUT_EXACT;  // its rows are looked up
-    model_.embedding.act_group = 0;
+    model_.head = blocks_ ? in_blocks(kVocabulary, kHidden, 3)
+                          : together({tiled(kVocabulary, {{"w4g64", kHidden}})});
+    model_.embedding = model_.head;  // its rows are looked up, its mode is unused
     model_.layer_count = kLayers;
     model_.rope_count = 1;
     model_.vocabulary = kVocabulary;
@@ -88,8 +93,8 @@ class Decoder {
     model_.activation = QL_GELU_TANH;
     model_.integer_attention = changed_;
     if (changed_) {
-      model_.enter = dense(kHidden, kHidden, QL_DENSE_BF16);
-      model_.leave = dense(kHidden, kHidden, QL_DENSE_F16);
+      model_.enter = together({dense(kHidden, kHidden, QL_DENSE_BF16)});
+      model_.leave = together({dense(kHidden, kHidden, QL_DENSE_F16)});
     }
   }
 
@@ -161,8 +166,35 @@ class Decoder {
     return linear;
   }
 
+  QlLinears together(std::vector<QlLinear> linears) {
+    const std::vector<QlLinear>& kept = linears_.emplace_back(std::move(linears));
+    return {kept.data(), static_cast<int64_t>(kept.size())};
+  }
+
+  // A matrix in three blocks of rows, which take turns with `step` rows in each: w6, dense, w3.
+  // turned: see `form`; 0: inputs as they are.
+  QlLinears in_blocks(int64_t rows, int64_t columns, int64_t step, int64_t turned = 0) {
+    std::vector<QlLinear> linears;
+    for (int64_t block = 0; block < 3; ++block) {
+      std::vector<int32_t> own;
+      for (int64_t row = 0; row < rows; ++row) {
+        if (row / step % 3 == block) own.push_back(static_cast<int32_t>(row));
+      }
+      const Exact<int32_t>& places = places_.emplace_back(static_cast<int64_t>(own.size()), 4);
+      std::copy(own.begin(), own.end(), places.get());
+      const int64_t count = places.count();
+      linears.push_back(block == 1   ? dense(count, columns, QL_DENSE_BF16)
+                        : block == 0 ? tiled(count, {{"w6g32", columns}})
+                                     : tiled(count, {{"w3g32z", columns}}));
+      linears.back().places = places.get();
+      if (turned) linears.back().form = form(linears.back(), turned);
+    }
+    return together(std::move(linears));
+  }
+
   int32_t mode_;
   bool changed_;
+  bool blocks_;
   uint64_t seed_ = 0;
   Random random_{17};
   std::deque<std::vector<QlLinear>> linears_;
@@ -172,6 +204,7 @@ class Decoder {
   std::deque<Exact<uint16_t>> halves_;
   std::deque<ql::TileForm> forms_;
   std::deque<std::vector<int32_t>> orders_;
+  std::deque<Exact<int32_t>> places_;
   std::deque<std::vector<ql::TileRounding>> roundings_;
   std::vector<QlLayer> layers_;
   QlRope rope_;
