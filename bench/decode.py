@@ -279,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         show(found, answers())
     if not options.quick:
         names = ["decode", *(name.lower().replace(" ", "-") for name in options.model or ())]
-        notes().print(str(record.write("_".join(names), found)))
+        notes().print(str(record.write(record.of_kernels("_".join(names)), found)))
 
 
 if __name__ == "__main__":

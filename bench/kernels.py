@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         show(found, answers())
     if not options.quick:
-        notes().print(str(record.write("kernels", found)))
+        notes().print(str(record.write(record.of_kernels("kernels"), found)))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 
 from quantlib.checkpoint.disk import atomic_write_text
 from quantlib.checkpoint.provenance import versions
+from quantlib.kernels.cpu import library
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -53,6 +54,13 @@ def write(name: str, rows: dict[str, Any]) -> Path:
     RESULTS.mkdir(exist_ok=True)
     atomic_write_text(path, json.dumps({**head, **rows}, indent=1) + "\n")
     return path
+
+
+def of_kernels(name: str) -> str:
+    """`name` with the instruction set that the CPU kernels run on: what they take on another one is
+    another result, which must not replace this one."""
+    loaded = library.load()
+    return f"{name}_{loaded.isa if loaded else 'reference'}"
 
 
 def _is_path(word: str) -> bool:

@@ -233,7 +233,8 @@ def test_options_of_the_compression_reach_it(
     )
     monkeypatch.setattr(decode, "print_json", lambda _: None)
     monkeypatch.setattr(decode.record, "write", lambda name, _: asked.update(kept=name))
+    monkeypatch.setattr(decode.record, "of_kernels", "{}_avx".format)
     decode.main(["--json", "--work", str(tmp_path)])
-    assert asked == {"quick": False, "work": tmp_path, "models": None, "kept": "decode"}
+    assert asked == {"quick": False, "work": tmp_path, "models": None, "kept": "decode_avx"}
     decode.main(["--json", "--model", decode.SMOLLM2])
-    assert (asked["models"], asked["kept"]) == ([decode.SMOLLM2], "decode_smollm2-135m")
+    assert (asked["models"], asked["kept"]) == ([decode.SMOLLM2], "decode_smollm2-135m_avx")

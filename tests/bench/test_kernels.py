@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +75,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         kept: list[str] = []
         monkeypatch.setattr(kernels, "run", lambda plan: result(plan))
         monkeypatch.setattr(kernels.record, "write", lambda name, _: kept.append(name))
+        monkeypatch.setattr(kernels.record, "of_kernels", "{}_avx".format)
         kernels.main(arguments)
         return kept
 
@@ -107,7 +109,13 @@ def test_json_is_one_document(
 
 
 def test_only_a_full_run_is_kept(measured: Callable[..., list[str]]) -> None:
-    assert measured() == ["kernels"]
+    assert measured() == ["kernels_avx"]
+
+
+def test_a_result_is_named_after_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for loaded, suffix in ((SimpleNamespace(isa="avx2"), "avx2"), (None, "reference")):
+        monkeypatch.setattr(kernels.record.library, "load", lambda loaded=loaded: loaded)
+        assert kernels.record.of_kernels("kernels") == f"kernels_{suffix}"
 
 
 def test_the_table_shows_rows_targets_and_who_is_missing(
