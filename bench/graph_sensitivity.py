@@ -63,17 +63,17 @@ def prediction_rows(bench: Bench) -> None:
             bench.keep("chosen", method, chosen)
             row["table_loss_ratio"] = loss_ratios(run, truth, chosen)
             bench.keep("prediction", method, row)
-    if "transfer" not in done:
-        examples = known_examples(run)
-        models = {method: learned(examples, method) for method in ("ridge", "graph")}
-        schemes = run.candidates[next(iter(examples))]
-        bench.keep("prediction", "transfer", transfer_row(models, schemes))
     if any("kl" not in done[method] for method in METHODS):
         trial, best = held_out_trial(bench), plans(run, truth)
         for method in METHODS:
             if "kl" not in done[method]:
                 found = kl_of_plans(trial, best, bench.rows["chosen"][method])
                 bench.keep("prediction", method, {**done[method], "kl": found})
+    if "transfer" not in done:
+        examples = known_examples(run)
+        models = {method: learned(examples, method) for method in ("ridge", "graph")}
+        schemes = run.candidates[next(iter(examples))]
+        bench.keep("prediction", "transfer", transfer_row(models, schemes))
 
 
 def full_seconds(run: Run) -> dict[str, Any]:
