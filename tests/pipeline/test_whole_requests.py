@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import transformers
+from PIL import Image
 
 from quantlib.errors import DataError, ModelError, UsageError
 from quantlib.pipeline.compress import open_run, recipe_for
@@ -252,6 +253,17 @@ def test_media_of_the_wrong_kind_are_found_before_any_work(janus: Path, tmp_path
     (tmp_path / "3.png").write_text("no picture")
     with pytest.raises(DataError, match=r"3\.png is not a picture"):
         inputs(janus, path)
+
+
+def test_a_picture_of_a_size_that_the_processor_refuses(tmp_path: Path) -> None:
+    """Qwen's takes none that is more than 200 times as long as wide."""
+    model = whole_models.save("qwen2_5_vl", tmp_path / "model")
+    path = whole_models.records("qwen2_5_vl", tmp_path)
+    Image.new("RGB", (1, 300)).save(tmp_path / "3.png")
+    with pytest.raises(
+        DataError, match=r"line 10: .* refuses .*3\.png, a picture of 1 x 300 pixels"
+    ):
+        inputs(model, path)
 
 
 def test_records_that_a_model_has_no_use_for_are_named(janus: Path, tmp_path: Path) -> None:

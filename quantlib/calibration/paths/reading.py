@@ -94,7 +94,8 @@ def question(
     (`with_answer`)."""
     texts = tools.asked(record.text, record.answer, placeholder(tools))
     image = read_image(record.file)
-    return with_answer(tools, texts, lambda text: encode(tools, text, image), record.where)
+    with tools.taking(image, record):
+        return with_answer(tools, texts, lambda text: encode(tools, text, image), record.where)
 
 
 def with_answer(

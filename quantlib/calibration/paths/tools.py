@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
-from quantlib.errors import DataError
+from quantlib.calibration.records import Record
+from quantlib.errors import DataError, QuantlibError
 
 GUIDANCE = 5.0
 """Of classifier-free guidance, where a model's generation config names none: transformers' own."""
@@ -183,6 +186,22 @@ class Tools:
                 f"{where}: {ids.shape[-1]} tokens, pictures counted, and the model was made for "
                 f"{self.longest}: shorten the texts"
             )
+
+    @contextmanager
+    def taking(self, image: Image, record: Record) -> Iterator[None]:
+        """While a processor takes a record's picture, what it raises is a DataError: some refuse
+        pictures that are far longer than wide, or smaller than a patch."""
+        try:
+            yield
+        except QuantlibError:
+            raise
+        except Exception as error:  # transformers raises many types here, for one reason
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(
+                f"{record.where}: the processor in {self.folder} refuses {record.file}, a picture "
+                f"of {image.width} x {image.height} pixels ({reason}): take another picture, or "
+                "the model's own processor"
+            ) from error
 
     def _placeholder(self, medium: str) -> int | None:
         for key in (f"{medium}_token_id", f"{medium}_token_index"):

@@ -55,12 +55,14 @@ def _itself(output: Tensor) -> Tensor:
 def pixels_of(tools: Tools, record: Record) -> dict[str, Tensor]:
     """The picture of a record as the image encoder takes it: `pixel_values` [1, 3, H, W], and what
     else the image processor says of it."""
-    found = tools.pictures(images=[read_image(record.file)], return_tensors="pt")
+    image = read_image(record.file)
+    with tools.taking(image, record):
+        found = tools.pictures(images=[image], return_tensors="pt")
     return {key: value for key, value in dict(found).items() if isinstance(value, Tensor)}
 
 
 def _check_picture(tools: Tools, record: Record) -> None:
-    read_image(record.file)
+    pixels_of(tools, record)
 
 
 # -- Janus -----------------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ def _text(tools: Tools, _: Any, record: Record) -> Sample:
 
 def _pixels(tools: Tools, record: Record) -> Tensor:
     image = read_image(record.file)
-    pixels: Tensor = tools.pictures(images=[image], return_tensors="pt")["pixel_values"]
+    with tools.taking(image, record):
+        pixels: Tensor = tools.pictures(images=[image], return_tensors="pt")["pixel_values"]
     require_side(tools, pixels, _side(tools))
     return pixels
 
