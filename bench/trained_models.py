@@ -95,8 +95,13 @@ class Subject:
     def key(self, method: str) -> str:
         """sha256 over what a row depends on."""
         parts = [method, self.name, self.space, self.uniform, asdict(self.training), self.quick]
-        parts += [asdict(Settings.short(0.0, 0, 0, DRAWS))] if method == "fliqs" else []
+        parts += [asdict(self.search(0.0))] if method == "fliqs" else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def search(self, target: float) -> Settings:
+        """Of FLIQS: an eighth of the steps drawn uniformly, three eighths in the final formats."""
+        steps = self.training.steps
+        return Settings.short(target, steps // 8, steps * 3 // 8, DRAWS)
 
     def quickly(self) -> Subject:
         """The same in minutes."""
@@ -203,7 +208,8 @@ def main(
 def report(subject: Subject) -> Path:
     """Keep all rows that are there: the result file."""
     rows = [row for name in METHODS if (row := _kept(subject, name)) is not None]
-    policy = asdict(Settings.short(0.0, 0, 0, DRAWS))
+    policy = asdict(subject.search(0.0))
+    del policy["target"]  # what the uniform format costs
     settings = {**asdict(subject.training), **{f"policy_{k}": v for k, v in policy.items()}}
     return record.write(subject.result, {"settings": settings, "rows": rows})
 
@@ -262,9 +268,8 @@ def _measure(subject: Subject, method: str) -> dict[str, Any]:
     training, choice = subject.training, uniform
     if method != "rounded":
         steps, target = training.steps, costs.of(uniform)
-        search = Settings.short(target, steps // 8, steps * 3 // 8, DRAWS)
         judges = judge_of(trainable.model, task, training)
-        found = Fliqs(layers, costs, search, steps, training.seed, judges)
+        found = Fliqs(layers, costs, subject.search(target), steps, training.seed, judges)
         learner: Method = found if method == "fliqs" else Fixed(layers, uniform)
         about = {"model": trainable.source.fingerprint, "subject": subject.name}
         file = folder() / f"{subject.label}-{method}-{subject.key(method)[:8]}.safetensors"
