@@ -120,15 +120,15 @@ def test_a_prompt_gives_the_same_bits_whole_in_chunks_and_token_by_token(
 @pytest.mark.parametrize("changed", [False, True])
 @pytest.mark.parametrize("seed", [2, 5])
 def test_rows_in_blocks_change_no_bit(library, seed, changed, mode):
-    """However the rows of matrices are divided, and on any number of threads: prompts, single
-    tokens, and tokens of several texts."""
+    """However the rows of matrices are divided, and on any number of threads: prompts so long that
+    a block of rows is made in several pieces, single tokens, and tokens of several texts."""
     whole = random_decoder(seed, mode=mode, changed=changed)
-    tokens = draw_tokens(70)
+    tokens = draw_tokens(304)
 
     def found(model: Decoder, threads: int) -> list[Tensor]:
         engine = make(library, model, "int8")
-        prompt = append(engine, tokens[:60], threads=threads)
-        single = [append(engine, token[None], threads=threads) for token in tokens[60:]]
+        prompt = append(engine, tokens[:300], threads=threads)
+        single = [append(engine, token[None], threads=threads) for token in tokens[300:]]
         append(engine, tokens[:5], 1, threads)
         return [prompt, *single, append(engine, tokens[:2], [1, 0], threads)]
 
