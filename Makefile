@@ -48,7 +48,7 @@ kernel-tools: .venv/kernel-tools
 
 # Single tests are dealt out, not files: one file has a third of them.
 test-kernels: kernel-tools
-	$(BIN)/python -P -m pytest --numprocesses logical --dist worksteal -m "kernels or not kernels" \
+	$(BIN)/python -P -m pytest --numprocesses logical --dist worksteal --timeout 900 -m "kernels or not kernels" \
 		tests/kernels/cuda tests/kernels/triton tests/kernels/test_dispatch.py \
 		tests/kernels/test_dispatch_models.py $(TEST_ARGS)
 
