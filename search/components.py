@@ -1,4 +1,5 @@
-"""Byte budgets of components: `vision=2MB`, `decoder=30%`, beside the budget of the whole file.
+"""Byte budgets of components: `vision_tower=2MB`, `image_decoder=30%`, beside that of the whole
+file.
 
 A component's bytes are one more additive cost of the knapsack: what its weights take, and its kept
 tensors whatever is chosen. So a budget of the whole and any number of component budgets hold at
@@ -59,8 +60,8 @@ def component_limits(texts: Iterable[str], components: Sequence[ComponentInfo]) 
         name, separator, size = (part.strip() for part in text.rpartition("="))
         if not separator or not name or not size:
             raise UsageError(
-                f"--component-size {text}: write COMPONENT=SIZE, for example vision=2MB or "
-                "decoder=30%"
+                f"--component-size {text}: write COMPONENT=SIZE, for example vision_tower=2MB or "
+                "image_decoder=30%"
             )
         found = [component for component in components if fnmatchcase(component.name, name)]
         if not found:

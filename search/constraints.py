@@ -1,6 +1,6 @@
 """What the user insists on: floors, ceilings and pins, per component, kind or name pattern.
 
-    --floor vision=8                  at least 8 bits in every weight of the component
+    --floor vision_tower=8            at least 8 bits in every weight of the component
     --ceiling 're:.*down_proj=6'      at most 6 bits where the regular expression matches
     --pin lm_head=w8g64               exactly this scheme
 
@@ -52,7 +52,7 @@ class Rule:
         """Read `pattern=value` as it follows --floor, --ceiling or --pin. Raises UsageError."""
         if kind not in KINDS:
             raise UsageError(f"unknown kind of constraint {kind!r}: use one of {', '.join(KINDS)}")
-        example = "lm_head=w8g64" if kind == "pin" else "vision=8"
+        example = "lm_head=w8g64" if kind == "pin" else "vision_tower=8"
         pattern, separator, value = (part.strip() for part in text.rpartition("="))
         if not separator or not pattern or not value:
             raise UsageError(

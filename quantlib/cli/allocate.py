@@ -105,7 +105,7 @@ def search(
         quantlib search --work WORK --bits 4.25
         quantlib search --work WORK --size 1.2GB --floor embeddings=4 -o plan.json
         quantlib search --work WORK --latency 12ms --size 90MB
-        quantlib search --work WORK --size 9MB --component-size vision=2MB --balance minmax
+        quantlib search --work WORK --size 9MB --component-size vision_tower=2MB --balance minmax
         quantlib search --work WORK --bits 4.5 --task-weights text=1,image=2
         quantlib search --work WORK --bits 4.25 --score evolved:proxy.json
         quantlib search --work WORK --bits 4.25 --validate 40 --workers 4

@@ -87,9 +87,9 @@ ComponentSize = Annotated[
     list[str] | None,
     typer.Option(
         metavar="COMPONENT=SIZE",
-        help="Bytes of a component, such as vision=2MB, or decoder=30% of its own; quantlib "
-        "inspect lists them. Beside --size or --bits, or alone; vision* is one budget for all "
-        "whose names begin so. May be repeated.",
+        help="Bytes of a component, such as vision_tower=2MB, or image_decoder=30% of its own; "
+        "quantlib inspect lists them. Beside --size or --bits, or alone; image_* is one budget for "
+        "all whose names begin so. May be repeated.",
         rich_help_panel=BUDGET,
     ),
 ]

@@ -146,7 +146,7 @@ def compress(
     the schemes say). scheme: a method that rounds activations and the KV cache too, "resq" or
     "resq-fp" (`recipe.method_fields`). activations: the most mean bits of the inputs of linears,
     where the candidates round them (`search.activations`). components: byte budgets of components
-    ("vision=2MB"), beside the budget of the whole or alone. objective: what to minimise over
+    ("vision_tower=2MB"), beside the budget of the whole or alone. objective: what to minimise over
     several tasks; by default the sum of their relative increases. work: the work directory
     (`OUT.work` by default), where a killed run continues and where another budget costs seconds.
     recipe: fields of `quantlib.recipe.Recipe`, such as preset="fast" or seed=1.

@@ -95,7 +95,7 @@ class Budget:
             raise UsageError(
                 "give one budget: a size such as --size 82.8MB, or true bits such as --bits 4.25 "
                 "(or latencies and bytes of components, such as --latency 12ms or --component-size "
-                "vision=2MB, alone or with one of them)"
+                "vision_tower=2MB, alone or with one of them)"
             )
         if self.size is not None:
             return parse_size(self.size, model_map.nbytes)

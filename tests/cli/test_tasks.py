@@ -5,12 +5,14 @@ matter to.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from quantlib.models import families
 from quantlib.search.calibrate import Calibration
 from quantlib.search.sensitivity import Entry, Sensitivity
 
@@ -123,6 +125,16 @@ def test_mistakes_are_sentences(
     fails: Callable[..., str], two_tasks: Path, options: tuple[str, ...], message: str
 ) -> None:
     assert message in fails(2, "search", "--work", two_tasks, "--bits", 5, *options)
+
+
+@pytest.mark.parametrize("command", ["compress", "search"])
+def test_help_names_components_that_models_have(run: Run, command: str) -> None:
+    """In the examples and in the options' own words."""
+    words = " ".join(run(command, "--help").stdout.replace("│", " ").split())
+    named = set(re.findall(r"([a-z_]+)=(?:\d+MB|\d+%)", words))
+    known = {v for name, v in vars(families).items() if name.isupper() and isinstance(v, str)}
+    assert named >= {"vision_tower", "image_decoder"}
+    assert named <= known
 
 
 def test_a_component_budget_that_is_too_small_says_what_is_possible(
