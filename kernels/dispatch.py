@@ -31,7 +31,7 @@ import torch
 from quantlib.errors import FormatError, UsageError
 from quantlib.formats.activation import ActivationSegment
 from quantlib.kernels.cuda import segmented
-from quantlib.kernels.packed import has_kernels, parse_layout
+from quantlib.kernels.packed import parse_layout
 
 VARIABLE = "QUANTLIB_KERNELS"
 BACKENDS = ("cpu", "cuda", "emulator", "reference", "triton")
@@ -80,8 +80,6 @@ def choose(product: Product, machine: Machine) -> str:
     """Which kernel computes the product. Raises UsageError when what is forced is not there."""
     if machine.forced is not None:
         return _forced(product, machine, machine.forced)
-    if product.layout and not has_kernels(parse_layout(product.layout)[1]):
-        return REFERENCE
     if machine.kind == "cpu":
         return CPU if machine.cpu else REFERENCE
     if machine.kind != "cuda":
@@ -105,8 +103,6 @@ def _forced(product: Product, machine: Machine, name: str) -> str:
         raise UsageError(f"{VARIABLE}={name}, but {missing}: unset it")
     if name in ("cuda", "emulator"):
         return cuda_kernel(product) or REFERENCE
-    if product.layout and not has_kernels(parse_layout(product.layout)[1]):
-        return REFERENCE
     return {"cpu": CPU, "triton": TRITON}.get(name, REFERENCE)
 
 

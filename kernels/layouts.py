@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from quantlib.errors import FormatError, UsageError
+from quantlib.errors import UsageError
 from quantlib.formats.packing import packed_bytes
 from quantlib.formats.scheme import Segment
 from quantlib.kernels import dispatch
 from quantlib.kernels.cpu import library as cpu
-from quantlib.kernels.packed import PackedWeight, has_kernels, parse_layout, suffixes_of
+from quantlib.kernels.packed import PackedWeight, parse_layout, suffixes_of
 
 TILES = "tiles|"
 """What the layout of a TiledWeight begins with; the canonical layout follows."""
@@ -61,7 +61,8 @@ class TiledWeight:
 
     @property
     def all_integer(self) -> bool:
-        """Whether mode "int8" multiplies it in integers (integer elements, e2m1, e2m3)."""
+        """Whether mode "int8" multiplies it in integers (integer elements, e2m1 to
+        e2m4)."""
         return self.description.all_integer
 
     def to_packed(self) -> PackedWeight:
@@ -76,23 +77,17 @@ class TiledWeight:
 def tile(weight: PackedWeight, threads: int | None = None) -> TiledWeight:
     """Rearrange a weight for the CPU kernels. Its tensors are only read, and not kept.
 
-    Raises UsageError when the kernels are not to be had on this machine, FormatError for a format
-    that they do not know, and QuantlibError when there is no memory for the tiles.
+    Raises UsageError when the kernels are not to be had on this machine, and QuantlibError when
+    there is no memory for the tiles.
     """
-    if not has_kernels(weight.segments):
-        names = ", ".join(str(segment.format) for segment in weight.segments)
-        raise FormatError(
-            f"the compiled kernels do not know {names}: floats outside OCP's specifications are "
-            "computed by the torch reference, in quantlib.load without engine and timing"
-        )
     memory = _library().pack(list(weight.tensors.values()), weight.layout, threads=threads)
     return from_memory(memory, TILES + weight.layout)
 
 
-def can_tile(tensors: Sequence[Tensor], segments: Sequence[Segment]) -> bool:
+def can_tile(tensors: Sequence[Tensor]) -> bool:
     """Whether `tile` can be called with these tensors here and now: they lie in main memory, there
-    are kernels for them that may be used, and nobody is tracing the call."""
-    if is_traced() or not dispatch.tiles_allowed() or not has_kernels(segments):
+    are kernels that may be used, and nobody is tracing the call."""
+    if is_traced() or not dispatch.tiles_allowed():
         return False
     in_memory = all(type(tensor) in (Tensor, Parameter) and tensor.is_cpu for tensor in tensors)
     return in_memory and cpu.load() is not None

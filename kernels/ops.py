@@ -15,8 +15,8 @@ compiler, the torch reference computes.
 Modes of `linear`:
     "exact"  activations stay as they are; sums are float32.
     "int8"   every token is rounded to int8 (scale amax/127), or every `act_group` columns of it,
-             and multiplied in integers. Weights with an element that has none (e4m3, e5m2, e3m2)
-             are multiplied with the rounded activations in float32.
+             and multiplied in integers. Weights with an element that has none (floats but e2m1
+             to e2m4) are multiplied with the rounded activations in float32.
 
 Or `activations` say how the columns are rounded, segment by segment (`formats.activation`). What
 the integer kernels can take (`cpu.forms`) they round and multiply in integers; otherwise the
@@ -43,7 +43,6 @@ from quantlib.kernels.layouts import MAX_PIECE, TILES, TiledWeight, is_traced
 from quantlib.kernels.packed import (
     PackedWeight,
     activations_of,
-    has_kernels,
     parse_activations,
     parse_layout,
     suffixes_of,
@@ -120,7 +119,7 @@ def _compute_linear(
     _check_linear(x, layout, bias, mode, act_group, activations)
     if _on_accelerator(x, layout):
         return _accelerated_linear(x, weight, layout, bias, mode, act_group, activations)
-    library = _library([x, *weight], layout)
+    library = _library([x, *weight])
     if library is None:
         bits = 8 if mode == "int8" else 16
         quantized = _packed(weight, layout).to_quantized()
@@ -227,7 +226,7 @@ def _embedding(ids: Tensor, weight: list[Tensor], layout: str, dtype: torch.dtyp
             _check_rows(flat, rows)  # a GPU would have to be waited for
         out = accelerated.rows(weight, layout, dtype, flat)
         return out.view(*ids.shape, columns)
-    library = _library([ids, *weight], layout)
+    library = _library([ids, *weight])
     if library is None:
         _check_rows(flat, rows)
         out = formats.dequantize(_packed(weight, layout).select_rows(flat).to_quantized())
@@ -246,7 +245,7 @@ def _embedding_fake(ids: Tensor, weight: list[Tensor], layout: str, dtype: torch
 def _dequantize(weight: list[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
     if _rows_by_triton(weight[0], layout):
         return accelerated.rows(weight, layout, dtype, None)
-    library = _library(weight, layout)
+    library = _library(weight)
     if library is None:
         return formats.dequantize(_packed(weight, layout).to_quantized(), dtype)
     return library.dequantize(_describe(library, weight, layout)).to(dtype)
@@ -299,23 +298,16 @@ def _on_accelerator(tensor: Tensor, layout: str) -> bool:
 
 
 def _rows_by_triton(tensor: Tensor, layout: str) -> bool:
-    if not _on_accelerator(tensor, layout) or not _has_kernels(layout):
+    if not _on_accelerator(tensor, layout):
         return False
     return dispatch.choose_rows(dispatch.machine(tensor.device)) == dispatch.TRITON
 
 
-def _library(tensors: list[Tensor], layout: str) -> cpu.Library | None:
-    """The C++ kernels, if they are to be had, may be used, know the weight's formats, and all
-    tensors lie in main memory."""
-    if not _has_kernels(layout):
-        return None
+def _library(tensors: list[Tensor]) -> cpu.Library | None:
+    """The C++ kernels, if they are to be had, may be used, and all tensors lie in main memory."""
     if not dispatch.tiles_allowed() or not all(tensor.is_cpu for tensor in tensors):
         return None
     return cpu.load()
-
-
-def _has_kernels(layout: str) -> bool:
-    return layout.startswith(TILES) or has_kernels(parse_layout(layout)[1])
 
 
 def _packed(tensors: list[Tensor], layout: str) -> PackedWeight:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from quantlib.errors import FormatError
 from quantlib.formats.activation import ActivationFormat, ActivationSegment
-from quantlib.formats.elements import OCP_FLOATS
 from quantlib.formats.packing import pack_zeros, unpack_zeros
 from quantlib.formats.scheme import TENSOR, Segment, WeightFormat
 from quantlib.formats.weight import (
@@ -146,12 +145,6 @@ def parse_layout(layout: str) -> tuple[tuple[int, int], tuple[Segment, ...]]:
             f"{layout!r} is not a weight layout: take it from PackedWeight.layout"
         ) from error
     return (rows, columns), tuple(segments)
-
-
-def has_kernels(segments: Sequence[Segment]) -> bool:
-    """Whether there are kernels for all elements: integers, and the floats of OCP. Others are
-    stored like these and computed by the torch reference."""
-    return all(s.format.is_integer or s.format.element in OCP_FLOATS for s in segments)
 
 
 @lru_cache(maxsize=4096)

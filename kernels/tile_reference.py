@@ -24,7 +24,7 @@ from quantlib.kernels.reference import int8_activations
 MAX_PIECE = 128
 WHOLE_RUN, MOST_WHOLE = 512, 32767
 """kWholeRun and kMostWhole of `cpu/src/tiles.h`."""
-_INTEGER_UNITS = {"e2m1": 0.5, "e2m3": 0.125}
+_INTEGER_UNITS = {"e2m1": 0.5, "e2m2": 0.25, "e2m3": 0.125, "e2m4": 0.0625}
 """Float elements that int8 mode multiplies in integers, and the unit they are multiples of."""
 
 

@@ -44,7 +44,7 @@ _NO_MEMORY, _NO_SUCH_ISA, _ROW_OUT_OF_RANGE = 1, 2, 3
 _SCALE_KINDS = {"f16": 0, "e8m0": 2, "e4m3": 3}
 """ql::ScaleKind; two-level scales are codes."""
 _SCALE_CODE = 1
-_INTEGER_UNITS = {"e2m1": 0.5, "e2m3": 0.125}
+_INTEGER_UNITS = {"e2m1": 0.5, "e2m2": 0.25, "e2m3": 0.125, "e2m4": 0.0625}
 """Float elements that are multiples of a unit, with few enough of them for an unsigned byte."""
 
 
@@ -129,8 +129,8 @@ class _TiledWeight(ctypes.Structure):
 class Description:
     """A tiled weight as the library sees it: pointers into memory that the caller keeps alive.
 
-    all_integer: whether it can be multiplied in integers. Elements that cannot (e4m3, e5m2, e3m2)
-                 are multiplied as floats in mode "int8" too, with the rounded activations.
+    all_integer: whether it can be multiplied in integers. Elements that cannot (floats but e2m1 to
+                 e2m4) are multiplied as floats in mode "int8" too, with the rounded activations.
     """
 
     weight: _TiledWeight

@@ -75,7 +75,7 @@ def _plain(exponent_bits: int, mantissa_bits: int) -> FloatElement:
 
 
 OCP_FLOATS = ("e4m3", "e5m2", "e3m2", "e2m3", "e2m1")
-"""The elements that OCP's specifications define, and that the kernels know."""
+"""The elements that OCP's specifications define."""
 FLOATS: dict[str, FloatElement] = {
     element.name: element
     for element in (

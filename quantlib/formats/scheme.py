@@ -17,7 +17,7 @@ Grammar of a scheme's name (`Scheme.parse` reads it, `str(scheme)` writes it; th
                     above
     fp5e2m2 fp7e4m2 ...
                     the other floats of 4 to 8 bits: 5e2m2 5e3m1 6e4m1 7e2m4 7e3m3 7e4m2 7e5m1
-                    8e2m5 8e3m4 (packed like the rest, computed by the torch reference)
+                    8e2m5 8e3m4
     mxfp8 mxfp8e5m2 mxfp6 mxfp6e2m3 mxfp4
                     OCP microscaling: groups of 32 with an e8m0 scale
     nvfp4           e2m1 in groups of 16 with an e4m3 scale and one float32 per tensor

@@ -18,12 +18,10 @@ from torch import Tensor
 from quantlib.checkpoint.reader import PackedCheckpoint
 from quantlib.checkpoint.surroundings import CacheSettings
 from quantlib.errors import CheckpointError
-from quantlib.formats.composite import parts_of
-from quantlib.formats.scheme import Scheme, Segment
+from quantlib.formats.scheme import Scheme
 from quantlib.kernels.cpu import forms
 from quantlib.kernels.cpu.forms import BlockRotation
 from quantlib.kernels.kv_format import MAX_SINKS, KvFormat
-from quantlib.kernels.packed import has_kernels
 from quantlib.runtime.engine_spec import EngineSpec
 from quantlib.transforms import hadamard
 from quantlib.transforms.rotation import MEAN
@@ -124,15 +122,6 @@ def _in_row_blocks(scheme: Scheme) -> bool:
     return bool(scheme.rows) and not any(block.width for block in scheme.rows)
 
 
-def _layouts(checkpoint: PackedCheckpoint, name: str) -> list[tuple[Segment, ...]]:
-    """K segments of every packed matrix of a weight; none where it is kept."""
-    scheme = checkpoint.schemes[name]
-    if scheme.weight is None:
-        return []
-    parts = parts_of(scheme, checkpoint.shapes[name][-2:])
-    return [part.segments for part in parts.values()]
-
-
 def cache_format(settings: CacheSettings) -> KvFormat:
     """The format of a cache with its first positions. float32 has no need of them."""
     form, sinks = settings.kv, max(settings.kv.sinks, settings.sinks)
@@ -198,8 +187,6 @@ def unsupported_changes(checkpoint: PackedCheckpoint, spec: EngineSpec) -> str |
     for name, scheme in checkpoint.schemes.items():
         if scheme.is_composite and not _in_row_blocks(scheme):
             return f"{name} is stored as several matrices ({scheme})"
-        if not all(map(has_kernels, _layouts(checkpoint, name))):
-            return f"the compiled kernels do not know {scheme} of {name}"
         activations = checkpoint.activations(name)
         if scheme.weight is None and activations:
             return f"the inputs of {name}, which is not packed, are rounded"

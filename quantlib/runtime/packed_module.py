@@ -211,7 +211,7 @@ class PackedModule(nn.Module):
         tiles = self._tiles.get(name)
         if tiles is not None:
             return tiles
-        if can_tile(list(self._present(name).values()), self._segments[name]):
+        if can_tile(list(self._present(name).values())):
             return self._tile(name)
         cached = self._handles.get(name)
         if cached is None or any(

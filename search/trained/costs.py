@@ -18,7 +18,6 @@ from pathlib import Path
 from quantlib.errors import SearchError
 from quantlib.formats.activation import AS_THEY_ARE, UNROUNDED
 from quantlib.formats.scheme import Scheme
-from quantlib.kernels.packed import has_kernels
 from quantlib.kernels.timing import Clock, Op, TimingTable, this_machine
 from quantlib.search.problem import Choice as Priced
 from quantlib.search.problem import Item, Problem
@@ -176,7 +175,7 @@ def milliseconds(
     shapes: weight -> [N, K]. tokens: rows of inputs that each product has. folder, clock: as
     `TimingTable.load` and `measure` take them. What the runtime adds between products is left out:
     it is the same for all choices.
-    Raises UsageError without compiled kernels, and SearchError for candidates they do not run.
+    Raises UsageError without compiled kernels.
     """
     table = TimingTable.load(this_machine(threads), folder)
     rows: dict[str, list[Op]] = {}
@@ -192,11 +191,6 @@ def milliseconds(
 
 def _operation(shape: tuple[int, int], scheme: Scheme, tokens: int) -> Op:
     """The product as the kernels compute it: rounded integers in integers, all else exactly."""
-    if not has_kernels(scheme.segments(shape[1])):
-        raise SearchError(
-            f"{scheme} cannot be timed: the compiled kernels do not know it, and the torch "
-            "reference says nothing of a kernel; search by bit operations, or leave it out"
-        )
     mode = "exact"
     if scheme.activation.is_integer:
         groups = [part.format.group for part in scheme.activations(shape[1])]

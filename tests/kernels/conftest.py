@@ -121,6 +121,8 @@ def _random_segment(
     drawn = codes(1 << form.bits, (rows, segment.length))
     if form.element in ("e4m3", "e5m2"):
         drawn &= 0xBB  # not the exponent of infinities and NaNs
+    elif form.element == "e5m1":
+        drawn &= 0x5D
     row_scale = None
     if form.scale == "f16":
         scale = torch.rand(shape, generator=generator).add(0.5).to(torch.float16)

@@ -9,6 +9,7 @@ from quantlib.kernels import layouts, ops, reference, tile_reference
 from quantlib.kernels.packed import PackedWeight
 
 SCHEMES = ["w4g64", "w3g32z", "w6g16zs6", "w8z4", "w5t", "w7tz", "fp8", "fp6g32", "nvfp4", "mxfp4"]
+SCHEMES += ["fp5e3m1g16", "fp7e2m4", "fp8e2m5t"]
 LENGTHS = (1, 31, 64, 100, 576)
 
 

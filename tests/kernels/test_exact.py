@@ -6,6 +6,7 @@ import torch
 from quantlib.kernels import layouts
 
 FORMATS = ["w4g128", "w3g32z", "w8", "fp8", "mxfp8e5m2", "mxfp6", "mxfp4", "nvfp4"]
+FORMATS += ["fp5e2m2", "fp7e4m2", "fp8e3m4g32"]
 
 
 @pytest.mark.parametrize("scheme", FORMATS)

@@ -22,7 +22,7 @@ SETTINGS = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 SCHEMES = ["w4g64", "w2g16z", "w4g32zs4", "w3g128", "w8", "w5g64zs6", "w4g64z5s5", "mxfp4", "fp8"]
-SCHEMES += ["w6g256zs7", "w4tz", "nvfp4", "mxfp6e2m3"]
+SCHEMES += ["w6g256zs7", "w4tz", "nvfp4", "mxfp6e2m3", "fp5e2m2g64", "fp7e2m4", "fp7e5m1"]
 
 SIZES = [(512, 512), (96, 32), (32, 16), (64, 4), (40, 20), (576, 576), (1536, 1536), (192, 96)]
 SIZES += [(144, 48), (24, 12), (140, 28), (7, 1), (224, 224), (1, 1), (6, 2)]

@@ -165,7 +165,6 @@ def test_widths_are_searched_beside_whole_layers_in_bit_operations(
         ({"cost": "2x2"}, SearchError, "cannot be reached"),
         ({"cost": "90%"}, SearchError, "leaves nothing to search"),
         ({"space": "w4a4"}, SearchError, "nothing to choose"),
-        ({"space": "e2m2,e3m1", "cost": "5ms"}, SearchError, "cannot be timed"),
         ({"shared": "layer"}, SearchError, "cannot share"),
     ],
 )

@@ -80,12 +80,31 @@ ROWS = {
     "up_proj.weight": "w8@1/8+fp6g32@1/4+w6g16z@1/2+w5g16z",
     "": "w8g16@1/4+w6g32z@1/3+w5g16z",
 }
+FLOATS = {
+    "embed_tokens.weight": "fp7e2m4g16",
+    "q_proj.weight": "fp5e3m1g16",
+    "k_proj.weight": "fp6e4m1",
+    "v_proj.weight": "fp7e4m2g32h8/4",
+    "up_proj.weight": "fp8e2m5@1/2+fp7e3m3g32",
+    "gate_proj.weight": "fp8e3m4g64s6",
+    "down_proj.weight": "fp7e5m1",
+    "": "fp5e2m2g32",
+}
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-biases", "qwen3", "phi3", "gemma2"])
-def test_rows_in_blocks_give_the_tokens_of_transformers(name: str, tmp_path: Path) -> None:
+IN_ROWS = ("llama", "llama-biases", "qwen3", "phi3", "gemma2")
+
+
+@pytest.mark.parametrize(
+    ("name", "schemes"),
+    [*((name, ROWS) for name in IN_ROWS), ("llama", FLOATS)],
+    ids=[*IN_ROWS, "floats"],
+)
+def test_rows_in_blocks_and_all_floats_give_the_tokens_of_transformers(
+    name: str, schemes: dict[str, str], tmp_path: Path
+) -> None:
     """Embedding and head, fused inputs, biases, norms behind linears; several texts at once."""
-    loaded = quantlib.load(write(build(name), tmp_path / "out", ROWS), mode="exact")
+    loaded = quantlib.load(write(build(name), tmp_path / "out", schemes), mode="exact")
     assert loaded.engine == "native"
     texts = greedy(loaded.make_engine(len(PROMPTS), 128), PROMPTS, 32)
     assert texts == greedy(TransformersTexts(loaded.model), PROMPTS, 32)

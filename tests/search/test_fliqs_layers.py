@@ -221,9 +221,12 @@ def test_milliseconds_come_from_the_timing_table(tmp_path: Path) -> None:
     assert costs.text(1.5) == "1.5 ms"
 
 
-def test_milliseconds_are_of_what_the_kernels_run() -> None:
-    with pytest.raises(SearchError, match="cannot be timed"):
-        milliseconds(space("e2m2", "w8a8"), Layers(Net(), space("w4a4", "w8a8")).shapes())
+def test_floats_have_times_too(tmp_path: Path) -> None:
+    """As they are, and with inputs rounded to integers."""
+    found = space("e2m2", "fp7e2m4a8", "fp8e2m5", "w8a8")
+    shapes = Layers(Net(), space("w4a4", "w8a8")).shapes()
+    costs = milliseconds(found, shapes, folder=tmp_path, clock=lambda *_: [1e-6])
+    assert all(len(prices) == 4 and min(prices) > 0 for prices in costs.prices.values())
 
 
 def test_a_uniform_choice_by_its_name() -> None:

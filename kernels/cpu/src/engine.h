@@ -43,7 +43,7 @@ enum QlDenseType : int32_t { QL_DENSE_F32 = 0, QL_DENSE_F16 = 1, QL_DENSE_BF16 =
 // How the inputs of a linear are treated.
 enum QlInputMode : int32_t {
   QL_INPUT_EXACT = 0,  // float32, as they are; the only mode of dense weights
-  QL_INPUT_INT8 = 1,   // rounded to int8, multiplied in integers: integer elements, e2m1, e2m3
+  QL_INPUT_INT8 = 1,   // rounded to int8, multiplied in integers: integer elements, e2m1 to e2m4
   QL_INPUT_ROUNDED = 2  // rounded to int8, multiplied as floats: every tiled weight (tiles.h)
 };
 

@@ -15,18 +15,6 @@ inline __m256i load_bytes(const uint8_t* from) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }
 
-// Four codes side by side in each lane, from bit 0 on, to one per byte: first two to each half.
-template <int bits>
-inline __m256i fields_to_bytes(__m256i lanes) {
-  constexpr int mask = (1 << bits) - 1;
-  const __m256i moved = _mm256_slli_epi32(lanes, 16 - 2 * bits);
-  const __m256i pairs = _mm256_blend_epi16(lanes, moved, 0xAA);
-  const __m256i even = _mm256_and_si256(pairs, _mm256_set1_epi16(mask));
-  const __m256i odd = _mm256_and_si256(_mm256_slli_epi16(pairs, 8 - bits),
-                                       _mm256_set1_epi16(static_cast<int16_t>(mask << 8)));
-  return _mm256_or_si256(even, odd);
-}
-
 template <int bits>
 struct RawBytes {
   Codes<bits> codes_of;
@@ -70,26 +58,41 @@ struct CodeBytes<4, true> {
   }
 };
 
-// Integer values of e2m3: bits 4 and 5 of a code choose between four shuffles.
-template <>
-struct CodeBytes<6, true> {
-  RawBytes<6> raw;
-  __m256i table[4];
+// Integer values of e2m2, e2m3 and e2m4: magnitudes are looked up, bits 4 and 5 of a code choosing
+// between tables of 16, and their signs are applied to them.
+template <int bits>
+struct CodeBytes<bits, true> {
+  static constexpr int kTables = 1 << (bits - 5);
+  RawBytes<bits> raw;
+  __m256i zero, tables[kTables];
   explicit CodeBytes(const ql::TileSegment& s) {
-    for (int i = 0; i < 4; ++i) table[i] = ByteTables::twice(s.integer_values + 16 * i);
+    zero = _mm256_set1_epi8(static_cast<int8_t>(s.integer_values[0]));
+    for (int i = 0; i < kTables; ++i) {
+      tables[i] = _mm256_sub_epi8(ByteTables::twice(s.integer_values + 16 * i), zero);
+    }
   }
 
   void operator()(const uint8_t* codes, int half, __m256i (&w)[4]) const {
     raw(codes, half, w);
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
-      const __m256i bit4 = _mm256_slli_epi16(w[c], 3), bit5 = _mm256_slli_epi16(w[c], 2);
-      const __m256i low = _mm256_blendv_epi8(_mm256_shuffle_epi8(table[0], w[c]),
-                                             _mm256_shuffle_epi8(table[1], w[c]), bit4);
-      const __m256i high = _mm256_blendv_epi8(_mm256_shuffle_epi8(table[2], w[c]),
-                                              _mm256_shuffle_epi8(table[3], w[c]), bit4);
-      w[c] = _mm256_blendv_epi8(low, high, bit5);
+      const __m256i sign = _mm256_slli_epi16(w[c], 8 - bits);  // at the top of its byte
+      const __m256i signed_one = _mm256_or_si256(sign, _mm256_set1_epi8(1));
+      w[c] = _mm256_add_epi8(zero, _mm256_sign_epi8(magnitude_of(w[c]), signed_one));
     }
+  }
+
+ private:
+  __m256i magnitude_of(__m256i code) const {
+    if constexpr (bits == 5) return _mm256_shuffle_epi8(tables[0], code);
+    if constexpr (bits == 6) return of_two(tables, code);
+    const __m256i bit5 = _mm256_slli_epi16(code, 2);
+    return _mm256_blendv_epi8(of_two(tables, code), of_two(tables + 2, code), bit5);
+  }
+  static __m256i of_two(const __m256i* two, __m256i code) {
+    const __m256i bit4 = _mm256_slli_epi16(code, 3);
+    return _mm256_blendv_epi8(_mm256_shuffle_epi8(two[0], code), _mm256_shuffle_epi8(two[1], code),
+                              bit4);
   }
 };
 

@@ -12,8 +12,16 @@ namespace {
 template <class Function>
 inline void with_bytes(const ql::TileSegment& s, const Function& f) {
   if (s.integer_values) {
-    if (s.bits == 4) return f(CodeBytes<4, true>(s), Dots<dots_width(24)>());
-    return f(CodeBytes<6, true>(s), Dots<dots_width(120)>());
+    switch (s.bits) {
+      case 4:
+        return f(CodeBytes<4, true>(s), Dots<dots_width(24)>());
+      case 5:
+        return f(CodeBytes<5, true>(s), Dots<dots_width(56)>());
+      case 6:
+        return f(CodeBytes<6, true>(s), Dots<dots_width(120)>());
+      default:
+        return f(CodeBytes<7, true>(s), Dots<dots_width(248)>());
+    }
   }
   switch (s.bits) {
     case 2:

@@ -129,7 +129,7 @@ struct Dense {
   }
 };
 
-// Codes of small floats as the bytes of `integer_values`: 16 of them in every lane, or 64.
+// Codes of small floats as the bytes of `integer_values`: 16 of them in every lane, 32, 64 or 128.
 struct Nibbles {
   __m512i values;
   explicit Nibbles(const uint8_t* table)
@@ -137,26 +137,36 @@ struct Nibbles {
   __m512i operator()(__m512i codes) const { return _mm512_shuffle_epi8(values, codes); }
 };
 
-struct Sextets {
+struct Quintets {
+  Nibbles lower, upper;
+  explicit Quintets(const uint8_t* table) : lower(table), upper(table + 16) {}
+  __m512i operator()(__m512i codes) const {
+    const __mmask64 is_upper = _mm512_test_epi8_mask(codes, byte_set(16));
+    return _mm512_mask_shuffle_epi8(lower(codes), is_upper, upper.values, codes);
+  }
+};
+
+// What two tables of the half give, chosen by the bit of codes that is worth `size`.
+template <class Half, int size>
+struct Doubled {
+  Half lower, upper;
+  explicit Doubled(const uint8_t* table) : lower(table), upper(table + size) {}
+  __m512i operator()(__m512i codes) const {
+    const __mmask64 is_upper = _mm512_test_epi8_mask(codes, byte_set(size));
+    return _mm512_mask_blend_epi8(is_upper, lower(codes), upper(codes));
+  }
+};
+
 #ifdef __AVX512VBMI__
+struct Sextets {
   __m512i values;
   explicit Sextets(const uint8_t* table) : values(_mm512_loadu_si512(table)) {}
   __m512i operator()(__m512i codes) const { return _mm512_permutexvar_epi8(codes, values); }
-#else
-  __m512i quarters[4];
-  explicit Sextets(const uint8_t* table) {
-    for (int q = 0; q < 4; ++q) quarters[q] = Nibbles(table + 16 * q).values;
-  }
-  __m512i operator()(__m512i codes) const {
-    const __mmask64 odd = _mm512_test_epi8_mask(codes, byte_set(16));
-    const __mmask64 upper = _mm512_test_epi8_mask(codes, byte_set(32));
-    const auto half = [&](const __m512i* two) {
-      return _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(two[0], codes), odd, two[1], codes);
-    };
-    return _mm512_mask_blend_epi8(upper, half(quarters), half(quarters + 2));
-  }
-#endif
 };
+#else
+using Sextets = Doubled<Quintets, 32>;
+#endif
+using Septets = Doubled<Sextets, 64>;
 
 template <int width, bool is_plain = 8 % width == 0>
 struct CodesOf : Fields<width> {};
@@ -181,7 +191,7 @@ struct Integers {
   }
 };
 
-// Floats that have an integer form: e2m1 (4 bits) and e2m3 (6 bits).
+// Floats that have an integer form: e2m1 (4 bits) to e2m4 (7 bits).
 template <int width, class Table>
 struct SmallFloats {
   static constexpr int kBits = width;
@@ -214,8 +224,14 @@ struct Bare<const T&> {
 // Calls body(decoder) with what unpacks the codes of `s`.
 template <class Body>
 inline void with_codes(const ql::TileSegment& s, const Body& body) {
-  if (s.integer_values && s.bits == 4) return body(SmallFloats<4, Nibbles>(s));
-  if (s.integer_values) return body(SmallFloats<6, Sextets>(s));
+  if (s.integer_values) {
+    switch (s.bits) {
+      case 4: return body(SmallFloats<4, Nibbles>(s));
+      case 5: return body(SmallFloats<5, Quintets>(s));
+      case 6: return body(SmallFloats<6, Sextets>(s));
+      default: return body(SmallFloats<7, Septets>(s));
+    }
+  }
   switch (s.bits) {
     case 2: return body(Integers<2>(s));
     case 3: return body(Integers<3>(s));

@@ -32,9 +32,18 @@ inline void with_integers(const ql::TileSegment& s, const Function& f) {
 template <class Function>
 inline void with_values(const ql::TileSegment& s, const Function& f) {
   if (s.float_values) {
-    if (s.bits == 4) return f(ChunkValues<4, true, true>(s));
-    if (s.bits == 6) return f(ChunkValues<6, true, true>(s));
-    return f(ChunkValues<8, true, true>(s));
+    switch (s.bits) {
+      case 4:
+        return f(ChunkValues<4, true, true>(s));
+      case 5:
+        return f(ChunkValues<5, true, true>(s));
+      case 6:
+        return f(ChunkValues<6, true, true>(s));
+      case 7:
+        return f(ChunkValues<7, true, true>(s));
+      default:
+        return f(ChunkValues<8, true, true>(s));
+    }
   }
   switch (s.bits) {
     case 2:

@@ -1,5 +1,5 @@
-// Codes to values on AVX2. Included by tile_values.h. Integers are converted; floats of 4 and 6
-// bits are looked up as bytes, the two upper ones of their float32 forms, which say everything.
+// Codes to values on AVX2. Included by tile_values.h. Integers are converted; floats of 4 to 6 bits
+// are looked up as bytes, the two upper ones of their float32 forms, which say everything.
 #pragma once
 
 #include <immintrin.h>
@@ -53,8 +53,12 @@ struct ChunkValues : IntegerValues<Codes<bits>, bits> {
 };
 
 template <>
-struct ChunkValues<8, true, true> : Float8Values {
-  using Float8Values::Float8Values;
+struct ChunkValues<7, true, true> : FloatValues<Codes<7>, 7> {
+  using FloatValues<Codes<7>, 7>::FloatValues;
+};
+template <>
+struct ChunkValues<8, true, true> : FloatValues<Codes<8>, 8> {
+  using FloatValues<Codes<8>, 8>::FloatValues;
 };
 
 // Sixteen values' upper two bytes, for byte shuffles.
@@ -112,12 +116,25 @@ struct ChunkValues<4, true, true> {
   }
 };
 
-template <>
-struct ChunkValues<6, true, true> {
-  Codes<6> codes_of;
-  ByteTables small, large;  // magnitudes 0..15 and 16..31
-  explicit ChunkValues(const ql::TileSegment& s)
-      : small(s.float_values), large(s.float_values + 16) {}
+// Four codes side by side in each lane, from bit 0 on, to one per byte: first two to each half.
+template <int bits>
+inline __m256i fields_to_bytes(__m256i lanes) {
+  constexpr int mask = (1 << bits) - 1;
+  const __m256i moved = _mm256_slli_epi32(lanes, 16 - 2 * bits);
+  const __m256i pairs = _mm256_blend_epi16(lanes, moved, 0xAA);
+  const __m256i even = _mm256_and_si256(pairs, _mm256_set1_epi16(mask));
+  const __m256i odd = _mm256_and_si256(_mm256_slli_epi16(pairs, 8 - bits),
+                                       _mm256_set1_epi16(static_cast<int16_t>(mask << 8)));
+  return _mm256_or_si256(even, odd);
+}
+
+// 5 and 6 bits: magnitudes are looked up, 16 at a time, and get their signs.
+template <int bits>
+struct MagnitudeValues {
+  Codes<bits> codes_of;
+  ByteTables small, large;  // magnitudes 0..15 and, of 6 bits, 16..31
+  explicit MagnitudeValues(const ql::TileSegment& s)
+      : small(s.float_values), large(s.float_values + (bits == 6 ? 16 : 0)) {}
 
   void operator()(const uint8_t* codes, int chunk, const Lanes&, Lanes (&out)[4]) const {
     const IntLanes lanes = codes_of(codes, chunk);
@@ -129,19 +146,27 @@ struct ChunkValues<6, true, true> {
 
  private:
   void eight_rows(__m256i lanes, __m256 (&out)[4]) const {
-    // Fields at bits 0, 6, 12, 18 to bytes: first two to each half of a lane.
-    const __m256i pairs = _mm256_blend_epi16(lanes, _mm256_slli_epi32(lanes, 4), 0xAA);
-    const __m256i even = _mm256_and_si256(pairs, _mm256_set1_epi16(0x003F));
-    const __m256i odd = _mm256_and_si256(_mm256_slli_epi16(pairs, 2), _mm256_set1_epi16(0x3F00));
-    const __m256i code = columns_first(_mm256_or_si256(even, odd));
-    const __m256i is_large = _mm256_slli_epi16(code, 3);  // bit 4 to the top of its byte
-    const __m256i sign = _mm256_and_si256(_mm256_slli_epi16(code, 2), _mm256_set1_epi8(INT8_MIN));
-    const __m256i high = _mm256_blendv_epi8(_mm256_shuffle_epi8(small.high, code),
-                                            _mm256_shuffle_epi8(large.high, code), is_large);
-    const __m256i low = _mm256_blendv_epi8(_mm256_shuffle_epi8(small.low, code),
-                                           _mm256_shuffle_epi8(large.low, code), is_large);
+    const __m256i code = columns_first(fields_to_bytes<bits>(lanes));
+    const __m256i sign =
+        _mm256_and_si256(_mm256_slli_epi16(code, 8 - bits), _mm256_set1_epi8(INT8_MIN));
+    __m256i high = _mm256_shuffle_epi8(small.high, code);
+    __m256i low = _mm256_shuffle_epi8(small.low, code);
+    if (bits == 6) {
+      const __m256i is_large = _mm256_slli_epi16(code, 3);  // bit 4 to the top of its byte
+      high = _mm256_blendv_epi8(high, _mm256_shuffle_epi8(large.high, code), is_large);
+      low = _mm256_blendv_epi8(low, _mm256_shuffle_epi8(large.low, code), is_large);
+    }
     widen_columns(_mm256_or_si256(high, sign), low, out);
   }
+};
+
+template <>
+struct ChunkValues<5, true, true> : MagnitudeValues<5> {
+  using MagnitudeValues<5>::MagnitudeValues;
+};
+template <>
+struct ChunkValues<6, true, true> : MagnitudeValues<6> {
+  using MagnitudeValues<6>::MagnitudeValues;
 };
 
 }  // namespace

@@ -143,6 +143,23 @@ struct ChunkValues<8, false, constant_zero> : IntegerValues<Codes<8>, 8> {
   using IntegerValues<Codes<8>, 8>::IntegerValues;
 };
 
+// 7-bit floats: a table of the 64 magnitudes, then the sign.
+template <>
+struct ChunkValues<7, true, true> {
+  Codes<7> codes_of;
+  ValueTable<6> magnitudes;
+  explicit ChunkValues(const ql::TileSegment& s) : magnitudes(s.float_values) {}
+
+  void operator()(const uint8_t* codes, int chunk, const Lanes&, Lanes (&out)[4]) const {
+    const IntLanes lanes = codes_of(codes, chunk);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const IntLanes sign = (lanes << (25 - 7 * j)) & broadcast_int(INT32_MIN);
+      out[j] = bits_as_floats(float_bits(magnitudes.at(lanes, 7 * j)) | sign);
+    }
+  }
+};
+
 #ifdef __AVX512VBMI__
 
 // 8-bit floats: the two upper bytes of the float32 are looked up for 64 codes at a time, without
@@ -191,8 +208,8 @@ struct ChunkValues<8, true, true> {
 #else
 
 template <>
-struct ChunkValues<8, true, true> : Float8Values {
-  using Float8Values::Float8Values;
+struct ChunkValues<8, true, true> : FloatValues<Codes<8>, 8> {
+  using FloatValues<Codes<8>, 8>::FloatValues;
 };
 
 #endif

@@ -52,10 +52,10 @@
 //
 // Elsewhere scale = stored scale as a number * factor of the row (* integer_unit in int8 mode, which is 1 for
 // integers); `a` are activations rounded to integers. Float elements are looked up in the segment's
-// table first: as small integers where those exist (e2m1 in halves, e2m3 in eighths:
-// `integer_values`), which is what int8 mode needs, as floats in exact mode. Others (e3m2, e4m3,
-// e5m2) have no int8 mode: their inputs are rounded and multiplied as floats by the exact kernel,
-// with the token scale at the end.
+// table first: as small integers where those exist (e2m1 in halves to e2m4 in sixteenths:
+// `integer_values`), which is what int8 mode needs, as floats in exact mode. Others (e2m5 and those
+// of more exponent bits) have no int8 mode: their inputs are rounded and multiplied as floats by the
+// exact kernel, with the token scale at the end.
 //
 // How a token is rounded is TileForm's matter: rotation, order of the columns, widths and scales.
 #pragma once
@@ -93,9 +93,9 @@ struct TileSegment {
   const uint8_t* meta;      // strips at meta_stride
   const float* factors;     // [padded rows], never null
   const float* float_values;      // [2^bits] of a float element; null for integers
-  const uint8_t* integer_values;  // [2^bits] for e2m1 and e2m3, else null: the number is
+  const uint8_t* integer_values;  // [2^bits] for e2m1 to e2m4, else null: the number is
                                   // (byte - zero_constant) * integer_unit
-  float integer_unit;       // 0.5 for e2m1, 0.125 for e2m3, 1 for integers
+  float integer_unit;       // 2^-m for e2m1 to e2m4, m their mantissa bits; 1 for integers
   int64_t codes_stride;
   int64_t meta_stride;
   int64_t start;            // first column in x
@@ -110,8 +110,8 @@ struct TileSegment {
   int32_t zero_kind;
   int32_t code_units;       // of two-level scales with small enough numbers (kMostWhole), else 0
   int32_t zero_units;       // 0 with ZERO_NONE
-  float zero_constant;      // 2^(bits-1) for symmetric integers; 12 for e2m1 and 60 for e2m3 in int8
-                            // mode; exact mode subtracts it for integers only
+  float zero_constant;      // 2^(bits-1) for symmetric integers; 12, 28, 60, 124 for e2m1 to e2m4
+                            // in int8 mode; exact mode subtracts it for integers only
   float zero_step;
 };
 

@@ -42,6 +42,12 @@ constexpr Format kFormats[] = {
     {"mxfp6e2m3", 6, 2, 32, ql::SCALE_E8M0, 8, 0},
     {"mxfp4", 4, 2, 32, ql::SCALE_E8M0, 8, 0},
     {"nvfp4", 4, 2, 16, ql::SCALE_E4M3, 8, 0},
+    {"fp5e2m2g32", 5, 2, 32, ql::SCALE_F16, 16, 0},
+    {"fp5e3m1", 5, 3, 0, ql::SCALE_F16, 16, 0},
+    {"fp7e2m4", 7, 2, 0, ql::SCALE_F16, 16, 0},
+    {"fp7e3m3g64", 7, 3, 64, ql::SCALE_F16, 16, 0},
+    {"fp7e5m1t", 7, 5, -1, ql::SCALE_F16, 16, 0},
+    {"fp8e2m5g16", 8, 2, 16, ql::SCALE_F16, 16, 0},
 };
 
 inline const Format& format_of(const char* name) {
@@ -73,7 +79,8 @@ inline uint16_t half_of(float value) {
 inline Exact<float> float_values_of(const Format& f) {
   const int32_t mantissa_bits = f.bits - 1 - f.exponent_bits, half = 1 << (f.bits - 1);
   const int32_t bias = (1 << (f.exponent_bits - 1)) - 1, ones = (1 << mantissa_bits) - 1;
-  const int32_t specials = f.exponent_bits == 5 ? 0x7C : f.exponent_bits == 4 ? 0x7F : half;
+  const bool is_e4m3 = f.bits == 8 && f.exponent_bits == 4;
+  const int32_t specials = f.exponent_bits == 5 ? 31 << mantissa_bits : half - is_e4m3;
   Exact<float> values(2 * half);
   for (int32_t code = 0; code < half; ++code) {
     const int32_t exponent = code >> mantissa_bits, normal = exponent > 0;
@@ -199,9 +206,9 @@ class Weight {
   void add_values(QlSegment& s, const Format& f) {
     const Exact<float>& values = floats_.emplace_back(float_values_of(f));
     s.float_values = values.get();
-    if (f.exponent_bits != 2) return;
-    s.integer_unit = f.bits == 4 ? 0.5f : 0.125f;
-    s.zero_constant = f.bits == 4 ? 12.0f : 60.0f;
+    if (f.exponent_bits != 2 || f.bits > 7) return;
+    s.integer_unit = std::ldexp(1.0f, 3 - f.bits);
+    s.zero_constant = values[(1 << (f.bits - 1)) - 1] / s.integer_unit;
     const Exact<uint8_t>& integers = bytes_.emplace_back(values.count(), 1);
     s.integer_values = integers.get();
     for (int64_t code = 0; code < values.count(); ++code) {

@@ -46,6 +46,15 @@ CASES = [
     ("mxfp4", 3, 20, 200, F16),
     ("mxfp8", 1, 20, 96, F32),
     ("nvfp4", 3, 20, 200, F16),
+    ("fp5e2m2g32", 3, 20, 200, BF16),
+    ("fp5e3m1", 2, 17, 140, F16),
+    ("fp6e4m1g64", 2, 17, 140, F32),
+    ("fp7e2m4g16", 3, 20, 90, F16),
+    ("fp7e3m3", 2, 17, 140, BF16),
+    ("fp7e4m2t", 17, 16, 128, F16),
+    ("fp7e5m1", 2, 17, 140, F16),
+    ("fp8e2m5g64", 2, 20, 150, F16),
+    ("fp8e3m4", 1, 20, 96, BF16),
 ]
 SEGMENTS = [[("w4g64z6", 192), ("w8", 64)], [("w2g16z", 100), ("mxfp4", 31), ("w8g32", 145)]]
 
@@ -221,7 +230,9 @@ def test_splits_do_not_depend_on_the_run(draw, device):
     assert all(torch.equal(launch.linear(x, packed, None, split), first) for _ in range(again))
 
 
-@pytest.mark.parametrize("scheme", ["w4g64zs6", "w3", "w5g16z4", "w8t", "fp8e5m2", "nvfp4"])
+@pytest.mark.parametrize(
+    "scheme", ["w4g64zs6", "w3", "w5g16z4", "w8t", "fp8e5m2", "nvfp4", "fp7e2m4"]
+)
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_rows_are_dequantized(draw, device, scheme, dtype):
     weight, _ = draw(37, [(scheme, 150)])
