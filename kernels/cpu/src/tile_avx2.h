@@ -1,9 +1,9 @@
 // Linear with int8 activations on AVX2, with and without AVX-VNNI (the int8 mode of tiles.h).
 //
 // A block's 16 rows are two vectors of eight. Up to four tokens: codes become bytes in registers
-// and are used at once, strip by strip, memory being what limits it. More: the bytes of 128 columns
+// and are used at once, strip by strip, memory being what limits it. More: the bytes of 256 columns
 // of a strip are written to a panel in the first-level cache, which several tokens at a time go
-// through.
+// through: first all dot products, then their runs' scales and zeros.
 #pragma once
 
 #include "tile_avx2_runs.h"
@@ -11,12 +11,25 @@
 
 namespace {
 
-#ifdef __AVXVNNI__
-constexpr int kInt8Tokens = 6;  // at once, from a panel: twelve sums
-#else
-constexpr int kInt8Tokens = 8;  // eight sums of one half, and 16 bit sums beside them
-#endif
-constexpr int64_t kInt8Totals = 32 * kInt8Tokens;  // tokens whose totals are kept beside a panel
+constexpr int kDirectTokens = 4;                   // at once, without a panel
+constexpr int64_t kPanelColumns = 256;             // whole pieces; kWholeRun is a multiple
+constexpr int64_t kInt8Runs = kPanelColumns / 16;  // of a panel's block, at most
+constexpr int64_t kInt8Totals = 16 * kInt8Tokens;  // that go through all strips together: the
+                                                   // second-level cache keeps them
+
+template <int number>
+struct Count {
+  static constexpr int value = number;
+};
+
+// Calls f(Count<count>()), or f(Count<most>()) for a count above.
+template <int most, class Function>
+inline void with_count(int64_t count, const Function& f) {
+  if constexpr (most > 1) {
+    if (count < most) return with_count<most - 1>(count, f);
+  }
+  f(Count<most>());
+}
 
 // One segment of a strip of `blocks` blocks, read from its beginning to its end.
 template <int tokens, class Bytes, class Dot>
@@ -81,103 +94,71 @@ void int8_few(const ql::TiledWeight& w, const ql::TileInput& in, const ql::TileO
   }
 }
 
-// 128 columns of a strip in scratch.
+// Columns of a strip in scratch.
 struct Int8Panel {
-  uint8_t* bytes;  // [block][16 columns][chunk][64]
-  float* meta;     // [block][piece]: RunMeta
+  uint8_t* bytes;  // [block][chunk][plane][64]
+  RunMeta* meta;   // [block][run]
   float* totals;   // [token][block][row]: of one segment
   float* results;  // the same: of the segments before it
   int32_t* whole;  // the same: of a run of whole sums
 };
 
-constexpr int64_t kPanelBlockBytes = ql::kMaxPiece * kLanes;
-constexpr int64_t kMetaFloats = 2 * kLanes;
+constexpr int64_t kPanelBlockBytes = 2 * kPanelColumns * kLanes;  // of at most two planes
 
 inline Int8Panel int8_panel_in(uint8_t* scratch) {
   Int8Panel panel;
   panel.bytes = scratch;
-  panel.meta = reinterpret_cast<float*>(scratch + 2 * kPanelBlockBytes);
-  panel.totals = panel.meta + 2 * kPanelPieces * kMetaFloats;
+  panel.meta = reinterpret_cast<RunMeta*>(scratch + 2 * kPanelBlockBytes);
+  panel.totals = reinterpret_cast<float*>(panel.meta + 2 * kInt8Runs);
   panel.results = panel.totals + kInt8Totals * ql::kStripRows;
   panel.whole = reinterpret_cast<int32_t*>(panel.results + kInt8Totals * ql::kStripRows);
   return panel;
 }
 
 int64_t int8_scratch_bytes(const ql::TiledWeight&, int64_t) {
-  const int64_t floats = 2 * kPanelPieces * kMetaFloats + 3 * kInt8Totals * ql::kStripRows;
-  return 2 * kPanelBlockBytes + floats * static_cast<int64_t>(sizeof(float));
+  return 2 * kPanelBlockBytes + 2 * kInt8Runs * static_cast<int64_t>(sizeof(RunMeta)) +
+         3 * kInt8Totals * ql::kStripRows * static_cast<int64_t>(sizeof(float));
 }
 
 // Pieces `first` .. `last` of one block of a strip.
-template <class Bytes>
+template <class Bytes, class Dot>
 void fill_bytes(const ql::TiledWeight& w, const ql::TileSegment& s, const SegmentInput& in,
-                const Bytes& bytes, int64_t block, int64_t first, int64_t last, uint8_t* to,
-                float* metas) {
+                const Bytes& bytes, Dot, int64_t block, int64_t first, int64_t last, uint8_t* to,
+                RunMeta* metas) {
   const BlockPlace place(w, s, block);
-  for (int64_t piece = first; piece < last; ++piece, metas += kMetaFloats) {
+  for (int64_t piece = first; piece < last; ++piece) {
     const RunMeta meta = run_meta(s, in, place.meta_of(s, piece), place.factors);
-    store(metas, meta.scale);
-    store(metas + kLanes, meta.zero);
     const uint8_t* codes = place.codes_of(s, piece);
-    for (int64_t k = 0; k < piece_columns(s, piece); k += kUnitColumns, to += 256) {
+    const int64_t columns = piece_columns(s, piece), size = block_code_bytes(columns, s.bits);
+    for (int64_t k = 0; k < columns; k += in.run) *metas++ = meta;
+    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(codes + i + kPrefetchBytes);
+    for (int64_t k = 0; k < columns; k += kUnitColumns, to += 256 * Dot::kPlanes) {
       for (int half = 0; half < 2; ++half) {
         __m256i unit[4];
         bytes(codes + 2 * k * s.bits, half, unit);
-        for (int c = 0; c < 4; ++c) {
-          _mm256_store_si256(reinterpret_cast<__m256i*>(to + 64 * c + 32 * half), unit[c]);
-        }
+        Dot::to_panel(unit, half, to);
       }
     }
   }
 }
 
-// Pieces `first` .. `last` of a block of the panel times `tokens` tokens from `token` on.
+// `columns` columns from `first` on of a block in the panel, times `tokens` tokens from `token` on.
 template <int tokens, class Dot>
-void multiply_bytes(Dot dot, const ql::TileSegment& s, const SegmentInput& in, int64_t token,
-                    int64_t first, int64_t last, const uint8_t* bytes, const float* metas,
-                    int32_t* whole, float* totals) {
-  const RawBytes<8> panel_bytes;
-  for (int64_t piece = first; piece < last; ++piece, metas += kMetaFloats) {
-    const int64_t begin = piece * s.piece, end = begin + piece_columns(s, piece);
-    const RunMeta meta = {load(metas), load(metas + kLanes)};
-    for (int64_t k = begin, at = piece * in.runs; k < end; k += in.run, ++at) {
-      const int64_t columns = smaller_of(in.run, end - k);
-      const int8_t* a = in.values + token * in.all->value_stride + k;
-      IntLanes dots[tokens];
-      Dot::of_block(panel_bytes, bytes, 256, columns, a, in.all->value_stride, dots);
-      for (int t = 0; t < tokens; ++t) {
-        IntLanes sum = load_int(whole + t * ql::kStripRows);
-        Lanes total = load(totals + t * ql::kStripRows);
-        add_run(dot, in, token + t, at, k, meta, dots[t], sum, total);
-        store_int(whole + t * ql::kStripRows, sum);
-        store(totals + t * ql::kStripRows, total);
-      }
-      bytes += columns * kLanes;
-    }
-  }
+void multiply_bytes(Dot, const SegmentInput& in, int64_t token, int64_t first, int64_t columns,
+                    const uint8_t* bytes, const RunMeta* metas, int32_t* whole, float* totals) {
+  IntLanes dots[kInt8Runs * tokens];
+  const int64_t stride = in.all->value_stride;
+  const int8_t* a = in.values + token * stride + first;
+  Dot::template of_panel<tokens>(bytes, columns, in.run, a, stride, dots);
+  add_dots<tokens>(in, token, first, columns, metas, dots, whole, totals);
 }
 
-template <class Dot>
-inline void multiply_any(Dot dot, const ql::TileSegment& s, const SegmentInput& in, int64_t token,
-                         int64_t tokens, int64_t first, int64_t last, const uint8_t* bytes,
-                         const float* metas, int32_t* whole, float* totals) {
-  switch (tokens) {
-    case 1:
-      return multiply_bytes<1>(dot, s, in, token, first, last, bytes, metas, whole, totals);
-    case 2:
-      return multiply_bytes<2>(dot, s, in, token, first, last, bytes, metas, whole, totals);
-    case 3:
-      return multiply_bytes<3>(dot, s, in, token, first, last, bytes, metas, whole, totals);
-    case 4:
-      return multiply_bytes<4>(dot, s, in, token, first, last, bytes, metas, whole, totals);
-    case 5:
-      return multiply_bytes<5>(dot, s, in, token, first, last, bytes, metas, whole, totals);
-    case 6:
-      return multiply_bytes<6>(dot, s, in, token, first, last, bytes, metas, whole, totals);
-    case 7:
-      return multiply_bytes<7>(dot, s, in, token, first, last, bytes, metas, whole, totals);
-    default:
-      return multiply_bytes<8>(dot, s, in, token, first, last, bytes, metas, whole, totals);
+// Asks for `columns` columns from `first` on of tokens from `token` on, as many as go together: the
+// tokens need not exist.
+inline void prefetch_tokens(const SegmentInput& in, int64_t token, int64_t first, int64_t columns) {
+  for (int64_t t = token; t < token + kInt8Tokens; ++t) {
+    const int8_t* values = in.values + t * in.all->value_stride + first;
+    for (int64_t k = 0; k < columns; k += 64) __builtin_prefetch(values + k);
   }
 }
 
@@ -186,32 +167,29 @@ template <class Bytes, class Dot>
 void add_strip_segment(const ql::TiledWeight& w, const ql::TileSegment& s, const Bytes& bytes,
                        Dot dot, int64_t strip, const SegmentInput& in, int64_t tokens,
                        const Int8Panel& panel) {
-  const int64_t step = ql::kMaxPiece / s.piece, blocks = tile_blocks(w, strip);
-  const int64_t block_floats = kPanelPieces * kMetaFloats;
+  const int64_t step = kPanelColumns / s.piece, blocks = tile_blocks(w, strip);
   for (int64_t piece = 0; piece < s.pieces; piece += step) {
-    const int64_t last = smaller_of(piece + step, s.pieces);
+    const int64_t last = smaller_of(piece + step, s.pieces), first = piece * s.piece;
+    const int64_t columns = smaller_of(last * s.piece, s.padded) - first;
     for (int64_t b = 0; b < blocks; ++b) {
-      fill_bytes(w, s, in, bytes, 2 * strip + b, piece, last, panel.bytes + b * kPanelBlockBytes,
-                 panel.meta + b * block_floats);
+      fill_bytes(w, s, in, bytes, dot, 2 * strip + b, piece, last,
+                 panel.bytes + b * kPanelBlockBytes, panel.meta + b * kInt8Runs);
     }
     for (int64_t t = 0; t < tokens; t += kInt8Tokens) {
+      prefetch_tokens(in, t + kInt8Tokens, first, columns);
       for (int64_t b = 0; b < blocks; ++b) {
         const uint8_t* from = panel.bytes + b * kPanelBlockBytes;
-        const float* metas = panel.meta + b * block_floats;
+        const RunMeta* metas = panel.meta + b * kInt8Runs;
         const int64_t row = t * ql::kStripRows + b * kLanes;
-        multiply_any(dot, s, in, t, smaller_of(tokens - t, kInt8Tokens), piece, last, from, metas,
-                     panel.whole + row, panel.totals + row);
+        with_count<kInt8Tokens>(tokens - t, [&](auto count) {
+          multiply_bytes<count.value>(dot, in, t, first, columns, from, metas, panel.whole + row,
+                                      panel.totals + row);
+        });
       }
     }
-    if (!ends_run(s, in, smaller_of(last * s.piece, s.padded))) continue;
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t row = t * ql::kStripRows + b * kLanes;
-        const float* factors = s.factors + strip * ql::kStripRows + b * kLanes;
-        store(panel.totals + row,
-              end_run(s, factors, load_int(panel.whole + row), load(panel.totals + row)));
-        store_int(panel.whole + row, broadcast_int(0));
-      }
+    for (int64_t b = 0; b < blocks && ends_run(s, in, first + columns); ++b) {
+      const float* factors = s.factors + strip * ql::kStripRows + b * kLanes;
+      end_runs(s, factors, tokens, panel.whole + b * kLanes, panel.totals + b * kLanes);
     }
   }
 }
@@ -244,23 +222,40 @@ void int8_many(const ql::TiledWeight& w, const ql::TileInput& in, const ql::Tile
   });
 }
 
+// The input without the tokens before `token`.
+inline ql::TileInput from_token(ql::TileInput in, int64_t token) {
+  in.values += token * in.value_stride;
+  in.sums += token * in.sum_stride;
+  in.scales += token * in.scale_stride;
+  in.tokens -= token;
+  return in;
+}
+
+// With more tokens a panel is quicker: bytes are not worth one for two times kDirectTokens.
+inline int64_t most_direct_tokens(const ql::TiledWeight& w) {
+  for (int64_t i = 0; i < w.segment_count; ++i) {
+    if (w.segments[i].bits != 8) return kDirectTokens;
+  }
+  return kByteTokens;
+}
+
 void int8_strips(const ql::TiledWeight& w, const ql::TileInput& in, const ql::TileOutput& out,
                  int64_t first, int64_t last, uint8_t* scratch) {
-  switch (in.tokens) {
-    case 1:
-      return int8_few<1>(w, in, out, first, last);
-    case 2:
-      return int8_few<2>(w, in, out, first, last);
-    case 3:
-      return int8_few<3>(w, in, out, first, last);
-    case 4:
-      return int8_few<4>(w, in, out, first, last);
-    default:
-      break;
+  if (in.tokens <= most_direct_tokens(w)) {
+    for (int64_t strip = first; strip < last; ++strip) {
+      for (int64_t token = 0; token < in.tokens; token += kDirectTokens) {
+        const ql::TileOutput part = {out.y + token * out.y_stride, out.y_stride, out.bias,
+                                     out.accumulate};
+        with_count<kDirectTokens>(in.tokens - token, [&](auto count) {
+          int8_few<count.value>(w, from_token(in, token), part, strip, strip + 1);
+        });
+      }
+    }
+    return;
   }
   const Int8Panel panel = int8_panel_in(scratch);
-  for (int64_t strip = first; strip < last; ++strip) {
-    for (int64_t token = 0; token < in.tokens; token += kInt8Totals) {
+  for (int64_t token = 0; token < in.tokens; token += kInt8Totals) {
+    for (int64_t strip = first; strip < last; ++strip) {
       int8_many(w, in, out, strip, token, smaller_of(in.tokens - token, kInt8Totals), panel);
     }
   }

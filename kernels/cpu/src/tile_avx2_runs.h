@@ -119,6 +119,68 @@ inline void add_run(Dot, const SegmentInput& in, int64_t token, int64_t at, int6
   total = fma(t, meta.scale, total);
 }
 
+// c - a * b, rounded once.
+inline Lanes minus_product(Lanes c, Lanes a, Lanes b) {
+  return {_mm256_fnmadd_ps(a.lo, b.lo, c.lo), _mm256_fnmadd_ps(a.hi, b.hi, c.hi)};
+}
+
+// The same of `runs` runs from number `at` on, of `tokens` tokens from `token` on, where no offset
+// is missing: metas[r] and dots[r * tokens + t] are those of run r, totals of tokens are kStripRows
+// apart.
+template <int tokens>
+__attribute__((noinline)) void add_runs(const SegmentInput& in, int64_t token, int64_t at,
+                                        int64_t k, int64_t runs, const RunMeta* metas,
+                                        const IntLanes* dots, float* rows) {
+  Lanes totals[tokens];
+#pragma GCC unroll 8
+  for (int t = 0; t < tokens; ++t) totals[t] = load(rows + t * ql::kStripRows);
+  const int64_t stride = in.all->sum_stride;
+  const float* sums = in.sums + token * stride + at;
+  for (int64_t r = 0; r < runs; ++r, dots += tokens) {
+    const RunMeta meta = metas[r];
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; ++t) {
+      const Lanes sum = broadcast(sums[t * stride + r]);
+      Lanes dot = minus_product(floats_of(dots[t]), meta.zero, sum);
+      if (in.all->act_group > 0) dot = dot * broadcast(in.scale(token + t, k + r * in.run));
+      totals[t] = fma(dot, meta.scale, totals[t]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < tokens; ++t) store(rows + t * ql::kStripRows, totals[t]);
+}
+
+// The same for whole sums.
+template <int tokens>
+__attribute__((noinline)) void add_whole_runs(const SegmentInput& in, int64_t token, int64_t at,
+                                              int64_t runs, const RunMeta* metas,
+                                              const IntLanes* dots, int32_t* rows) {
+  IntLanes whole[tokens];
+#pragma GCC unroll 8
+  for (int t = 0; t < tokens; ++t) whole[t] = load_int(rows + t * ql::kStripRows);
+  const int64_t stride = in.all->sum_stride;
+  const float* sums = in.sums + token * stride + at;
+  for (int64_t r = 0; r < runs; ++r, dots += tokens) {
+    const IntLanes scale = float_bits(metas[r].scale), zero = float_bits(metas[r].zero);
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; ++t) {
+      const IntLanes sum = rounded_ints(broadcast(sums[t * stride + r]));
+      whole[t] = whole[t] + (dots[t] * scale - zero * sum);
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < tokens; ++t) store_int(rows + t * ql::kStripRows, whole[t]);
+}
+
+// Both.
+template <int tokens>
+inline void add_dots(const SegmentInput& in, int64_t token, int64_t k, int64_t columns,
+                     const RunMeta* metas, const IntLanes* dots, int32_t* whole, float* totals) {
+  const int64_t runs = (columns + in.run - 1) / in.run, at = k / in.run;
+  if (in.whole) return add_whole_runs<tokens>(in, token, at, runs, metas, dots, whole);
+  add_runs<tokens>(in, token, at, k, runs, metas, dots, totals);
+}
+
 // Whether a run of whole sums ends before column `end`, where a piece does.
 inline bool ends_run(const ql::TileSegment& s, const SegmentInput& in, int64_t end) {
   return in.whole && (end % ql::kWholeRun == 0 || end == s.padded);
@@ -128,6 +190,15 @@ inline bool ends_run(const ql::TileSegment& s, const SegmentInput& in, int64_t e
 inline Lanes end_run(const ql::TileSegment& s, const float* factors, IntLanes whole, Lanes total) {
   const Lanes factor = load(factors) * broadcast(1.0f / static_cast<float>(s.code_units));
   return fma(floats_of(whole), factor, total);
+}
+
+// The same of `tokens` tokens whose rows are kStripRows apart; whole sums begin anew.
+inline void end_runs(const ql::TileSegment& s, const float* factors, int64_t tokens, int32_t* whole,
+                     float* totals) {
+  for (int64_t t = 0; t < tokens; ++t, whole += ql::kStripRows, totals += ql::kStripRows) {
+    store(totals, end_run(s, factors, load_int(whole), load(totals)));
+    store_int(whole, broadcast_int(0));
+  }
 }
 
 }  // namespace
