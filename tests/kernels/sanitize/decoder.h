@@ -184,7 +184,7 @@ class Decoder {
       std::copy(own.begin(), own.end(), places.get());
       const int64_t count = places.count();
       linears.push_back(block == 1   ? dense(count, columns, QL_DENSE_BF16)
-                        : block == 0 ? tiled(count, {{"w6g32", columns}})
+                        : block == 0 ? tiled(count, {{"w6g256zs7", columns}})
                                      : tiled(count, {{"w3g32z", columns}}));
       linears.back().places = places.get();
       if (turned) linears.back().form = form(linears.back(), turned);
