@@ -83,20 +83,21 @@ def check_against_reference(library, draw, isa, scheme, length, generator):
             assert_close(found, x[:tokens], matrix, expected[:tokens])
 
 
-def test_the_largest_codes_and_activations_neither_saturate_nor_overflow(library, isa):
-    """255 * 127 pairs would saturate the 16-bit sums of the usual AVX2 instruction."""
-    length = 512
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_largest_codes_and_activations_neither_saturate_nor_overflow(library, isa, bits):
+    """AVX2's 16-bit sums hold one pair of products of 7 bits, 32 of 2 bits, and none of 8 bits."""
+    length, largest = 512, 2**bits - 1
     for group, sign, tokens in product((16, 64, 256, 0), (1, -1), (1, 8)):
-        segment = Segment(0, length, Scheme.parse(f"w8{f'g{group}' if group else ''}z").weight)
+        segment = Segment(0, length, Scheme.parse(f"w{bits}{f'g{group}' if group else ''}z").weight)
         shape = (ROWS, segment.format.groups(length))
-        codes = torch.full((ROWS, length), 255, dtype=torch.uint8)
+        codes = torch.full((ROWS, length), largest, dtype=torch.uint8)
         part = QuantizedSegment(
             segment, codes, torch.ones(shape).half(), None, torch.zeros(shape).to(torch.uint8)
         )
         weight = QuantizedWeight((ROWS, length), (part,))
         packed = PackedWeight.from_tensors(pack(weight), weight.shape, [segment])
         x = torch.full((tokens, length), 127.0 * sign)
-        expected = torch.full((tokens, ROWS), 255.0 * 127.0 * sign * length)
+        expected = torch.full((tokens, ROWS), largest * 127.0 * sign * length)
         assert torch.equal(run(library, packed, x, "int8", isa=isa), expected)
 
 
