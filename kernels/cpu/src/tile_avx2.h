@@ -1,12 +1,12 @@
 // Linear with int8 activations on AVX2, with and without AVX-VNNI (the int8 mode of tiles.h).
 //
-// A block's 16 rows are two vectors of eight. Up to four tokens: codes become bytes in registers
-// and are used at once, strip by strip, memory being what limits it. More: the bytes of 256 columns
-// of a strip are written to a panel in the first-level cache, which several tokens at a time go
-// through: first all dot products, then their runs' scales and zeros.
+// A block's 16 rows are two vectors of eight. Up to four tokens (tile_avx2_few.h) use codes as they
+// are read. For more the bytes of 256 columns of a strip are written to a panel in the first-level
+// cache, which several tokens at a time go through: first all dot products, then their runs' scales
+// and zeros.
 #pragma once
 
-#include "tile_avx2_runs.h"
+#include "tile_avx2_few.h"
 #include "tile_exact.h"
 
 namespace {
@@ -31,69 +31,6 @@ inline void with_count(int64_t count, const Function& f) {
   f(Count<most>());
 }
 
-// One segment of a strip of `blocks` blocks, read from its beginning to its end.
-template <int tokens, class Bytes, class Dot>
-inline void decode_bytes(const ql::TileSegment& s, const Bytes& bytes, Dot dot, int64_t strip,
-                         int64_t blocks, const SegmentInput& in, Lanes (&totals)[2][tokens]) {
-  const uint8_t* codes = s.codes + strip * s.codes_stride;
-  const uint8_t* meta = s.meta + strip * s.meta_stride;
-  const float* factors = s.factors + strip * ql::kStripRows;
-  IntLanes whole[2][tokens];
-  for (int t = 0; t < tokens; ++t) whole[0][t] = whole[1][t] = broadcast_int(0);
-  for (int64_t piece = 0; piece < s.pieces; ++piece) {
-    const int64_t first = piece * s.piece, end = first + piece_columns(s, piece);
-    for (int64_t b = 0; b < blocks; ++b, meta += block_meta_bytes(s)) {
-      const RunMeta own = run_meta(s, in, meta, factors + b * kLanes);
-      for (int64_t k = first, at = piece * in.runs; k < end; k += in.run, ++at) {
-        const int64_t columns = smaller_of(in.run, end - k);
-        const int64_t size = block_code_bytes(columns, s.bits);
-        for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(codes + i + kPrefetchBytes);
-        IntLanes dots[tokens];
-        Dot::of_block(bytes, codes, 32 * s.bits, columns, in.values + k, in.all->value_stride,
-                      dots);
-        for (int t = 0; t < tokens; ++t) {
-          add_run(dot, in, t, at, k, own, dots[t], whole[b][t], totals[b][t]);
-        }
-        codes += size;
-      }
-      if (ends_run(s, in, end)) {
-        for (int t = 0; t < tokens; ++t) {
-          totals[b][t] = end_run(s, factors + b * kLanes, whole[b][t], totals[b][t]);
-          whole[b][t] = broadcast_int(0);
-        }
-      }
-    }
-  }
-}
-
-template <int tokens>
-void int8_few(const ql::TiledWeight& w, const ql::TileInput& in, const ql::TileOutput& out,
-              int64_t first, int64_t last) {
-  for (int64_t strip = first; strip < last; ++strip) {
-    const int64_t blocks = tile_blocks(w, strip);
-    Lanes results[2][tokens];
-    for (int64_t b = 0; b < 2; ++b) {
-      const int64_t row = strip * ql::kStripRows + b * kLanes;
-      for (int t = 0; t < tokens; ++t) results[b][t] = bias_of(out, row, w.rows - row);
-    }
-    for_segments(w, in, 0, [&](const ql::TileSegment& s, const SegmentInput& part) {
-      Lanes totals[2][tokens];
-      for (int t = 0; t < tokens; ++t) totals[0][t] = totals[1][t] = zero_lanes();
-      with_bytes(s, [&](const auto& bytes, auto dot) {
-        decode_bytes(s, bytes, dot, strip, blocks, part, totals);
-      });
-      for (int t = 0; t < tokens; ++t) {
-        const Lanes scale = broadcast(segment_scale(in, t, part.index));
-        for (int b = 0; b < 2; ++b) results[b][t] = fma(totals[b][t], scale, results[b][t]);
-      }
-    });
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t row = strip * ql::kStripRows + b * kLanes;
-      for (int t = 0; t < tokens; ++t) store_rows(out, t, row, w.rows - row, results[b][t]);
-    }
-  }
-}
-
 // Columns of a strip in scratch.
 struct Int8Panel {
   uint8_t* bytes;  // [block][chunk][plane][64]
@@ -115,9 +52,13 @@ inline Int8Panel int8_panel_in(uint8_t* scratch) {
   return panel;
 }
 
-int64_t int8_scratch_bytes(const ql::TiledWeight&, int64_t) {
-  return 2 * kPanelBlockBytes + 2 * kInt8Runs * static_cast<int64_t>(sizeof(RunMeta)) +
-         3 * kInt8Totals * ql::kStripRows * static_cast<int64_t>(sizeof(float));
+// A panel, or words.
+int64_t int8_scratch_bytes(const ql::TiledWeight& w, int64_t) {
+  constexpr int64_t metas = 2 * kInt8Runs * static_cast<int64_t>(sizeof(RunMeta));
+  constexpr int64_t totals = 3 * kInt8Totals * ql::kStripRows * static_cast<int64_t>(sizeof(float));
+  constexpr int64_t panel = 2 * kPanelBlockBytes + metas + totals;
+  const int64_t words = word_scratch_bytes(w);
+  return words > panel ? words : panel;
 }
 
 // Pieces `first` .. `last` of one block of a strip.
@@ -127,10 +68,10 @@ void fill_bytes(const ql::TiledWeight& w, const ql::TileSegment& s, const Segmen
                 RunMeta* metas) {
   const BlockPlace place(w, s, block);
   for (int64_t piece = first; piece < last; ++piece) {
-    const RunMeta meta = run_meta(s, in, place.meta_of(s, piece), place.factors);
+    read_metas(s, in, place.meta_of(s, piece), place.factors, metas);
+    metas += in.runs;
     const uint8_t* codes = place.codes_of(s, piece);
     const int64_t columns = piece_columns(s, piece), size = block_code_bytes(columns, s.bits);
-    for (int64_t k = 0; k < columns; k += in.run) *metas++ = meta;
     for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(codes + i + kPrefetchBytes);
     for (int64_t k = 0; k < columns; k += kUnitColumns, to += 256 * Dot::kPlanes) {
       for (int half = 0; half < 2; ++half) {
@@ -242,12 +183,13 @@ inline int64_t most_direct_tokens(const ql::TiledWeight& w) {
 void int8_strips(const ql::TiledWeight& w, const ql::TileInput& in, const ql::TileOutput& out,
                  int64_t first, int64_t last, uint8_t* scratch) {
   if (in.tokens <= most_direct_tokens(w)) {
+    const Words words = words_of(w, in, scratch);
     for (int64_t strip = first; strip < last; ++strip) {
       for (int64_t token = 0; token < in.tokens; token += kDirectTokens) {
         const ql::TileOutput part = {out.y + token * out.y_stride, out.y_stride, out.bias,
                                      out.accumulate};
         with_count<kDirectTokens>(in.tokens - token, [&](auto count) {
-          int8_few<count.value>(w, from_token(in, token), part, strip, strip + 1);
+          int8_few<count.value>(w, from_token(in, token), part, strip, words);
         });
       }
     }

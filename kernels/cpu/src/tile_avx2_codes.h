@@ -84,10 +84,14 @@ struct CodeBytes<bits, true> {
 
  private:
   __m256i magnitude_of(__m256i code) const {
-    if constexpr (bits == 5) return _mm256_shuffle_epi8(tables[0], code);
-    if constexpr (bits == 6) return of_two(tables, code);
-    const __m256i bit5 = _mm256_slli_epi16(code, 2);
-    return _mm256_blendv_epi8(of_two(tables, code), of_two(tables + 2, code), bit5);
+    if constexpr (bits == 5) {
+      return _mm256_shuffle_epi8(tables[0], code);
+    } else if constexpr (bits == 6) {
+      return of_two(tables, code);
+    } else {
+      const __m256i bit5 = _mm256_slli_epi16(code, 2);
+      return _mm256_blendv_epi8(of_two(tables, code), of_two(tables + 2, code), bit5);
+    }
   }
   static __m256i of_two(const __m256i* two, __m256i code) {
     const __m256i bit4 = _mm256_slli_epi16(code, 3);

@@ -275,19 +275,28 @@ struct PanelDots<0> {
   }
 };
 
+// The activations of a unit, each four of them to every row.
+struct UnitActivations {
+  __m256i four[4];
+  explicit UnitActivations(const int8_t* a) {
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) four[c] = four_activations(a + 4 * c);
+  }
+};
+
 // Of eight rows and a unit: sums of 32 bits.
 template <int chunks>
 struct Products {
   static constexpr int kOffset = 0;
 
-  static __m256i of_unit(const __m256i (&w)[4], const int8_t* a, __m256i sum) {
+  static __m256i of_unit(const __m256i (&w)[4], const UnitActivations& a, __m256i sum) {
     constexpr int at_once = chunks < 4 ? chunks : 4;
 #pragma GCC unroll 4
     for (int c = 0; c < 4; c += at_once) {
-      __m256i pairs = _mm256_maddubs_epi16(w[c], four_activations(a + 4 * c));
+      __m256i pairs = _mm256_maddubs_epi16(w[c], a.four[c]);
 #pragma GCC unroll 4
       for (int i = c + 1; i < c + at_once; ++i) {
-        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w[i], four_activations(a + 4 * i)));
+        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w[i], a.four[i]));
       }
       sum = _mm256_add_epi32(sum, in_32_bits(pairs));
     }
@@ -301,11 +310,11 @@ template <>
 struct Products<0> {
   static constexpr int kOffset = 128;
 
-  static __m256i of_unit(const __m256i (&w)[4], const int8_t* a, __m256i sum) {
+  static __m256i of_unit(const __m256i (&w)[4], const UnitActivations& a, __m256i sum) {
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
       const __m256i code = _mm256_xor_si256(w[c], _mm256_set1_epi8(INT8_MIN));
-      const __m256i signed_a = _mm256_sign_epi8(four_activations(a + 4 * c), code);
+      const __m256i signed_a = _mm256_sign_epi8(a.four[c], code);
       const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(code), signed_a);
       sum = _mm256_add_epi32(sum, in_32_bits(pairs));
     }
@@ -314,7 +323,7 @@ struct Products<0> {
 };
 
 // From codes: eight rows after the other eight, so that sums and codes of a unit fit the 16
-// registers.
+// registers. Those of one token do in any case, and share its activations.
 template <int width>
 struct Dots : PanelDots<width> {
   static constexpr int kOffset = Products<width>::kOffset;
@@ -322,6 +331,10 @@ struct Dots : PanelDots<width> {
   template <int tokens, class Bytes>
   static void of_block(const Bytes& bytes, const uint8_t* codes, int64_t unit_bytes,
                        int64_t columns, const int8_t* a, int64_t stride, IntLanes (&dots)[tokens]) {
+    if constexpr (tokens == 1) {
+      dots[0] = of_token(bytes, codes, unit_bytes, columns, a);
+      return;
+    }
     __m256i low[tokens], high[tokens];
     of_half(bytes, codes, 0, unit_bytes, columns, a, stride, low);
     of_half(bytes, codes, 1, unit_bytes, columns, a, stride, high);
@@ -329,6 +342,21 @@ struct Dots : PanelDots<width> {
   }
 
  private:
+  template <class Bytes>
+  static IntLanes of_token(const Bytes& bytes, const uint8_t* codes, int64_t unit_bytes,
+                           int64_t columns, const int8_t* a) {
+    IntLanes sums = broadcast_int(0);
+    for (int64_t k = 0; k < columns; k += 16, codes += unit_bytes) {
+      const UnitActivations unit(a + k);
+      __m256i w[4];
+      bytes(codes, 0, w);
+      sums.lo = Products<width>::of_unit(w, unit, sums.lo);
+      bytes(codes, 1, w);
+      sums.hi = Products<width>::of_unit(w, unit, sums.hi);
+    }
+    return sums;
+  }
+
   template <int tokens, class Bytes>
   static void of_half(const Bytes& bytes, const uint8_t* codes, int half, int64_t unit_bytes,
                       int64_t columns, const int8_t* a, int64_t stride, __m256i (&sums)[tokens]) {
@@ -338,7 +366,7 @@ struct Dots : PanelDots<width> {
       bytes(codes, half, w);
 #pragma GCC unroll 4
       for (int t = 0; t < tokens; ++t) {
-        sums[t] = Products<width>::of_unit(w, a + t * stride + k, sums[t]);
+        sums[t] = Products<width>::of_unit(w, UnitActivations(a + t * stride + k), sums[t]);
       }
     }
   }

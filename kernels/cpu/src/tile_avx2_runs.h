@@ -79,14 +79,18 @@ inline void for_segments(const ql::TiledWeight& w, const ql::TileInput& in, int6
 // What dot products and sums of activations of a piece are multiplied by: floats, or with whole sums
 // the bits of integers.
 struct RunMeta {
-  Lanes scale, zero;
+  alignas(32) float scale[kLanes];
+  alignas(32) float zero[kLanes];
 };
 
-inline RunMeta run_meta(const ql::TileSegment& s, const SegmentInput& in, const uint8_t* meta,
-                        const float* factors) {
+// Writes them for a piece, vector by vector: GCC moves a RunMeta that is returned or copied in
+// pieces, and whoever reads whole vectors then waits for the stores.
+inline void read_meta(const ql::TileSegment& s, const SegmentInput& in, const uint8_t* meta,
+                      const float* factors, RunMeta* to) {
   if (!in.whole) {
-    const BlockMeta own = block_meta(s, meta, factors);
-    return {own.scale * broadcast(s.integer_unit), own.zero};
+    store(to->scale, stored_scales(s, meta) * load(factors) * broadcast(s.integer_unit));
+    store(to->zero, zero_lanes_of(s, meta));
+    return;
   }
   const IntLanes stored = load_u8(meta);
   const IntLanes scale = stored & broadcast_int((1 << s.scale_bits) - 1);
@@ -96,27 +100,18 @@ inline RunMeta run_meta(const ql::TileSegment& s, const SegmentInput& in, const 
   } else if (s.zero_kind == ql::ZERO_BYTE) {
     zero = load_u8(meta + ql::kBlockRows) * broadcast_int(s.zero_units);
   }
-  return {bits_as_floats(scale * broadcast_int(s.code_units)), bits_as_floats(scale * zero)};
+  store(to->scale, bits_as_floats(scale * broadcast_int(s.code_units)));
+  store(to->zero, bits_as_floats(scale * zero));
 }
 
-// Adds the dot product of run number `at`, which begins at column k, less zero * sum, times the
-// scales, to the total, or to a whole sum.
-template <class Dot>
-inline void add_run(Dot, const SegmentInput& in, int64_t token, int64_t at, int64_t k,
-                    const RunMeta& meta, IntLanes dot, IntLanes& whole, Lanes& total) {
-  const float sum = in.sum(token, at);
-  if (in.whole) {
-    const int32_t integer = static_cast<int32_t>(sum);
-    if (Dot::kOffset) dot = dot + broadcast_int(Dot::kOffset * integer);
-    const IntLanes zeros = float_bits(meta.zero) * broadcast_int(integer);
-    whole = whole + dot * float_bits(meta.scale) - zeros;
-    return;
+// The same for each of its runs.
+inline void read_metas(const ql::TileSegment& s, const SegmentInput& in, const uint8_t* meta,
+                       const float* factors, RunMeta* to) {
+  read_meta(s, in, meta, factors, to);
+  for (int64_t i = 1; i < in.runs; ++i) {
+    store(to[i].scale, load(to->scale));
+    store(to[i].zero, load(to->zero));
   }
-  Lanes t = floats_of(dot);
-  if (Dot::kOffset) t = fma(broadcast(Dot::kOffset), broadcast(sum), t);  // whole: exact
-  t = fma(meta.zero, broadcast(-sum), t);
-  if (in.all->act_group > 0) t = t * broadcast(in.scale(token, k));
-  total = fma(t, meta.scale, total);
 }
 
 // c - a * b, rounded once.
@@ -124,9 +119,9 @@ inline Lanes minus_product(Lanes c, Lanes a, Lanes b) {
   return {_mm256_fnmadd_ps(a.lo, b.lo, c.lo), _mm256_fnmadd_ps(a.hi, b.hi, c.hi)};
 }
 
-// The same of `runs` runs from number `at` on, of `tokens` tokens from `token` on, where no offset
-// is missing: metas[r] and dots[r * tokens + t] are those of run r, totals of tokens are kStripRows
-// apart.
+// Adds the dot products of `runs` runs from number `at`, column k, on, less zero * sum, times their
+// scales, to the totals of `tokens` tokens from `token` on: metas[r] and dots[r * tokens + t] are
+// those of run r, totals of tokens are kStripRows apart.
 template <int tokens>
 __attribute__((noinline)) void add_runs(const SegmentInput& in, int64_t token, int64_t at,
                                         int64_t k, int64_t runs, const RunMeta* metas,
@@ -137,13 +132,13 @@ __attribute__((noinline)) void add_runs(const SegmentInput& in, int64_t token, i
   const int64_t stride = in.all->sum_stride;
   const float* sums = in.sums + token * stride + at;
   for (int64_t r = 0; r < runs; ++r, dots += tokens) {
-    const RunMeta meta = metas[r];
+    const Lanes scale = load(metas[r].scale), zero = load(metas[r].zero);
 #pragma GCC unroll 8
     for (int t = 0; t < tokens; ++t) {
       const Lanes sum = broadcast(sums[t * stride + r]);
-      Lanes dot = minus_product(floats_of(dots[t]), meta.zero, sum);
+      Lanes dot = minus_product(floats_of(dots[t]), zero, sum);
       if (in.all->act_group > 0) dot = dot * broadcast(in.scale(token + t, k + r * in.run));
-      totals[t] = fma(dot, meta.scale, totals[t]);
+      totals[t] = fma(dot, scale, totals[t]);
     }
   }
 #pragma GCC unroll 8
@@ -161,7 +156,8 @@ __attribute__((noinline)) void add_whole_runs(const SegmentInput& in, int64_t to
   const int64_t stride = in.all->sum_stride;
   const float* sums = in.sums + token * stride + at;
   for (int64_t r = 0; r < runs; ++r, dots += tokens) {
-    const IntLanes scale = float_bits(metas[r].scale), zero = float_bits(metas[r].zero);
+    const IntLanes scale = float_bits(load(metas[r].scale));
+    const IntLanes zero = float_bits(load(metas[r].zero));
 #pragma GCC unroll 8
     for (int t = 0; t < tokens; ++t) {
       const IntLanes sum = rounded_ints(broadcast(sums[t * stride + r]));
