@@ -54,7 +54,7 @@ from quantlib.search.csq import Csq
 from quantlib.search.csq import Settings as CsqSettings
 from quantlib.search.fliqs import Fixed, Fliqs, Settings
 from quantlib.search.trained.costs import FULL_BITS, Costs, bops
-from quantlib.search.trained.layers import Choice, Layers, Space, WidthDecision, decisions
+from quantlib.search.trained.layers import Choice, Layers, Space, decisions
 from quantlib.search.trained.loop import Judge, Loop, Method, Report, Training, judge_of
 from quantlib.search.trained.numbers import SPACES, space_of
 
@@ -145,6 +145,8 @@ class Row:
         parts += [BEFORE[self.network.name], STEPS, DELAY, SETTLE]
         if self.entry.target:
             parts += [asdict(self.search), SPACES[self.entry.space]]
+        if self.entry.widths:
+            parts += [self.network.widths.__name__]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -323,12 +325,7 @@ def _space(trainable: Trainable, entry: Entry, network: Network) -> Space:
     numbers = decisions(trainable.model_map.weights, space_of(entry.space))
     if not entry.widths:
         return Space(numbers)
-    if network.setting:  # one width for all blocks
-        writers, readers = zip(*network.hidden, strict=True)
-        hidden = WidthDecision("hidden", writers, readers, entry.widths, network.setting)
-        return Space(numbers, (hidden,))
-    widths = (WidthDecision(w, (w,), (r,), entry.widths) for w, r in network.hidden)
-    return Space(numbers, tuple(widths))
+    return Space(numbers, network.widths(trainable, entry.widths))
 
 
 def _measure(row: Row, source: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ same either way.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from quantlib.bench.beds.fashion import KINDS, fetch_fashion, read_fashion
 from quantlib.bench.beds.training import initialise
 from quantlib.errors import DataError
+from quantlib.pipeline.narrowed import SETTING, stage_widths
+from quantlib.pipeline.trained import Trainable
+from quantlib.search.trained.layers import WidthDecision
 from quantlib.search.trained.loop import Outcome, Task
 
 SIDE = 28
@@ -99,16 +102,24 @@ def vit() -> Any:
     return ViTForImageClassification(config)
 
 
+def mlp_widths(trainable: Trainable, shares: Sequence[float]) -> tuple[WidthDecision, ...]:
+    """The decision over the hidden channels of all MLPs of the vision transformer."""
+    blocks = [
+        f"vit.layers.{index}.mlp" for index in range(trainable.model.config.num_hidden_layers)
+    ]
+    writers, readers = (tuple(f"{b}.{name}.weight" for b in blocks) for name in ("fc1", "fc2"))
+    return (WidthDecision("hidden", writers, readers, tuple(shares), (SETTING,)),)
+
+
 @dataclass(frozen=True)
 class Network:
-    """One of the two. rate: of AdamW. hidden: pairs of weights, the first writing channels that
-    only the second reads. setting: the config field that has their number, if one has."""
+    """One of the two. rate: of AdamW. widths: of an opened one and shares of channels to choose
+    from, the decisions over what its config has a width for."""
 
     name: str
     build: Callable[[], Any]
     rate: float
-    hidden: tuple[tuple[str, str], ...]
-    setting: str = ""
+    widths: Callable[[Trainable, Sequence[float]], tuple[WidthDecision, ...]]
 
     @property
     def digest(self) -> str:
@@ -130,29 +141,8 @@ class Network:
 NETWORKS = {
     network.name: network
     for network in (
-        Network(
-            "resnet",
-            resnet,
-            5e-3,
-            tuple(
-                (
-                    f"resnet.encoder.stages.{stage}.layers.{layer}.layer.0.convolution.weight",
-                    f"resnet.encoder.stages.{stage}.layers.{layer}.layer.1.convolution.weight",
-                )
-                for stage in range(RESNET_STAGES)
-                for layer in range(RESNET_LAYERS)
-            ),
-        ),
-        Network(
-            "vit",
-            vit,
-            3e-3,
-            tuple(
-                (f"vit.layers.{block}.mlp.fc1.weight", f"vit.layers.{block}.mlp.fc2.weight")
-                for block in range(3)
-            ),
-            "intermediate_size",
-        ),
+        Network("resnet", resnet, 5e-3, stage_widths),
+        Network("vit", vit, 3e-3, mlp_widths),
     )
 }
 

@@ -1,18 +1,24 @@
 """A model at the widths that a search chose, as a source of its own.
 
-Hidden channels of MLPs are what FLIQS searches beside formats: how many, the same share in every
-block, because a transformers config has one width for all. Channels are left out from the end;
-before training, `order_channels` puts them in the order of what they carry.
+Widths are what FLIQS searches beside formats: of a language model the hidden channels of its MLPs,
+the same share in every block, because its config has one width for all (`hidden_width`); of a
+ResNet the channels of each stage (`stage_widths`), which its config has a list of. Channels are
+left out from the end; before training, `order_channels` puts those of MLPs in the order of what
+they carry.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
+import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,6 +26,7 @@ from torch import Tensor, nn
 
 from quantlib.checkpoint.writer import source_files
 from quantlib.errors import SearchError, UsageError
+from quantlib.models import skeleton
 from quantlib.models.headers import TORCH_DTYPES
 from quantlib.pipeline.trained import Found, Trainable, write_trained
 from quantlib.search.plan import Plan
@@ -37,6 +44,8 @@ from quantlib.transforms.binding import wire
 
 SETTING = "intermediate_size"
 """The config field that has the number of an MLP's hidden channels."""
+_IN_STAGE = re.compile(r"resnet\.encoder\.stages\.(\d+)\.layers\.(\d+)\.(.+)\.convolution\.weight")
+_STEM, _HEAD = "resnet.embedder.embedder.convolution.weight", "classifier.1.weight"
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,61 @@ def hidden_width(trainable: Trainable, shares: Sequence[float]) -> WidthDecision
         raise UsageError("gate and up projections are one linear: leave out the widths")
     writers = tuple(matrix.weight for site in sites for matrix in site.writers)
     readers = tuple(site.down.weight for site in sites)
-    return WidthDecision("hidden", writers, readers, tuple(shares), SETTING)
+    return WidthDecision("hidden", writers, readers, _whole(int(whole), shares), (SETTING,))
+
+
+def stage_widths(trainable: Trainable, shares: Sequence[float]) -> tuple[WidthDecision, ...]:
+    """A decision over the channels of every stage of a ResNet of basic layers: all that its
+    convolutions write, which its shortcuts add up and the next stage (the classifier) reads. The
+    stem's are those of the first stage where nothing converts them; where a shortcut without a
+    stride does, both keep their channels: at equal ones it would be none.
+
+    Raises UsageError for another model.
+    """
+    config = trainable.model.config
+    if config.model_type != "resnet" or config.layer_type != "basic":
+        raise UsageError(
+            f"a {config.model_type} has no stages of basic layers: search its formats alone, "
+            "without widths"
+        )
+    writers: dict[int, list[str]] = defaultdict(list)
+    readers: dict[int, list[str]] = defaultdict(list)
+    last, converts = len(config.depths) - 1, False
+    writers[-1].append(_STEM)
+    for weight in trainable.model_map.weights:
+        if found := _IN_STAGE.fullmatch(weight.name):
+            stage, place = int(found[1]), found[3]
+            begins = found[2] == "0" and place in ("layer.0", "shortcut")
+            converts = converts or (stage == 0 and place == "shortcut")
+            writers[stage].append(weight.name)
+            readers[stage - 1 if begins else stage].append(weight.name)
+    readers[last].append(_HEAD)
+    settings = {stage: (f"hidden_sizes.{stage}",) for stage in range(last + 1)}
+    settings[-1] = ("embedding_size",)
+    if not converts:
+        for by_stage in (writers, readers):
+            by_stage[0] = by_stage.pop(-1) + by_stage[0]
+        settings[0] = settings.pop(-1) + settings[0]
+    fixed = converts and not config.downsample_in_first_stage
+    channels = {-1: config.embedding_size, **dict(enumerate(config.hidden_sizes))}
+    return tuple(
+        WidthDecision(
+            "stem" if stage < 0 else f"stage {stage}",
+            tuple(writers[stage]),
+            tuple(readers[stage]),
+            _whole(channels[stage], shares),
+            settings[stage],
+        )
+        for stage in sorted(settings)
+        if not (fixed and stage <= 0)
+    )
+
+
+def _whole(channels: int, shares: Sequence[float]) -> tuple[float, ...]:
+    """The shares that whole channels make of those asked for, each once, ascending; what is no
+    share stays, for `WidthDecision` to refuse."""
+    exact = {kept_channels(channels, s) / channels if 0 < s <= 1 else s for s in shares}
+    return tuple(sorted(exact))
 
 
 @torch.no_grad()
@@ -112,33 +175,46 @@ def narrowed(
     """The trained model without the channels that a choice leaves out, opened from `folder`, where
     it is written as a source; its layers round as the choice says.
 
-    Raises SearchError for a width that no config can say, and where columns have an order.
+    What the smaller config builds says how much of every tensor is left: its first rows and
+    columns. Raises SearchError for a width that no config can say, for one that the config means
+    other weights by, and where columns have an order.
     """
     space, model_map = layers.space, trainable.model_map
     shares = space.shares(choice)
-    changed: dict[str, int] = {}
-    for width, index in zip(space.widths, choice[len(space.numbers) :], strict=True):
-        if not width.setting:
-            raise SearchError(_no_checkpoint(width.name, width.options[index]))
-        channels = int(layers.of[width.readers[0]].weight.shape[1])
-        changed[width.setting] = kept_channels(channels, width.options[index])
     for name in shares:
         layer = layers.of[name]
         if isinstance(layer, RoundedLinear) and layer.order is not None:
             raise SearchError(f"the columns of {name} have an order, and cannot be left out too")
+    config = _narrow_config(trainable, layers, choice)
     state: dict[str, Tensor] = trainable.model.state_dict()
+    wanted = {
+        name: value.shape for name, value in skeleton.from_config(config).state_dict().items()
+    }
+    if state.keys() != wanted.keys():
+        raise SearchError(
+            f"{min(state.keys() ^ wanted.keys())} is in only one of the trained model and the one "
+            "of its chosen widths: such a model has no checkpoint; search other widths"
+        )
     tensors = {}
     for weight in model_map.weights:
-        tensors[weight.name] = _cut(state[weight.name], *shares.get(weight.name, (1.0, 1.0)))
+        tensors[weight.name] = _cut(state[weight.name], wanted[weight.name])
+        rows, columns = shares.get(weight.name, (1.0, 1.0))
+        whole = state[weight.name].shape
+        if tuple(wanted[weight.name][:2]) != (
+            kept_channels(whole[0], rows),
+            kept_channels(whole[1], columns),
+        ):
+            raise SearchError(
+                f"{weight.name} of {list(whole)} was trained with {rows:.0%} of its rows and "
+                f"{columns:.0%} of its columns, and the config of the chosen widths makes it "
+                f"{list(wanted[weight.name])}: such a model has no checkpoint"
+            )
     for row in model_map.kept:
-        owner = f"{row.name.removesuffix('.bias')}.weight"
-        rows = shares.get(owner, (1.0, 1.0))[0] if row.name.endswith(".bias") else 1.0
-        tensors[row.name] = _cut(state[row.name], rows, 1.0).to(TORCH_DTYPES[row.dtype])
+        tensors[row.name] = _cut(state[row.name], wanted[row.name]).to(TORCH_DTYPES[row.dtype])
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in source_files(trainable.source.path).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(path.read_bytes())
-    config = {**trainable.source.config, **changed}
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     narrow = Trainable.open(folder)
@@ -173,16 +249,39 @@ def write_choice(
         return write_trained(out, trainable, layers, ended, rest, identity, overwrite)
 
 
-def _cut(tensor: Tensor, rows: float, columns: float) -> Tensor:
-    """The first shares of a tensor's rows and columns, in memory of its own."""
-    tensor = tensor[: kept_channels(len(tensor), rows)] if tensor.ndim and rows < 1 else tensor
-    if columns < 1:
-        tensor = tensor[:, : kept_channels(tensor.shape[1], columns)]
-    return tensor.clone(memory_format=torch.contiguous_format)
+def _narrow_config(trainable: Trainable, layers: Layers, choice: Choice) -> dict[str, Any]:
+    """The source's config at the widths of a choice. Raises SearchError where it has no field."""
+    space = layers.space
+    changed: dict[str, int] = {}
+    for width, index in zip(space.widths, choice[len(space.numbers) :], strict=True):
+        share = width.options[index]
+        if not width.settings:
+            raise SearchError(
+                f"{width.name} was trained at {share:.0%} of its width, and its config.json has no "
+                "field for that: such a model has no checkpoint"
+            )
+        channels = kept_channels(int(layers.of[width.readers[0]].weight.shape[1]), share)
+        changed |= dict.fromkeys(width.settings, channels)
+    return _with_settings(trainable.source.config, trainable.model.config, changed)
 
 
-def _no_checkpoint(name: str, share: float) -> str:
-    return (
-        f"{name} was trained at {share:.0%} of its width, and its config.json has no field for that"
-        ": such a model has no checkpoint"
-    )
+def _with_settings(
+    config: Mapping[str, Any], parsed: object, changed: Mapping[str, int]
+) -> dict[str, Any]:
+    """A config with other values of "field" or, of a list, "field.index"; a list that it does not
+    have is that of the `parsed` one."""
+    found = copy.deepcopy(dict(config))
+    for setting, value in changed.items():
+        name, _, index = setting.partition(".")
+        if index:
+            found[name] = list(found.get(name) or getattr(parsed, name))
+            found[name][int(index)] = value
+        else:
+            found[name] = value
+    return found
+
+
+def _cut(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """The first rows, columns and so on of a tensor, in memory of its own."""
+    part = tensor[tuple(slice(size) for size in shape)]
+    return part.clone(memory_format=torch.contiguous_format)

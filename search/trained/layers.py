@@ -50,19 +50,21 @@ class Decision:
 
 @dataclass(frozen=True)
 class WidthDecision:
-    """Hidden channels that can be left out, the last ones: what FLIQS searches beside formats.
+    """Channels that can be left out, the last ones: what FLIQS searches beside formats.
 
-    writers: weights whose outputs they are. readers: weights whose inputs they are. Nobody else may
-    use them. options: shares of the channels that stay, each in (0, 1].
-    setting: the config field that has their number, for all of them at once: what a checkpoint
-             needs. "": there is none, and the width can be trained but not stored.
+    writers: weights whose outputs they are. readers: weights whose inputs they are; a weight may be
+    both. Between them every channel is computed by itself (activations, batch norms, sums), and
+    nobody else uses them. options: shares of the channels that stay, each in (0, 1].
+    settings: the config fields that have their number ("intermediate_size", or "hidden_sizes.1" of
+              a list), all of them: what a checkpoint needs. None: the width can be trained but not
+              stored.
     """
 
     name: str
     writers: tuple[str, ...]
     readers: tuple[str, ...]
     options: tuple[float, ...]
-    setting: str = ""
+    settings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.options or not all(0 < share <= 1 for share in self.options):

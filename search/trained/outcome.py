@@ -24,14 +24,14 @@ TASK = "training"
 def schemes_of(layers: Layers, choice: Choice) -> dict[str, str]:
     """weight -> scheme of a choice.
 
-    Raises SearchError for layers that use a part of their channels: a transformers config has one
-    width for all blocks.
+    Raises SearchError for layers that use a part of their channels: who stores such a model cuts
+    the others off first (`pipeline.narrowed`).
     """
     for name, shares in layers.space.shares(choice).items():
         if min(shares) < 1:
             raise SearchError(
-                f"{name} was trained at {min(shares):.0%} of its width, and a config.json has one "
-                "width for all blocks: such a model has no checkpoint"
+                f"{name} was trained at {min(shares):.0%} of its width: cut the other channels off "
+                "before it is stored"
             )
     return {name: c.name for name, c in layers.space.candidates(choice).items()}
 

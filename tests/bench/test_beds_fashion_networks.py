@@ -74,8 +74,9 @@ def test_every_parameter_of_a_network_has_its_row(
     assert len(found.weights) == weights
     space = Space(decisions(found.weights, space_of("int-s")))
     assert len(space.numbers) == decided
-    hidden = {side for pair in network.hidden for side in pair}
-    assert hidden <= {weight.name for weight in found.weights}
+    widths = network.widths(trainable, (0.5, 1.0))
+    assert len(widths) == {"resnet": 3, "vit": 1}[name]
+    assert Space(space.numbers, widths).widths == widths, "about weights that have a format"
     layers = Layers(trainable.model, space)
     example = torch.zeros(1, 1, SIDE, SIDE)
     products = layers.count_products(lambda: trainable.model(pixel_values=example))
@@ -127,8 +128,7 @@ def test_what_ships_answers_as_what_was_trained(
     monkeypatch.setattr(
         trained_search, "pictures", lambda split: fashion_networks.pictures(split, cache)
     )
-    methods = ["fliqs-mixed", "fliqs-float-8th", "csq"]
-    for method in methods + (["fliqs-int-width"] if NETWORKS[name].setting else []):
+    for method in ("fliqs-mixed", "fliqs-float-8th", "csq", "fliqs-int-width"):
         row = Row(NETWORKS[name], ENTRIES[method], 0)
         found = trained_search.measured(row)
         assert found["checkpoint"] is not None
