@@ -347,7 +347,11 @@ class Recipe(BaseModel):
                 "stay zero: leave out one of them"
             )
         if self.rows and self.latency:
-            raise ValueError("latencies are timed of linears of one matrix: leave out rows")
+            raise ValueError(
+                "latencies are sums of products that were timed one by one, and rows makes several "
+                "small ones of a linear, whose time together nobody has measured: leave out rows, "
+                "or limit the size alone"
+            )
         if self.swaps and self.probe_windows < 2:
             raise ValueError("swaps need at least 2 probe_windows to tell a gain from chance")
         return self

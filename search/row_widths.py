@@ -27,7 +27,9 @@ from quantlib.formats.scheme import Scheme, WeightFormat
 from quantlib.formats.several import MOST_BLOCKS, RowBlock
 
 STEP = 16
-"""Rows of a block are counted in these: the tiles of the kernels."""
+"""Rows of a block are counted in these: what the CPU kernels compute at once. A strip of theirs is
+32, but one of at most 16 rows is half a strip, in memory and in time (`tile_blocks` of `tiles.h`),
+so multiples of 16 pad nothing."""
 _LEVELS = 64
 """Prices of a byte that are tried."""
 
