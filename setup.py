@@ -66,7 +66,7 @@ EXTRAS = {
         "psutil>=6",
         "pytest>=8",
         "pytest-timeout>=2",
-        "pytest-xdist>=3.6",
+        "pytest-xdist>=3.8",
         "ruff>=0.11",
         "torch-geometric>=2.6",
         "types-PyYAML",
@@ -95,7 +95,7 @@ class BuildWithKernels(build_py):
         builder = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(builder)
         try:
-            builder.build_into(Path(self.build_lib, "quantlib", "kernels", "cpu"))
+            builder.build_for_wheel(Path(self.build_lib, "quantlib", "kernels", "cpu"))
         except builder.BuildError as error:
             self.warn(f"this build has no compiled CPU kernels: {error}")
 

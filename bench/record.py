@@ -13,7 +13,6 @@ from typing import Any
 
 from quantlib.checkpoint.disk import atomic_write_text
 from quantlib.checkpoint.provenance import versions
-from quantlib.kernels.cpu import library
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -59,6 +58,8 @@ def write(name: str, rows: dict[str, Any]) -> Path:
 def of_kernels(name: str) -> str:
     """`name` with the instruction set that the CPU kernels run on: what they take on another one is
     another result, which must not replace this one."""
+    from quantlib.kernels.cpu import library  # not to load it for result files of no kernels
+
     loaded = library.load()
     return f"{name}_{loaded.isa if loaded else 'reference'}"
 

@@ -6,7 +6,7 @@ no torch or Python headers, so it depends on the version of neither.
 
 The file's name carries a hash of the sources, the flags and the machine, so that a library found
 under the right name is the right one: `find` looks into this folder (a wheel that was built with
-`build_into`) and into the user's cache, `build` compiles into the cache at first use. Only the
+`build_for_wheel`) and into the user's cache, `build` compiles into the cache at first use. Only the
 standard library is imported: setup.py loads this file by its path, where quantlib is not installed
 yet.
 """
@@ -79,15 +79,27 @@ def build() -> Path:
     """
     folder = cache_folder()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / "build.lock"):
+        with _cached_objects() as objects:
             if path := find():
                 return path
             _LOG.info("compiling the CPU kernels, once: they are kept in %s", folder)
-            (folder / "objects").mkdir(exist_ok=True)
-            return build_into(folder, objects=folder / "objects")
+            return build_into(folder, objects=objects)
     except OSError as error:
         raise BuildError(f"the cache folder {folder} cannot be used ({error.strerror})") from error
+
+
+def build_for_wheel(folder: Path) -> Path:
+    """Compile into `folder`, which must exist, and return the library's path.
+
+    The user's cache serves parts that this compiler made of the same sources, and keeps new ones;
+    where there is none that can be written, everything is compiled. Raises BuildError as
+    `build_into` does.
+    """
+    with contextlib.ExitStack() as held:
+        objects = None
+        with contextlib.suppress(OSError, ImportError):  # Windows has no fcntl
+            objects = held.enter_context(_cached_objects())
+        return build_into(folder, objects=objects)
 
 
 def build_into(
@@ -100,21 +112,27 @@ def build_into(
 
     The file appears only when it is whole. `extra_flags` come last, for sanitizers; with
     `portable_only` the library has no other instruction set. A folder of `objects` keeps the parts,
-    so that after a change only what it touches is compiled. Raises BuildError as `build` does.
+    so that after a change, of sources or compiler, only what it touches is compiled. Raises
+    BuildError as `build` does.
     """
     compiler = find_compiler()
+    version = run_compiler(compiler, "--version") if objects else ""
     units, name = _units(portable_only), library_name()
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
+    # Two, as files are moved out of them, which works within one file system.
+    with (
+        tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch,
+        tempfile.TemporaryDirectory(dir=objects or folder, prefix=".build-") as fresh,
+    ):
 
         def compile_unit(unit: str) -> Path:
             flags = (*_COMMON, *units[unit], *extra_flags)
-            known = None if objects is None else objects / f"{_digest(unit, flags)}.o"
+            known = None if objects is None else objects / f"{_digest(unit, flags, version)}.o"
             if known is not None and known.is_file():
                 return known
-            made = Path(scratch, unit).with_suffix(".o")
+            made = Path(fresh, unit).with_suffix(".o")
             run_compiler(compiler, *flags, "-c", str(SOURCES / unit), "-o", str(made))
             # A source that was saved meanwhile: what was compiled is not what was asked for.
-            if known is None or known.name != f"{_digest(unit, flags)}.o":
+            if known is None or known.name != f"{_digest(unit, flags, version)}.o":
                 return made
             return made.replace(known)
 
@@ -144,9 +162,10 @@ def library_name() -> str:
     return f"libquantlib-cpu-{digest.hexdigest()[:16]}.so"
 
 
-def _digest(unit: str, flags: tuple[str, ...]) -> str:
-    """Of everything that an object file depends on but the compiler."""
-    digest, seen, left = hashlib.sha256(repr(flags).encode()), set(), [unit]
+def _digest(unit: str, flags: tuple[str, ...], compiler: str) -> str:
+    """Of everything that an object file depends on; `compiler` is what it says of itself."""
+    digest = hashlib.sha256(repr((flags, compiler, platform.machine())).encode())
+    seen, left = set(), [unit]
     while left:
         name = left.pop()
         if name in seen or not (SOURCES / name).is_file():
@@ -180,8 +199,8 @@ def find_compiler() -> str:
     raise BuildError("there is no C++ compiler: install g++ (on Debian: apt install g++)")
 
 
-def run_compiler(*command: str) -> None:
-    """Run a compiler's command. Raises BuildError with its first complaint when it fails."""
+def run_compiler(*command: str) -> str:
+    """What a compiler's command prints. Raises BuildError with its first complaint if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
     except subprocess.TimeoutExpired as error:
@@ -189,6 +208,16 @@ def run_compiler(*command: str) -> None:
     if done.returncode != 0:
         reason = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
         raise BuildError(f"{command[0]} failed: {reason.strip()}")
+    return done.stdout
+
+
+@contextlib.contextmanager
+def _cached_objects() -> Iterator[Path]:
+    """The cache's folder of object files; of several processes, one is in here at a time."""
+    folder = cache_folder()
+    (folder / "objects").mkdir(parents=True, exist_ok=True)
+    with _locked(folder / "build.lock"):
+        yield folder / "objects"
 
 
 @contextlib.contextmanager

@@ -51,6 +51,49 @@ def test_the_cache_is_found_again_and_follows_the_sources(monkeypatch, tmp_path,
     assert build.find() is None
 
 
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """`compiled()`: names of what a stand-in for a compiler has made since the last call."""
+    log, compiler = tmp_path / "log", tmp_path / "stand-in"
+    compiler.write_text(
+        '#!/bin/sh\nif [ "$1" = --version ]; then echo "$COMPILER_VERSION"; exit; fi\n'
+        'while [ "$1" != -o ]; do shift; done\n'
+        f'echo "${{2##*/}}" | tee -a "{log}" > "$2"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("COMPILER_VERSION", "12")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def names():
+        made = sorted(log.read_text().split())
+        log.write_text("")
+        return made
+
+    return names
+
+
+def test_a_wheel_is_built_of_what_the_same_compiler_made_before(monkeypatch, tmp_path, compiled):
+    wheel = tmp_path / "wheel"
+    wheel.mkdir()
+    library = build.build().name
+    everything = compiled()
+    units = {path.stem for path in build.SOURCES.glob("*.cpp")}
+    assert library in everything
+    assert len(everything) > 1
+    assert {name.removesuffix(".o") for name in everything} - {library} <= units
+    assert build.build_for_wheel(wheel) == wheel / library
+    assert compiled() == [library], "linked again, not compiled"
+    assert [path.name for path in wheel.iterdir()] == [library]
+    monkeypatch.setenv("COMPILER_VERSION", "13")
+    build.build_for_wheel(wheel)
+    assert compiled() == everything
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    build.build_for_wheel(wheel)
+    assert compiled() == everything, "without a cache"
+
+
 def test_a_file_that_is_no_library_is_an_os_error(tmp_path):
     path = tmp_path / "lib.so"
     path.write_bytes(b"not a library")
