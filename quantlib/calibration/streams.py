@@ -110,6 +110,11 @@ class StreamStatistics:
             found[name] = dict(zip(self.modalities, shares, strict=True))
         return found
 
+    def modality_tokens(self) -> dict[str, int]:
+        """Modality -> how many tokens of the language model are of it."""
+        counts = self.modality.bincount(minlength=len(self.modalities)).tolist()
+        return dict(zip(self.modalities, counts, strict=True))
+
 
 def require_seen(
     statistics: StreamStatistics, allowed: Sequence[str] = (), expert_tokens: int = 1

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from quantlib.models.modelmap import ModelMap
     from quantlib.models.source import Source
     from quantlib.pipeline.estimate import Estimate
+    from quantlib.pipeline.shares import Shares
 
 
 def inspect(
@@ -36,7 +37,8 @@ def inspect(
     """Show what a model is made of: bytes, bits, and what is left as it is, part by part.
 
     Of a model to compress also what would be quantized, and the time, memory and disk it would
-    take; of a checkpoint what each part is predicted to lose, if its work directory (OUT.work) is
+    take; of a checkpoint what each part is predicted to lose, and whose calibration data decided
+    how it was rounded (shares of tokens, and of their weight), if its work directory (OUT.work) is
     still there. Only the config and the headers of the weight files are read.
 
     Examples:
@@ -80,15 +82,22 @@ def _inspect_packed(path: str, coverage: bool, json: bool) -> None:
     from quantlib.checkpoint.contents import contents
     from quantlib.checkpoint.reader import read_layout
     from quantlib.cli import surroundings
+    from quantlib.pipeline.beside import component_decisions
+    from quantlib.pipeline.shares import Shares
     from quantlib.search.budget import format_size
 
     checkpoint = read_layout(path)
     found = contents(checkpoint)
     model_map = found.model_map
     losses, why = _losses(path)
+    decided = component_decisions(Path(path))
     if json:
         components = [
-            {**asdict(row), "predicted_losses": losses.get(row.name, {})}
+            {
+                **asdict(row),
+                "predicted_losses": losses.get(row.name, {}),
+                "shares": asdict(decided.get(row.name, Shares())),
+            }
             for row in found.components
         ]
         print_json(
@@ -125,6 +134,7 @@ def _inspect_packed(path: str, coverage: bool, json: bool) -> None:
     console.print()
     print_components(found.components, found.beside)
     _print_losses(losses, why)
+    _print_shares(decided)
     if coverage:
         rows = [
             (row.name, str(checkpoint.schemes[row.name]), "×".join(map(str, row.shape)))
@@ -166,6 +176,22 @@ def _print_losses(losses: Mapping[str, Mapping[str, float]], why: str) -> None:
     console = answers()
     console.print(table(f"predicted to lose ({unit})", *tasks, rows=rows))
     console.print()
+
+
+def _print_shares(decided: Mapping[str, Shares]) -> None:
+    """Whose data decided, where several kinds of it did."""
+    rows = [
+        (component, by, name, f"{100 * share.tokens:.1f} %", f"{100 * share.weight:.1f} %")
+        for component, shares in decided.items()
+        for by, found in (("stream", shares.streams), ("modality", shares.modalities))
+        if len(found) > 1
+        for name, share in found.items()
+    ]
+    if rows:
+        console = answers()
+        columns = ("rounded for", "by", "whose data", "of the tokens", "of the weight")
+        console.print(table(*columns, rows=rows, numbers_from=3))
+        console.print()
 
 
 def _described(source: Source, model_map: ModelMap, estimate: Estimate) -> dict[str, Any]:

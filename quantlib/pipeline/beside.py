@@ -12,6 +12,7 @@ from quantlib.errors import QuantlibError, UsageError
 from quantlib.pipeline import workfiles
 from quantlib.pipeline.compress import default_work
 from quantlib.pipeline.opening import reopen_run
+from quantlib.pipeline.shares import Shares, load_shares
 from quantlib.report.task_rows import component_rows
 
 
@@ -61,3 +62,12 @@ def component_losses(out: Path) -> dict[str, dict[str, float]]:
     plan = workfiles.load_plan(out / PLAN_FILE, known.model_map, table)
     rows = component_rows(known.model_map, plan, table)
     return {row.name: dict(row.losses) for row in rows if row.losses}
+
+
+def component_decisions(out: Path) -> dict[str, Shares]:
+    """Component -> whose calibration data decided how it was rounded; {} of a model that was
+    calibrated on text alone, and where there is no work directory beside the checkpoint `out`.
+
+    Raises CheckpointError for a damaged file.
+    """
+    return load_shares(default_work(out))

@@ -28,6 +28,7 @@ from quantlib.pipeline.probe import probe
 from quantlib.pipeline.rotate import rotated
 from quantlib.pipeline.row_blocks import with_row_blocks
 from quantlib.pipeline.run import Progress, Run
+from quantlib.pipeline.shares import load_shares
 from quantlib.pipeline.status import already_there
 from quantlib.pipeline.swap import swap
 from quantlib.recipe import FUSED_SCHEMES, Recipe, method_fields
@@ -272,7 +273,15 @@ def finish(
 
         known = workfiles.load_model(work)
         page = write_run_report(
-            work / REPORT_FILE, known, run.recipe, table, problem, plan, outcome, run.costs
+            work / REPORT_FILE,
+            known,
+            run.recipe,
+            table,
+            problem,
+            plan,
+            outcome,
+            run.costs,
+            shares=load_shares(work),
         )
     return Result(
         path,

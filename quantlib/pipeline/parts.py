@@ -8,8 +8,9 @@ value, so that a picture of a thousand tokens does not outvote an answer of thre
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,15 +31,12 @@ from quantlib.calibration.statistics import (
 from quantlib.calibration.streams import StreamStatistics, require_seen
 from quantlib.calibration.watch import Weighting
 from quantlib.calibration.whole import collect
-from quantlib.checkpoint.disk import atomic_write_json
 from quantlib.checkpoint.tensorfile import read_tensors, tensor_content
 from quantlib.models import skeleton
 from quantlib.pipeline.run import Run
+from quantlib.pipeline.shares import component_shares, save_shares, told
 
 KIND, STREAM, BASELINE = "statistics", "stream", "baseline"
-SHARES_FILE = "shares.json"
-"""Who decides how each component is rounded: shares of the token weights, by stream and by
-modality."""
 LEAST_LOSS = 0.05
 """A full-precision loss is never taken to be less, in nats (or half squared errors) per term: the
 increase relative to almost nothing, of a task that the model has mastered, would outvote all other
@@ -49,10 +47,13 @@ tasks, though no answer changes."""
 class Summary:
     """What is known of a stream without opening its statistics.
 
-    terms, samples: of its loss, and of itself.
-    groups:         name -> (tokens, sum of token weights) of every matrix.
-    embeddings:     name -> whether any loss depends on it.
-    modalities:     group -> modality -> share of the token weights.
+    terms, samples:  of its loss, and of itself.
+    groups:          name -> (tokens, sum of token weights) of every matrix.
+    embeddings:      name -> whether any loss depends on it.
+    modalities:      group -> modality -> share of the token weights.
+    modality_tokens: modality -> tokens of the language model.
+    energies:        name -> sum of squared output gradients (`MatrixStatistics.energy`); {} in
+                     summaries of earlier versions.
     """
 
     name: str
@@ -62,6 +63,8 @@ class Summary:
     embeddings: Mapping[str, bool]
     ran: list[str]
     modalities: Mapping[str, Mapping[str, float]]
+    modality_tokens: Mapping[str, int] = field(default_factory=dict)
+    energies: Mapping[str, float] = field(default_factory=dict)
 
     @staticmethod
     def of(found: StreamStatistics) -> Summary:
@@ -77,6 +80,8 @@ class Summary:
             },
             sorted(found.ran),
             found.modality_shares(),
+            found.modality_tokens(),
+            {n: math.fsum(m.energy for m in g.matrices) for n, g in found.groups.items()},
         )
 
     def without_numbers(self) -> StreamStatistics:
@@ -113,7 +118,12 @@ def calibrate_whole(run: Run) -> None:
                 _calibrate_stream(run, task, model, progress.tick)
     seen = [summary(run, task) for task in run.tasks]
     require_seen(_counts(seen), (), run.recipe.expert_tokens)
-    _say_shares(run, seen)
+    owners = {group.name: group.component for group in run.model_map.groups}
+    linear = {name: owner for name, owner in owners.items() if name in seen[0].groups}
+    shares = component_shares(linear, seen, stream_weights(run))
+    save_shares(run.work.path, shares)
+    for line in filter(None, (told(component, found) for component, found in shares.items())):
+        run.progress.say(line)
 
 
 def whole_model(run: Run) -> nn.Module:
@@ -258,44 +268,3 @@ def _counts(seen: list[Summary]) -> StreamStatistics:
     }
     ran = frozenset().union(*(part.ran for part in parts))
     return StreamStatistics("all", 0, 0, groups, embeddings, ran)
-
-
-# -- who decides -----------------------------------------------------------------------------------
-
-
-def _say_shares(run: Run, seen: list[Summary]) -> None:
-    """Write each component's shares to the work directory, and say those that are shared."""
-    weights = stream_weights(run)
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for group in run.model_map.groups:
-        if group.name not in seen[0].groups:
-            continue
-        mine = found.setdefault(group.component, {"streams": {}, "modalities": {}})
-        for one in seen:
-            weight = weights[one.name] * sum(w for _, w in one.groups[group.name])
-            _add(mine["streams"], one.name, weight)
-            for modality, share in one.modalities.get(group.name, {}).items():
-                _add(mine["modalities"], modality, weight * share)
-    described = {
-        component: {what: _normalised(sums) for what, sums in shares.items()}
-        for component, shares in found.items()
-    }
-    atomic_write_json(run.work.path / SHARES_FILE, described)
-    for component, shares in described.items():
-        parts = [
-            ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares[what].items())
-            for what in ("streams", "modalities")
-            if len(shares[what]) > 1
-        ]
-        if parts:
-            run.progress.say(f"{component} is rounded for {'; of its tokens, '.join(parts)}")
-
-
-def _add(sums: dict[str, float], name: str, value: float) -> None:
-    if value > 0:
-        sums[name] = sums.get(name, 0.0) + value
-
-
-def _normalised(sums: Mapping[str, float]) -> dict[str, float]:
-    total = sum(sums.values())
-    return {name: value / total for name, value in sums.items()}

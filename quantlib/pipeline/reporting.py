@@ -17,10 +17,11 @@ from quantlib.errors import DataError, UsageError
 from quantlib.evaluation.language import LanguageResult
 from quantlib.pipeline import workfiles
 from quantlib.pipeline.plan import TASK, Budget, allocation_problem
+from quantlib.pipeline.shares import Shares, load_shares
 from quantlib.pipeline.workfiles import KnownModel, Outcome
 from quantlib.recipe import Recipe
 from quantlib.report.collect import LatencyParts, collect
-from quantlib.report.data import MeasuredPoint, ReportData
+from quantlib.report.data import MeasuredPoint, ReportData, ShareRow
 from quantlib.report.render import write_report
 from quantlib.search.latency import LatencyCosts
 from quantlib.search.pareto import pareto_front
@@ -41,14 +42,16 @@ def write_run_report(
     outcome: Outcome | None,
     costs: LatencyCosts | None = None,
     suite: Mapping[str, Any] | None = None,
+    shares: Mapping[str, Shares] | None = None,
 ) -> Path:
     """Write the report of a plan; returns its path.
 
     problem: what the plan was chosen from. outcome: the checkpoint made from it, None if there is
     none yet. costs: what everything costs in time, if that is known. suite: the JSON of an
-    evaluation in both directions.
+    evaluation in both directions. shares: component -> whose data decides how it is rounded.
     """
     data = report_data(model, recipe, table, problem, plan, outcome, costs, suite)
+    data = replace(data, shares=share_rows(shares or {}))
     return write_report(data, path)
 
 
@@ -74,8 +77,10 @@ def report_of(
     if evaluation is not None:
         outcome, suite = _evaluated(outcome, evaluation)
     place = path or work / REPORT_FILE
-    recipe = workfiles.load_recipe(work)
-    return write_run_report(place, model, recipe, table, problem, chosen, outcome, costs, suite)
+    recipe, shares = workfiles.load_recipe(work), load_shares(work)
+    return write_run_report(
+        place, model, recipe, table, problem, chosen, outcome, costs, suite, shares
+    )
 
 
 def _evaluated(
@@ -129,6 +134,16 @@ def report_data(
     return replace(data, facts=(*data.facts, *_recipe_facts(recipe, table.tasks)))
 
 
+def share_rows(shares: Mapping[str, Shares]) -> tuple[ShareRow, ...]:
+    """Shares as rows of the report."""
+    return tuple(
+        ShareRow(component, by, name, share.tokens, share.weight)
+        for component, found in shares.items()
+        for by, given in (("stream", found.streams), ("modality", found.modalities))
+        for name, share in given.items()
+    )
+
+
 def _before_rerounding(plan: Plan, outcome: Outcome | None) -> list[MeasuredPoint]:
     if outcome is None or outcome.bank is None or outcome.bank.kl is None:
         return []
@@ -147,4 +162,33 @@ def _recipe_facts(recipe: Recipe, tasks: Sequence[str]) -> list[tuple[str, str]]
         ("scores", "Fisher-weighted" if recipe.gradients else "block-local (no gradients)"),
         ("candidates", ", ".join(recipe.schemes)),
     ]
+    if tuple(tasks) != (TASK,):
+        facts.append(("tokens weighted", _WEIGHTINGS[recipe.stream_weighting]))
+    facts += _beside_weights(recipe)
     return facts + [(f"{name} version", value) for name, value in versions().items()]
+
+
+_WEIGHTINGS = {
+    "token": "each by its own gradient energy",
+    "root": "each by the root of its gradient energy",
+    "modality": "by the mean gradient energy of their modality",
+    "none": "all alike",
+}
+"""`Recipe.weighting` in words."""
+
+
+def _beside_weights(recipe: Recipe) -> list[tuple[str, str]]:
+    """What a recipe asks of a model beside its weights: its cache, its operators."""
+    facts = []
+    static = set(recipe.kv_static)
+    formats = [
+        f"{kind} {form}{' with static scales' if kind in static else ''}"
+        for kind, form in recipe.kv_modalities.items()
+    ]
+    if formats or recipe.kv != "f32":
+        facts.append(("KV cache", ", ".join(formats) or recipe.kv))
+    if recipe.nonlinear is not None:
+        facts.append(
+            ("in integers", f"softmax, GELU and LayerNorm where {recipe.nonlinear} allows")
+        )
+    return facts

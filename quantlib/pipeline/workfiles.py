@@ -3,6 +3,7 @@
     model.json         which model was measured: its map, where it lies, its size
     recipe.yaml        the recipe that sensitivity.json was measured with
     sensitivity.json   what every weight loses in every candidate scheme
+    weighting.json     whose data decides how each component is rounded (`shares`)
     plan.json          the latest plan
     latency.json       what everything would cost in time on this machine, if a plan limited that
     result.json        the latest checkpoint: where it is, and its loss on held-back windows

@@ -74,6 +74,23 @@ class KeptRow:
 
 
 @dataclass(frozen=True)
+class ShareRow:
+    """How much one stream, or one kind of token, decides how a component is rounded.
+
+    by:             "stream" or "modality". name: of it.
+    tokens, weight: fractions of the component's calibration data: of its tokens before weighting,
+                    and of the weight that they have in its Hessians. Of the rows of one component
+                    and one `by`, each adds up to one. See `quantlib.pipeline.shares`.
+    """
+
+    component: str
+    by: str
+    name: str
+    tokens: float
+    weight: float
+
+
+@dataclass(frozen=True)
 class TaskRow:
     """One of several tasks.
 
@@ -184,7 +201,8 @@ class ReportData:
     predicted_sum: the plan's plain sum of losses, its place on the calibration's axis.
     evaluation: `LanguageResult.to_json()`, None when nothing was measured. suite: what `quantlib
     eval --suite multimodal --json` printed. tasks: where there are several, what is known of each;
-    balance: how they were weighed ("sum", "minmax"). kept: what is left as it is.
+    balance: how they were weighed ("sum", "minmax"). kept: what is left as it is. shares: whose
+    calibration data decides how a component is rounded, of models with several streams.
     front: the Pareto front. measured: measured plans of ours. others: what other methods reach.
     probes: measured plans that the predictions were calibrated with.
     latencies: what the plan limits. latency_front: least loss by latency. trade_offs: sizes and
@@ -208,6 +226,7 @@ class ReportData:
     balance: str = ""
     components: tuple[ComponentRow, ...] = ()
     kept: tuple[KeptRow, ...] = ()
+    shares: tuple[ShareRow, ...] = ()
     weights: tuple[WeightRow, ...] = ()
     sensitivity: SensitivityMap | None = None
     front: tuple[FrontPoint, ...] = ()
@@ -259,6 +278,7 @@ _ROWS: dict[str, type[Any]] = {
     "tasks": TaskRow,
     "components": ComponentRow,
     "kept": KeptRow,
+    "shares": ShareRow,
     "weights": WeightRow,
     "front": FrontPoint,
     "measured": MeasuredPoint,

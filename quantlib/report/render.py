@@ -76,7 +76,7 @@ def render(data: ReportData) -> str:
         bytes=_present(bars.components(data), bars.schemes(data)),
         curves=_present(curves.pareto(data), curves.predictions(data)),
         latencies=latencies.latency_pictures(data),
-        components=_present(tables.components(data), tables.kept(data)),
+        components=_present(tables.components(data), tables.kept(data), tables.shares(data)),
         tasks=_present(tables.tasks(data)),
         figures=_present(tables.figures(data.suite)),
         pairs=tables.pairs(data.suite),

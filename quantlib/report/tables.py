@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,6 +107,29 @@ def kept(data: ReportData) -> TextTable | None:
     note = f"{total} in all. * stands for the numbers of blocks or experts."
     columns = "left as it is", "why", "stored as", "tensors", "bytes", "names"
     return TextTable(columns, tuple(rows), (0, 1, 2, 5), note)
+
+
+def shares(data: ReportData) -> TextTable | None:
+    """Whose calibration data decides how each component is rounded; what reads one kind of data
+    alone has nothing to share out."""
+    counts = Counter((row.component, row.by) for row in data.shares)
+    rows = tuple(
+        (row.component, row.by, row.name, _percent(row.tokens), _percent(row.weight))
+        for row in data.shares
+        if counts[row.component, row.by] > 1
+    )
+    if not rows:
+        return None
+    columns = ("component", "by", "whose data", "of the tokens", "of the weight")
+    note = (
+        "Whose data decides how a part is rounded: shares of its calibration tokens, and of the "
+        "weight that these have in what rounding errors are judged by, mean over its matrices."
+    )
+    return TextTable(columns, rows, (0, 1, 2), note)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def tasks(data: ReportData) -> TextTable | None:

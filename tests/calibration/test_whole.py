@@ -162,6 +162,12 @@ def test_shares_of_modalities_are_those_of_the_token_weights(mapped: Mapped) -> 
     image = float(weight[found.modality == 1].sum() / weight.sum())
     assert shares[name]["image"] == pytest.approx(image)
     assert sum(shares[name].values()) == pytest.approx(1.0)
+    image_tokens = int((found.modality == 1).sum())
+    assert found.modality_tokens() == {
+        "words": len(found.modality) - image_tokens,
+        "image": image_tokens,
+    }
+    assert image_tokens > 0
     assert collect(model, model_map, text(1)).modality_shares() == {}
 
 

@@ -143,11 +143,21 @@ def test_eval_finds_the_suite_by_the_data(run: Run, out: dict[str, Path], tmp_pa
 def test_without_data_eval_takes_what_calibration_held_back(
     run: Run, fails: Callable[..., str], tmp_path: Path
 ) -> None:
-    """One record in five of each kind, which the work directory beside the checkpoint knows."""
+    """One record in five of each kind, which the work directory beside the checkpoint knows; it
+    also knows whose data decided how a part was rounded."""
     model = whole_models.save("llava_dinov2", tmp_path / "model")
     data = whole_models.records("llava_dinov2", tmp_path, count=10)
     few = {"windows": 4, "probe_windows": 2, "probes": 0, "passes": 0, "schemes": ["w4g32zs4"]}
     out = compress(model, out=tmp_path / "out", data=data, bits=20.0, report=False, **few).path
+    shares = {
+        row["name"]: row["shares"] for row in run("inspect", out, "--json").json["components"]
+    }
+    words, image = (shares["language_model"]["modalities"][name] for name in ("text", "image"))
+    for what in ("tokens", "weight"):
+        assert words[what] + image[what] == pytest.approx(1)
+    assert shares["vision_tower"]["streams"] == {"answer": {"tokens": 1.0, "weight": 1.0}}
+    line = next(x for x in run("inspect", out).stdout.splitlines() if "modality  image" in x)
+    assert line.split()[-4::2] == [f"{100 * image[what]:.1f}" for what in ("tokens", "weight")]
     command = ("eval", out, "--against", model, "--suite", "multimodal")
     answer = run(*command, "--json")
     assert answer.code == 0, answer

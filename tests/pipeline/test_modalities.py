@@ -16,6 +16,7 @@ from quantlib.kernels.kv_format import KvFormat
 from quantlib.pipeline.compress import compress
 from quantlib.pipeline.modalities import integer_operators
 from quantlib.pipeline.opening import reopen_run
+from quantlib.pipeline.reporting import report_of
 from quantlib.recipe import Recipe
 from quantlib.runtime import nonlinear
 from quantlib.runtime.modality_hooks import attached_caches
@@ -78,7 +79,17 @@ def test_a_checkpoint_is_made_for_its_caches_and_its_integers(
     assert "scales of image_output known for every place" in shown["KV cache"]
     assert "image_output int4/int8" in shown["KV cache"]
 
-    loaded = quantlib.load(result.path, engine="plain").model
+    page = report_of(result.work).read_text()
+    for words in (
+        "image_output int4/int8 with static scales",
+        "where sqnr=15 allows",
+        "each by the root of its gradient energy",
+        "image token",
+    ):
+        assert words in page
+
+    packed = quantlib.load(result.path, engine="plain")
+    loaded = packed.model
     assert nonlinear.attached(loaded) == dict(checkpoint.around.nonlinear)
     caches = attached_caches(loaded)
     assert caches is not None
@@ -92,6 +103,9 @@ def test_a_checkpoint_is_made_for_its_caches_and_its_integers(
         route.run(loaded, **sample.inputs)
     kinds = caches.begun[0].kinds
     assert sorted(set(kinds.flatten().tolist())) == [0, 2]
+    caches.begun = []
+    assert packed.generate_image("w1 w2", seed=1).size == (8, 8)
+    assert any((cache.kinds == 2).any() for cache in caches.begun), "no code of the picture is kept"
 
 
 def test_text_alone_has_no_images_to_know_scales_of(squeeze: Any) -> None:

@@ -14,8 +14,9 @@ from PIL import Image
 from quantlib.errors import DataError, ModelError, UsageError
 from quantlib.pipeline.compress import open_run, recipe_for
 from quantlib.pipeline.opening import load_inputs
-from quantlib.pipeline.parts import SHARES_FILE, calibrate_whole, parts_there, summary
+from quantlib.pipeline.parts import calibrate_whole, parts_there, summary
 from quantlib.pipeline.plan import Budget
+from quantlib.pipeline.shares import load_shares
 from quantlib.recipe import Recipe
 
 from ..models import stacked_models
@@ -333,12 +334,16 @@ def test_every_stream_is_calibrated_once(janus: Path, data: Path, tmp_path: Path
         assert again.left == 1000 - 3 * 3
         assert parts_there(run) == (5, 5)
         assert summary(run, "image").terms == 3 * 16
-    shares = json.loads((tmp_path / "work" / SHARES_FILE).read_text())
+    shares = load_shares(tmp_path / "work")
     language = shares["language_model"]
-    assert set(language["streams"]) == {"text", "answer", "image"}
-    assert set(language["modalities"]) == {"text", "image"}
-    for kind in ("streams", "modalities"):
-        assert sum(language[kind].values()) == pytest.approx(1)
+    assert set(language.streams) == {"text", "answer", "image"}
+    assert set(language.modalities) == {"text", "image", "image token"}
+    for found in (language.streams, language.modalities):
+        assert sum(share.tokens for share in found.values()) == pytest.approx(1)
+        assert sum(share.weight for share in found.values()) == pytest.approx(1)
+    tower = shares["vision_tower"]
+    assert set(tower.streams) == {"answer"}
+    assert not tower.modalities
     assert any(line.startswith("language_model is rounded for ") for line in again.said)
     with open_run(janus, tmp_path / "work", recipe(data, weighting="none")) as run:
         assert parts_there(run) == (0, 5)

@@ -12,7 +12,7 @@ from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
 from quantlib.report import ReportData, render, tables
 from quantlib.report.collect import collect
-from quantlib.report.data import ComponentRow, KeptRow, TaskRow
+from quantlib.report.data import ComponentRow, KeptRow, ShareRow, TaskRow
 from quantlib.search.build import build_problem
 from quantlib.search.calibrate import Calibration
 from quantlib.search.plan import Plan
@@ -194,3 +194,21 @@ def test_a_component_that_is_all_kept_says_so():
     assert first == ("vision", "25", "50 B", "10 B", "16.7 %", "16.00 → 3.20", "w4g32 100 %")
     assert second[-1] == "left as it is"
     assert "no data reached it" in render(data)
+
+
+def test_whose_data_decided_is_shown_before_and_after_weighting():
+    rows = (
+        ShareRow("language_model", "modality", "text", 0.1, 0.75),
+        ShareRow("language_model", "modality", "image", 0.9, 0.25),
+        ShareRow("vision_tower", "stream", "answer", 1.0, 1.0),
+    )
+    data = ReportData("t", 100, 60, 100, shares=rows)
+    made = tables.shares(data)
+    assert made is not None
+    assert [row[2:] for row in made.rows] == [
+        ("text", "10.0 %", "75.0 %"),
+        ("image", "90.0 %", "25.0 %"),
+    ]
+    assert "of the weight" in Page(render(data)).text
+    assert tables.shares(dataclasses.replace(data, shares=rows[2:])) is None
+    assert ReportData.from_json(data.to_json()) == data

@@ -15,7 +15,6 @@ from torch import Tensor
 from quantlib.calibration.media import read_image
 from quantlib.calibration.objectives import VectorObjective
 from quantlib.calibration.paths.reading import (
-    MODALITIES,
     TEXT_ROUTE,
     answers,
     pictures_of,
@@ -151,7 +150,7 @@ FAMILIES = (
                 _writing,
                 _check_writing,
                 run=predicted_vectors,
-                modalities=MODALITIES,
+                modalities=("text", "image vector"),
             ),
             Route(
                 "decoder",

@@ -21,6 +21,7 @@ from quantlib.models.families import EMBEDDINGS, HEAD, LANGUAGE_MODEL, PROJECTOR
 WORDS = (LANGUAGE_MODEL, EMBEDDINGS, HEAD)
 """Components that text runs through."""
 MODALITIES = ("text", "image")
+"""What tokens of the language model are, where pictures are read."""
 
 Encode = Callable[[Tools, str, Image], dict[str, Any]]
 """(tools, text with a placeholder, picture) -> inputs of `forward`, `input_ids` [1, T] first of

@@ -17,7 +17,6 @@ from quantlib.calibration import forwards
 from quantlib.calibration.media import read_image
 from quantlib.calibration.objectives import TokenObjective, VectorObjective
 from quantlib.calibration.paths.reading import (
-    MODALITIES,
     TEXT_ROUTE,
     WORDS,
     answers,
@@ -45,6 +44,8 @@ from quantlib.models.modelmap import ModelMap
 
 _PICTURES = (GENERATION, QUESTION, PICTURE, PAIR)
 """Records with a picture, whatever it is for."""
+WRITTEN = ("text", "image token")
+"""What tokens of the language model are, where pictures are written as codes."""
 NO_DECODER = "nothing reads it: transformers has no image decoder for this model"
 
 
@@ -164,7 +165,7 @@ JANUS = Routes(
             _janus_writing,
             _janus_check_writing,
             run=forwards.janus_image_logits,
-            modalities=MODALITIES,
+            modalities=WRITTEN,
         ),
         Route(
             "decoder",
@@ -268,7 +269,7 @@ EMU3 = Routes(
     (
         TEXT_ROUTE,
         answers(pictures_of(any_side, _emu3_tokens), WORDS),
-        Route("image", (GENERATION,), WORDS, _emu3_writing, _check_joined, modalities=MODALITIES),
+        Route("image", (GENERATION,), WORDS, _emu3_writing, _check_joined, modalities=WRITTEN),
         Route(
             "decoder",
             _PICTURES,
