@@ -79,7 +79,7 @@ def hidden_width(trainable: Trainable, shares: Sequence[float]) -> WidthDecision
         raise UsageError("gate and up projections are one linear: leave out the widths")
     writers = tuple(matrix.weight for site in sites for matrix in site.writers)
     readers = tuple(site.down.weight for site in sites)
-    return WidthDecision("hidden", writers, readers, _whole(int(whole), shares), (SETTING,))
+    return WidthDecision("hidden", writers, readers, _whole(sites[0].width, shares), (SETTING,))
 
 
 def stage_widths(trainable: Trainable, shares: Sequence[float]) -> tuple[WidthDecision, ...]:
@@ -108,7 +108,7 @@ def stage_widths(trainable: Trainable, shares: Sequence[float]) -> tuple[WidthDe
             writers[stage].append(weight.name)
             readers[stage - 1 if begins else stage].append(weight.name)
     readers[last].append(_HEAD)
-    settings = {stage: (f"hidden_sizes.{stage}",) for stage in range(last + 1)}
+    settings: dict[int, tuple[str, ...]] = {s: (f"hidden_sizes.{s}",) for s in range(last + 1)}
     settings[-1] = ("embedding_size",)
     if not converts:
         for by_stage in (writers, readers):

@@ -163,8 +163,13 @@ def test_widths_that_lose_a_shortcut_have_no_checkpoint(tmp_path: Path) -> None:
     shortcuts = [f"{BLOCK.format(index, 0)}.shortcut" for index in (0, 1)]
     writers = [*stage, shortcuts[0]]
     readers = [*stage[1:], shortcuts[1], f"{BLOCK.format(1, 0)}.layer.0"]
-    named = (tuple(f"{n}.convolution.weight" for n in names) for names in (writers, readers))
-    width = WidthDecision("stage 0", *named, (0.5, 1.0), ("hidden_sizes.0",))
+    width = WidthDecision(
+        "stage 0",
+        tuple(f"{name}.convolution.weight" for name in writers),
+        tuple(f"{name}.convolution.weight" for name in readers),
+        (0.5, 1.0),
+        ("hidden_sizes.0",),
+    )
     layers = Layers(trainable.model, Space(whole.space.numbers, (width,)))
     with pytest.raises(SearchError, match="in only one of"):
         narrowed(trainable, layers, picked(layers, 0), tmp_path / "narrow")
