@@ -30,9 +30,9 @@ help:
 demo: install
 	$(BIN)/python -P -m quantlib.bench.demo $(DEMO_ARGS)
 
-# One process per core: tests compute with one thread each.
+# One process per core: tests compute with one thread each. tests/conftest.py orders the files.
 test: install-dev
-	$(BIN)/python -P -m pytest --numprocesses logical --dist loadfile $(TEST_ARGS)
+	$(BIN)/python -P -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 # Needs a C++ compiler and its sanitizers, no package; not part of `make test`: it takes minutes.
 sanitize:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from quantlib.kernels.cpu.library import Library
+
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("kernels", "search", "bench")
 
@@ -89,6 +91,9 @@ def test_a_wheel_built_with_a_compiler_brings_the_library(source: Path, tmp_path
     wheel = build_wheel(source, tmp_path)
     libraries = [name for name in names_in(wheel) if name.endswith(".so")]
     assert len(libraries) == 1
+    with zipfile.ZipFile(wheel) as archive:
+        library = Library(Path(archive.extract(libraries[0], tmp_path)))
+    assert library.supports("portable")
     assert libraries[0].startswith("quantlib/kernels/cpu/")
     assert "-py3-none-" in wheel.name, "any Python 3"
     assert not wheel.name.endswith("-any.whl"), "but one platform"

@@ -21,9 +21,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     `-m kernels`."""
     if "kernels" in config.getoption("markexpr"):
         return
-    long = [item for item in items if item.get_closest_marker("kernels")]
+    long = {item for item in items if item.get_closest_marker("kernels")}
     if long:
-        config.hook.pytest_deselected(items=long)
+        config.hook.pytest_deselected(items=list(long))
         items[:] = [item for item in items if item not in long]
 
 

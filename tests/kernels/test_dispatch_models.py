@@ -72,9 +72,9 @@ def checkpoints(
     importlib.util.find_spec("triton") is None,
     reason="needs Triton: pip install 'quantlib-torch[triton]'",
 )
+# ResQ takes the interpreter a minute; test_dispatch.py has single linears of it.
 @pytest.mark.parametrize(
-    "kind",
-    ["plain", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("pruned", "resq"))],
+    "kind", ["plain", "pruned", pytest.param("resq", marks=pytest.mark.kernels)]
 )
 def test_a_compressed_model_says_the_same_through_tritons_interpreter(checkpoints, kind, use):
     if reason := launch.why_not(torch.device("cpu")):

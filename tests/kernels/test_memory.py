@@ -24,6 +24,7 @@ def test_no_kernel_reads_past_the_end_of_a_tensor(library):
     assert run_guarded(build.find() or build.build()) > 200
 
 
+@pytest.mark.slow
 def test_the_portable_kernels_do_nothing_undefined(tmp_path):
     flags = ("-fsanitize=undefined", "-fno-sanitize-recover=all", "-O1")
     try:

@@ -81,6 +81,7 @@ def write_large(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(cpu.load() is None, reason="no compiled kernels")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for the peak")
 def test_a_loaded_checkpoint_takes_the_memory_of_its_file(tmp_path: Path) -> None:
