@@ -44,9 +44,12 @@ def rng(seed=0):
 
 
 @pytest.fixture(autouse=True)
-def few_points(monkeypatch):
-    """To gather codes around: what a short run can afford."""
-    monkeypatch.setattr(vq, "CLUSTERED_BATCHES", 4)
+def small_batches(monkeypatch):
+    """And few points to gather codes around: what a short run can afford."""
+    monkeypatch.setattr(vq, "BATCH", 4)
+    monkeypatch.setattr(vq, "CLUSTERED_BATCHES", 8)
+    monkeypatch.setattr(unified_stages, "READER_BATCH", 4)
+    monkeypatch.setattr(unified_stages, "JOINT_BATCH", 4)
 
 
 @pytest.fixture(scope="module")
@@ -193,9 +196,7 @@ def test_every_center_of_kmeans_is_a_unit_vector_that_owns_points(seed, count):
     assert len(used) >= 0.9 * count
 
 
-def test_what_the_vq_model_was_trained_to_decode_is_what_transformers_decodes(
-    tmp_path, strokes, model
-):
+def test_what_the_vq_model_was_trained_to_decode_is_what_transformers_decodes(tmp_path, strokes):
     """Its codebook is on the sphere, where comparing without and decoding with a norm agree."""
     made = unified.build()
     initialise(made, rng())

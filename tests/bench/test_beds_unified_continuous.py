@@ -32,6 +32,13 @@ def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(continuous_stages, "DRAWING_BATCH", 8)
+    monkeypatch.setattr(continuous_stages, "READ", 4)
+    monkeypatch.setattr(continuous_stages, "WRITTEN", 4)
+
+
 @pytest.fixture(scope="module")
 def strokes():
     masks = torch.zeros(10, SIDE, SIDE)

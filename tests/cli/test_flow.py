@@ -1,6 +1,6 @@
-"""The whole way of a model, by the console script: the one test that starts real processes."""
+"""The whole way of a model. The console script starts real processes for two of the commands, which
+import torch and transformers each; the others go through the same command line in this one."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import SCHEMES
+from .conftest import SCHEMES, Run
 
 SCRIPT = Path(sys.executable).with_name("quantlib")
 
@@ -33,9 +33,11 @@ def script(tmp_path: Path):
     return call
 
 
+@pytest.mark.slow
 def test_from_a_model_to_text_and_back_to_another_budget(
-    script, model: Path, text: Path, tmp_path: Path
+    script, run: Run, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     quick = ("--schemes", SCHEMES, "--seqlen", 32, "--windows", 6, "--no-refine", "--seed", 3)
     answer, notes = script("compress", model, "--bits", 6, "-o", "out", "--data", text, *quick)
     assert "weights on disk" in answer
@@ -46,8 +48,8 @@ def test_from_a_model_to_text_and_back_to_another_budget(
     assert "quantlib eval" in notes
     assert (tmp_path / "out.work" / "report.html").stat().st_size > 10_000
 
-    answer, _ = script("eval", "out", "--against", model, "--data", text, "--seqlen", 32, "--json")
-    kl = json.loads(answer)["result"]["kl"]
+    told = run("eval", "out", "--against", model, "--data", text, "--seqlen", 32, "--json")
+    kl = told.json["result"]["kl"]
     assert 0 < kl["value"] < 1
     assert kl["standard_error"] > 0
 
@@ -56,16 +58,14 @@ def test_from_a_model_to_text_and_back_to_another_budget(
     assert "tokens/s" in notes
 
     before = (tmp_path / "out.work" / "journal.jsonl").read_bytes()
-    answer, _ = script("search", "--work", "out.work", "--bits", 4.5, "--json")
-    found = json.loads(answer)
+    found = run("search", "--work", "out.work", "--bits", 4.5, "--json").json
     assert found["bits"] <= 4.5
     assert found["seconds"] < 2
-    script("apply", "out.work/plan.json", "-o", "smaller")
+    assert run("apply", "out.work/plan.json", "-o", "smaller").code == 0
     assert (tmp_path / "out.work" / "journal.jsonl").read_bytes() == before, "work was done again"
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("smaller", "out")]
     assert sizes[0] < sizes[1]
     assert sizes[0] <= found["bytes"] <= found["budget_bytes"]
 
-    answer, _ = script("report", "--work", "out.work", "-o", "page.html")
-    assert answer.strip() == "page.html"
+    assert run("report", "--work", "out.work", "-o", "page.html").stdout.strip() == "page.html"
     assert "<html" in (tmp_path / "page.html").read_text()
