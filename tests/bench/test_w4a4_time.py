@@ -11,8 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from quantlib.bench import record, w4a4_time
+from quantlib.cli.app import app
 
 STAGES = {"measure": {"seconds": {"calibrate": 3.04, "measure": 2.0}}, "search": {"seconds": 0.1}}
 
@@ -81,6 +83,12 @@ def test_a_command_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path
         start(monkeypatch, tmp_path / "work")
 
 
+def in_this_process(command: list[str], **_: Any) -> Any:
+    """Each process would import torch and transformers for itself."""
+    done = CliRunner().invoke(app, command[4:])
+    return subprocess.CompletedProcess(command, done.exit_code, done.stdout, done.stderr)
+
+
 def test_the_product_knows_these_commands(
     tiny_llama: Callable[..., Path],
     sample_text: str,
@@ -99,6 +107,7 @@ def test_the_product_knows_these_commands(
     monkeypatch.setattr(w4a4_time, "WINDOWS", 3)
     monkeypatch.setattr(w4a4_time, "SEQLEN", 32)
     monkeypatch.setattr(w4a4_time, "BITS", "9")  # half of this model stays in 16 bits
+    monkeypatch.setattr(w4a4_time, "subprocess", SimpleNamespace(run=in_this_process))
     found = w4a4_time.measure(model, text, tmp_path / "work", threads=1)
     assert {"calibrate", "rotate", "predict"} <= found["commands"]["measure"]["stages"].keys()
     assert found["bytes"] > 0
