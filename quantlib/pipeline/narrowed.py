@@ -198,15 +198,15 @@ def narrowed(
     tensors = {}
     for weight in model_map.weights:
         tensors[weight.name] = _cut(state[weight.name], wanted[weight.name])
-        rows, columns = shares.get(weight.name, (1.0, 1.0))
+        outputs, inputs = shares.get(weight.name, (1.0, 1.0))
         whole = state[weight.name].shape
         if tuple(wanted[weight.name][:2]) != (
-            kept_channels(whole[0], rows),
-            kept_channels(whole[1], columns),
+            kept_channels(whole[0], outputs),
+            kept_channels(whole[1], inputs),
         ):
             raise SearchError(
-                f"{weight.name} of {list(whole)} was trained with {rows:.0%} of its rows and "
-                f"{columns:.0%} of its columns, and the config of the chosen widths makes it "
+                f"{weight.name} of {list(whole)} was trained with {outputs:.0%} of its outputs and "
+                f"{inputs:.0%} of its inputs, and the config of the chosen widths makes it "
                 f"{list(wanted[weight.name])}: such a model has no checkpoint"
             )
     for row in model_map.kept:
