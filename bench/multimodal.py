@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -163,6 +164,13 @@ def _written(bed: Bed) -> list[dict[str, Any]]:
     path = record.path_of(_name(bed))
     if not path.exists():
         return []
+    found = path.stat()
+    return _rows_in(path, (found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+@lru_cache(maxsize=len(BEDS))
+def _rows_in(path: Path, _: tuple[int, ...]) -> list[dict[str, Any]]:
+    """The rows of a file, read once for all who ask; _: tells one state of the file from others."""
     file = read_json(path)
     return [*file.get("rows", ()), *file.get("stale_rows", ())]
 
@@ -276,16 +284,16 @@ def write_results(bed: Bed, rows: Sequence[Row], limit: int) -> Path:
     """The result file of a bed, from all of these rows that are there: another part or seed that
     was measured earlier stays in it. Rows that are stale stay, too, and are compared with
     nothing."""
-    known = [(row, kept) for row in rows if (kept := kept_row(row, limit)) is not None]
-    found = [kept for _, kept in known]
-    stale = [_read(row)[0] for row in rows if state_of(row, limit) == "stale"]
+    known = {row.name: kept for row in rows if (kept := kept_row(row, limit)) is not None}
+    found = list(known.values())
+    stale = [older[0] for row in rows if row.name not in known and (older := _read(row))]
     comparison = compared(found)
     return record.write(
         _name(bed),
         {
             "bed": bed.name,
             "test_records": limit,
-            "methods": {row.method.name: row.method.says for row, _ in known},
+            "methods": {r.method.name: r.method.says for r in rows if r.name in known},
             "by_task": by_task(found),
             "points_lost": points_lost(comparison),
             "comparison": comparison,

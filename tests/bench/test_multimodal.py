@@ -240,6 +240,26 @@ def test_another_machine_goes_on_where_the_result_file_is(
     assert [row["seed"] for row in written(bed)["stale_rows"]] == [1, 1]
 
 
+def test_the_result_file_is_read_once_for_all_rows_and_again_when_it_is_another(
+    bed: Bed, counted: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(multimodal.BEDS, "tiny", bed)
+    multimodal.main("tiny", ["budgets"], 2, [4.0], 10)
+    path, reads, read = record.path_of("multimodal_tiny"), [], multimodal.read_json
+    monkeypatch.setattr(multimodal, "read_json", lambda p: (reads.append(p), read(p))[1])
+    rows = [Row(bed, WHOLE, 4.0, seed) for seed in range(4)]
+    states = ["measured", "measured", "missing", "missing"]
+    assert [state_of(row, 10) for row in rows] == states
+    assert reads.count(path) <= 1
+    for row in rows:
+        row.file.unlink(missing_ok=True)
+    assert [state_of(row, 10) for row in rows] == states
+    assert reads.count(path) <= 1
+    path.write_text('{"rows": []}')
+    assert [state_of(row, 10) for row in rows] == ["missing"] * 4
+    assert reads.count(path) <= 2
+
+
 def test_a_damaged_result_file_is_not_written_over(
     bed: Bed, counted: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
