@@ -13,6 +13,7 @@ from quantlib.bench import kernels, roofs
 from quantlib.bench.peers import linear, torch_dense
 from quantlib.bench.peers.linear import Bind, LinearPeer, PeerMissing
 from quantlib.cli import console
+from quantlib.kernels.cpu import library
 
 PLAN = kernels.Plan(shapes=((96, 160),), schemes=("w3g128", "w4g64z5s5"), tokens=(1, 8), rounds=2)
 
@@ -114,7 +115,7 @@ def test_only_a_full_run_is_kept(measured: Callable[..., list[str]]) -> None:
 
 def test_a_result_is_named_after_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for loaded, suffix in ((SimpleNamespace(isa="avx2"), "avx2"), (None, "reference")):
-        monkeypatch.setattr(kernels.record.library, "load", lambda loaded=loaded: loaded)
+        monkeypatch.setattr(library, "load", lambda loaded=loaded: loaded)
         assert kernels.record.of_kernels("kernels") == f"kernels_{suffix}"
 
 
