@@ -56,26 +56,6 @@ def combined(
     )
 
 
-def shares(
-    parts: Sequence[StreamStatistics], weights: Mapping[str, float]
-) -> dict[str, dict[str, float]]:
-    """Group -> stream -> its share of the weight: who decides how it is rounded.
-
-    By the energy of their gradients, whichever tokens a stream's own Hessian is of. Groups that no
-    loss depends on are left out.
-    """
-    found = {}
-    for group in parts[0].groups:
-        sums = {
-            part.name: weights[part.name] * math.fsum(m.energy for m in part.groups[group].matrices)
-            for part in parts
-        }
-        total = math.fsum(sums.values())
-        if total > 0:
-            found[group] = {name: value / total for name, value in sums.items()}
-    return found
-
-
 def combined_group(
     parts: Sequence[GroupStatistics], scale: Sequence[float], first: Sequence[int]
 ) -> GroupStatistics:

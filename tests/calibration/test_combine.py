@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantlib.calibration.combine import combined, shares
+from quantlib.calibration.combine import combined
 from quantlib.calibration.losses import LossSum
 from quantlib.calibration.streams import Sample, Stream, StreamStatistics
 from quantlib.calibration.watch import Weighting
@@ -125,18 +125,6 @@ def test_a_stream_of_weight_zero_counts_for_nothing(
             if expected.tokens:
                 close(found.hessian, expected.hessian, f"hessian of {name}")
             assert found.weight_sum == pytest.approx(expected.weight_sum)
-
-
-def test_shares_add_up_and_follow_the_weights(
-    halves: tuple[Any, StreamStatistics, StreamStatistics],
-) -> None:
-    _, one, two = halves
-    even = shares([one, two], {"one": 1.0, "two": 1.0})
-    heavy = shares([one, two], {"one": 100.0, "two": 1.0})
-    assert even.keys() == one.groups.keys()
-    for group, found in even.items():
-        assert sum(found.values()) == pytest.approx(1.0)
-        assert heavy[group]["one"] > found["one"]
 
 
 def test_weights_that_are_none_are_refused(
