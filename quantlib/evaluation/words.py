@@ -1,7 +1,8 @@
 """Answers as people compare them: case, punctuation and articles do not count.
 
 `word_errors` is what speech recognition is measured by: the least number of words to replace, add
-or take away that makes one text the other.
+or take away that makes one text the other. Nobody hears whether "7" or "seven" is written, so both
+texts are compared as they are spoken.
 """
 
 from __future__ import annotations
@@ -11,6 +12,14 @@ import unicodedata
 from collections.abc import Sequence
 
 _ARTICLES = frozenset({"a", "an", "the"})
+_SMALL = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
+    "nineteen",
+)
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_TITLES = {"mr": "mister", "mrs": "missus", "dr": "doctor"}
+_BELOW_HUNDRED = re.compile(r"[0-9]|[1-9][0-9]", re.ASCII)
 
 
 def plain_words(text: str) -> list[str]:
@@ -25,13 +34,18 @@ def same_answer(given: str, expected: str) -> bool:
     return bool(wanted) and found == wanted
 
 
+def spoken_words(text: str) -> list[str]:
+    """The plain words of a text with titles and numbers below a hundred as English says them."""
+    return [spoken for word in plain_words(text) for spoken in _spoken(word)]
+
+
 def word_errors(given: str, expected: str) -> tuple[int, int]:
-    """(errors, words expected): the edit distance between the words of two texts.
+    """(errors, words expected): the edit distance between the spoken words of two texts.
 
     The word error rate of several texts is the sum of the first over the sum of the second.
     """
-    wanted = plain_words(expected)
-    return edit_distance(plain_words(given), wanted), len(wanted)
+    wanted = spoken_words(expected)
+    return edit_distance(spoken_words(given), wanted), len(wanted)
 
 
 def edit_distance(given: Sequence[str], expected: Sequence[str]) -> int:
@@ -43,6 +57,15 @@ def edit_distance(given: Sequence[str], expected: Sequence[str]) -> int:
             replaced = diagonal + (word != wanted)
             diagonal, row[place] = row[place], min(replaced, row[place] + 1, row[place - 1] + 1)
     return row[-1]
+
+
+def _spoken(word: str) -> list[str]:
+    if not _BELOW_HUNDRED.fullmatch(word):
+        return [_TITLES.get(word, word)]
+    tens, ones = divmod(int(word), 10)
+    if tens < 2:
+        return [_SMALL[int(word)]]
+    return [_TENS[tens - 2], *([_SMALL[ones]] if ones else [])]
 
 
 def _without_articles(text: str) -> list[str]:

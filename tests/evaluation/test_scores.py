@@ -17,7 +17,13 @@ from quantlib.evaluation.pictures import (
     psnr,
     relative_errors,
 )
-from quantlib.evaluation.words import edit_distance, plain_words, same_answer, word_errors
+from quantlib.evaluation.words import (
+    edit_distance,
+    plain_words,
+    same_answer,
+    spoken_words,
+    word_errors,
+)
 
 SHORT = st.lists(st.sampled_from("abc"), max_size=6)
 
@@ -41,6 +47,20 @@ def test_words_are_compared_without_case_and_punctuation() -> None:
     assert plain_words("It's a “Red” three.") == ["it's", "a", "red", "three"]
     assert word_errors("The cat sat", "the cat sat on mats") == (2, 5)
     assert word_errors("", "one two") == (2, 2)
+
+
+def test_errors_of_speech_are_those_that_can_be_heard() -> None:
+    assert spoken_words("Mr. 7's 40, 42; 100 and 007") == [
+        *("mister", "7's", "forty", "forty", "two", "100", "and", "007")
+    ]
+    assert word_errors("10 of Clubs. 5 5", "ten of clubs five five") == (0, 5)
+    assert word_errors("7F clubs", "seven of clubs") == (2, 3)
+    assert [spoken_words(str(number)) for number in (0, 19, 20, 99)] == [
+        ["zero"],
+        ["nineteen"],
+        ["twenty"],
+        ["ninety", "nine"],
+    ]
 
 
 @pytest.mark.parametrize(
