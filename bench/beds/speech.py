@@ -13,12 +13,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
 
+from quantlib.bench import record
 from quantlib.bench.beds.folders import (
     CALIBRATION,
     MODEL,
@@ -137,7 +138,13 @@ def build(cache: Cache = None, wheels: Wheels = None) -> None:
 
 
 @app.command()
-def gates(cache: Cache = None, wheels: Wheels = None) -> None:
+def gates(
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Write bench/results/bed_speech.json.")
+    ] = False,
+    cache: Cache = None,
+    wheels: Wheels = None,
+) -> None:
     """Transcribe the utterances, print the word errors as JSON; exit code 1 when there are more
     than 15 %."""
     from quantlib.calibration.media import read_audio
@@ -150,8 +157,13 @@ def gates(cache: Cache = None, wheels: Wheels = None) -> None:
         sound = torch.from_numpy(read_audio(record.file, RATE))
         errors, length = word_errors(transcribe(model, processor, sound), record.answer)
         wrong, words = wrong + errors, words + length
-    print(json.dumps({"word_errors": wrong, "words": words, "rate": wrong / words, "gate": GATE}))
-    if wrong / words > GATE:
+    rate = wrong / words
+    found = {"word_errors": wrong, "words": words, "rate": rate, "gate": GATE}
+    found["passed"] = rate <= GATE
+    print(json.dumps(found))
+    if keep:
+        console.print(str(record.write("bed_speech", found)))
+    if rate > GATE:
         raise typer.Exit(1)
 
 
