@@ -153,9 +153,9 @@ def gates(
     folder = bed(cache, wheels)
     model, processor = open_model(folder / MODEL)
     wrong = words = 0
-    for record in read_records(folder / TEST):
-        sound = torch.from_numpy(read_audio(record.file, RATE))
-        errors, length = word_errors(transcribe(model, processor, sound), record.answer)
+    for spoken in read_records(folder / TEST):
+        sound = torch.from_numpy(read_audio(spoken.file, RATE))
+        errors, length = word_errors(transcribe(model, processor, sound), spoken.answer)
         wrong, words = wrong + errors, words + length
     rate = wrong / words
     found = {"word_errors": wrong, "words": words, "rate": rate, "gate": GATE}
