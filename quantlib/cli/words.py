@@ -59,8 +59,9 @@ def loss_name(task: str, balance: str, calibrated: bool) -> str:
 
 
 def limit_rows(plan: Plan) -> list[tuple[str, str]]:
-    """One row for every latency and every component whose bytes a plan limits, and one for the
-    machine that latencies are for."""
+    """One row for every latency, for every component whose bytes a plan limits and for bits of
+    inputs, and one for the machine that latencies are for."""
+    from quantlib.search.activations import ACTIVATION_BITS
     from quantlib.search.budget import format_size
     from quantlib.search.components import is_component, pattern_of
     from quantlib.search.latency import format_ms, is_latency, phase_text
@@ -77,6 +78,8 @@ def limit_rows(plan: Plan) -> list[tuple[str, str]]:
         elif is_component(cost):
             allowed = f"{format_size(int(taken))}, {format_size(int(limit))} allowed"
             rows.append((f"bytes of {pattern_of(cost)}", allowed))
+        elif cost == ACTIVATION_BITS:
+            rows.append(("bits of inputs", f"{taken:.3f}, {limit:g} allowed"))
     if timed and "machine" in plan.provenance:
         rows.append(("timed on", plan.provenance["machine"]))
     return rows

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from quantlib.calibration.paths.workload import Workload
 from quantlib.checkpoint.workdir import WorkDir
-from quantlib.errors import CheckpointError, DataError, UsageError
+from quantlib.errors import CheckpointError, DataError, ModelError, UsageError
+from quantlib.kernels.kv_format import KvFormat
 from quantlib.models import skeleton
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
@@ -27,6 +28,7 @@ from quantlib.pipeline.whole import check_blockwise, check_whole, is_whole, mapp
 from quantlib.recipe import Recipe
 from quantlib.search.latency import LatencyCosts
 from quantlib.transforms.binding import wire
+from quantlib.transforms.tables import find
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ def load_inputs(
     check_whole(recipe) if whole else check_blockwise(recipe)
     check_rotatable(source, recipe)
     check_inputs(model_map, candidates(model_map, recipe))
+    if not whole:  # theirs goes by modality
+        _check_cache(source, recipe)
     costs = None
-    if recipe.kv_bits is not None:
-        check_bits(wire(skeleton.build(source)).attentions, recipe.kv_bits)
     if budget is not None:
         budget.rules(), budget.in_bytes(model_map)  # before anything is timed
         schemes = candidates(model_map, recipe)
@@ -81,6 +83,27 @@ def load_inputs(
     windows = read_windows(recipe, tokenizer)
     _check_vocabulary(source, model_map, windows)
     return Inputs(source, model_map, recipe, tokenizer, windows, None, costs)
+
+
+def _check_cache(source: Source, recipe: Recipe) -> None:
+    """Raise for a KV cache that this model cannot have: ModelError where quantlib does not know its
+    attentions, UsageError for mean bits and FormatError for formats that its heads do not fit."""
+    if recipe.kv == "f32":
+        return
+    if find(source.model_type) is None:
+        raise ModelError(
+            f"quantlib does not know the attentions of a model of type {source.model_type}, so it "
+            "cannot round keys and values: leave out --kv, or add its wiring to "
+            "quantlib/transforms/tables.py"
+        )
+    attentions = wire(skeleton.build(source)).attentions
+    if recipe.kv_bits is not None:
+        check_bits(attentions, recipe.kv_bits)
+        return
+    kv = KvFormat.parse(recipe.kv)
+    for head_dim in sorted({attention.head_dim for attention in attentions}):
+        kv.key.check(head_dim)
+        kv.value.check(head_dim)
 
 
 def _check_length(source: Source, recipe: Recipe) -> None:

@@ -143,6 +143,12 @@ def allocation_problem(
     fixed = dict(costs.fixed) if costs else {}
     if any(map(rounds_inputs, table.rows.values())):
         spent[ACTIVATION_BITS] = activation_costs(weights, table.rows)
+    elif budget.activations is not None:
+        raise UsageError(
+            f"activations of {budget.activations:g} bits cannot be had: no candidate scheme rounds "
+            "the inputs of linears; use --scheme resq, or name such schemes with --schemes, as "
+            "w4g64a4z"
+        )
     sizes = {name: {s: entry.bytes for s, entry in row.items()} for name, row in table.rows.items()}
     for cost in filter(is_component, budget.limits(model_map)):
         spent[cost] = component_costs(cost, weights, sizes)

@@ -23,6 +23,7 @@ from quantlib.recipe import Recipe
 from quantlib.report.collect import LatencyParts, collect
 from quantlib.report.data import MeasuredPoint, ReportData, ShareRow
 from quantlib.report.render import write_report
+from quantlib.search.activations import activation_costs, rounds_inputs
 from quantlib.search.latency import LatencyCosts
 from quantlib.search.pareto import pareto_front
 from quantlib.search.plan import Plan
@@ -131,7 +132,8 @@ def report_data(
         bytes_before=model.file_bytes,
         bytes_after=outcome.file_bytes if outcome else None,
     )
-    return replace(data, facts=(*data.facts, *_recipe_facts(recipe, table.tasks)))
+    inputs = _input_facts(model, table, plan)
+    return replace(data, facts=(*data.facts, *inputs, *_recipe_facts(recipe, table.tasks)))
 
 
 def share_rows(shares: Mapping[str, Shares]) -> tuple[ShareRow, ...]:
@@ -149,6 +151,15 @@ def _before_rerounding(plan: Plan, outcome: Outcome | None) -> list[MeasuredPoin
         return []
     kl = outcome.bank.kl
     return [MeasuredPoint("before re-rounding", plan.bytes, kl.value, kl.standard_error)]
+
+
+def _input_facts(model: KnownModel, table: Sensitivity, plan: Plan) -> list[tuple[str, str]]:
+    """Mean bits of the inputs of linears, where some candidate rounds them."""
+    if not any(map(rounds_inputs, table.rows.values())):
+        return []
+    costs = activation_costs(model.model_map.weights, table.rows)
+    bits = sum(costs[name, scheme] for name, scheme in plan.schemes.items())
+    return [("bits of inputs", f"{bits:.3f} in the mean, scales and zero points counted")]
 
 
 def _recipe_facts(recipe: Recipe, tasks: Sequence[str]) -> list[tuple[str, str]]:
@@ -177,16 +188,27 @@ _WEIGHTINGS = {
 """`Recipe.weighting` in words."""
 
 
+_BASES = {
+    "pca": "principal components of activations (ResQ)",
+    "weights": "directions by what their rounding costs, priced by the energy of weights",
+    "gradients": "directions by what their rounding costs, priced by gradients",
+}
+"""`Recipe.rotation` in words."""
+
+
 def _beside_weights(recipe: Recipe) -> list[tuple[str, str]]:
-    """What a recipe asks of a model beside its weights: its cache, its operators."""
+    """What a recipe asks of a model beside its weights: its basis, its cache, its operators."""
     facts = []
+    if recipe.rotation != "none":
+        facts.append(("basis", _BASES[recipe.rotation]))
     static = set(recipe.kv_static)
     formats = [
         f"{kind} {form}{' with static scales' if kind in static else ''}"
         for kind, form in recipe.kv_modalities.items()
     ]
     if formats or recipe.kv != "f32":
-        facts.append(("KV cache", ", ".join(formats) or recipe.kv))
+        one = recipe.kv if recipe.kv_bits is None else f"at most {recipe.kv} bits in the mean"
+        facts.append(("KV cache", ", ".join(formats) or one))
     if recipe.nonlinear is not None:
         facts.append(
             ("in integers", f"softmax, GELU and LayerNorm where {recipe.nonlinear} allows")

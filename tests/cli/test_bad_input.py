@@ -203,6 +203,7 @@ def test_the_smallest_possible_size_is_possible(
         (("--bits", 5, "--pin", "q_proj=w4g32a8"), "and no candidate does"),
         (("--bits", 5, "--scheme", "resk"), "unknown --scheme 'resk'"),
         (("--bits", 5, "--kv", "int5"), "is not a format of a KV cache"),
+        (("--bits", 5, "--activations", 5), "no candidate scheme rounds the inputs of linears"),
         (("--bits", 5, "--pin", "q_proj=bf16"), "leaves no scheme"),
         (("--bits", 5, "--preset", "best"), "contradict"),
         (("--bits", 5, "--windows", 0), "windows"),

@@ -9,7 +9,7 @@ import torch
 
 import quantlib
 from quantlib.checkpoint.reader import read_layout
-from quantlib.errors import UsageError
+from quantlib.errors import FormatError, ModelError, UsageError
 from quantlib.kernels.kv_format import KvFormat, SideFormat
 from quantlib.pipeline.caches import allocate
 from quantlib.pipeline.compress import Result
@@ -51,6 +51,44 @@ def test_too_few_bits_are_refused_before_anything_is_written(
 ) -> None:
     with pytest.raises(UsageError, match="a KV cache of 4 bits cannot be had"):
         squeeze(kv="4", bits=16.0)
+    assert not (tmp_path / "out.work").exists()
+
+
+@pytest.mark.parametrize(
+    ("kv", "why"),
+    [
+        ("int4h16", "int4h16 keeps 16 columns at 8 bits, and a head has 16: use int8"),
+        ("int8/int4h32", "int4h32 keeps 32 columns at 8 bits, and a head has 16"),
+    ],
+)
+@pytest.mark.parametrize("rotation", ["none", "gradients"])
+def test_more_wide_columns_than_heads_have_are_refused_before_anything_is_written(
+    squeeze: Callable[..., Result], tmp_path: Path, kv: str, why: str, rotation: str
+) -> None:
+    with pytest.raises(FormatError, match=why):
+        squeeze(kv=kv, bits=16.0, rotation=rotation)
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_a_cache_of_attentions_that_nobody_knows_is_refused_before_anything_is_written(
+    squeeze: Callable[..., Result], tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    """Weights of such a decoder can be rounded: its map is derived, its wiring is not."""
+    from transformers import StableLmConfig, StableLmForCausalLM
+
+    config = StableLmConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    StableLmForCausalLM(config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    for kv in ("int8", "5.5"):
+        with pytest.raises(ModelError, match=r"does not know the attentions of .* type stablelm"):
+            squeeze(model=tmp_path / "model", kv=kv, bits=16.0)
     assert not (tmp_path / "out.work").exists()
 
 

@@ -12,6 +12,7 @@ from quantlib.checkpoint.reader import read_layout
 from quantlib.errors import SearchError, TransformError, UsageError
 from quantlib.formats.scheme import Scheme
 from quantlib.pipeline.compress import Result
+from quantlib.pipeline.reporting import report_of
 from quantlib.search.activations import ACTIVATION_BITS, mean_bits
 
 RESQ: dict[str, Any] = {
@@ -79,6 +80,9 @@ def test_a_limit_on_activation_bits_is_kept(squeeze: Callable[..., Result]) -> N
             weighted += rows * columns * mean_bits(Scheme.parse(scheme), columns)
             total += rows * columns
     assert weighted / total <= 4.5
+    page = report_of(result.work).read_text()
+    assert f"{weighted / total:.3f} in the mean, scales and zero points counted" in page
+    assert "directions by what their rounding costs, priced by gradients" in page
     assert squeeze(**RESQ, activations=8.0, overwrite=True).plan.limits[ACTIVATION_BITS] == 8.0
 
 
