@@ -7,6 +7,7 @@ twice in memory in float32, its gradients and moments: it is for models that can
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -87,6 +88,8 @@ class Request:
             )
         if min(self.batch, self.steps, self.windows) < 1:
             raise UsageError("steps, batch and windows are whole numbers from 1")
+        if not (math.isfinite(self.rate) and self.rate > 0):
+            raise UsageError(f"a learning rate of {self.rate}: give a number above 0, such as 2e-5")
         Scheme.parse(self.rest)
 
     def search(self, target: float) -> Settings:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from quantlib.errors import SearchError
+from quantlib.errors import FormatError, SearchError
 from quantlib.search.trained.state import State, load_state
 
 BETAS = (0.9, 0.95)
@@ -64,7 +64,8 @@ class Training:
     autocast: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not self.rate > 0 or not 0 <= self.warmup <= self.steps:
+        is_rate = math.isfinite(self.rate) and self.rate > 0
+        if self.steps < 1 or not is_rate or not 0 <= self.warmup <= self.steps:
             raise SearchError(
                 f"{self.steps} steps at a rate of {self.rate} with a warm-up of {self.warmup}: give"
                 " at least one step, a positive rate, and a warm-up no longer than all"
@@ -158,8 +159,9 @@ class Loop:
     def run(self) -> None:
         """Train to the end, or go on from the file; the model is then in evaluation mode.
 
-        Raises SearchError for a file of other settings, and at the first loss, gradient or reward
-        that is not finite: the file keeps the last state that was.
+        Raises SearchError for a file of other settings, at the first loss, gradient or reward that
+        is not finite, and at the first weight that no format holds: the file keeps the last state
+        that was.
         """
         optimizer = self._optimizer()
         first = self._resume(optimizer)
@@ -181,10 +183,13 @@ class Loop:
         for group in optimizer.param_groups:
             group["lr"] = self.training.rate_at(step)
         self.method.before(step)
-        with _precision(self.model, self.training):
-            outcome = self.task(self.model, step, step_generator(self.training.seed, step))
-            extra = self.method.penalty()
-            loss = outcome.loss if extra is None else outcome.loss + extra
+        try:
+            with _precision(self.model, self.training):
+                outcome = self.task(self.model, step, step_generator(self.training.seed, step))
+                extra = self.method.penalty()
+                loss = outcome.loss if extra is None else outcome.loss + extra
+        except FormatError as error:
+            raise SearchError(self._diverged(step, _unrounded(error))) from error
         if not bool(torch.isfinite(loss)):
             raise SearchError(self._diverged(step, f"the loss is {float(loss.detach())}"))
         optimizer.zero_grad()
@@ -200,6 +205,8 @@ class Loop:
             self.method.after(step, quality)
         except FloatingPointError as error:
             raise SearchError(self._diverged(step, str(error))) from error
+        except FormatError as error:
+            raise SearchError(self._diverged(step, _unrounded(error))) from error
 
     def _diverged(self, step: int, what: str) -> str:
         kept = "nothing had been kept yet"
@@ -254,6 +261,11 @@ class Loop:
         learned, numbers = self.method.state()
         tensors |= {f"method.{name}": tensor for name, tensor in learned.items()}
         State(done, self.settings, tensors, numbers).save(self.file)
+
+
+def _unrounded(error: FormatError) -> str:
+    """What a step says of a number that its format cannot hold: weights that grew beyond it."""
+    return f"something cannot be rounded any more: {error}"
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -197,3 +198,9 @@ def test_phases_that_leave_no_search_are_refused(text: Path) -> None:
         Request(str(text), "4x4", delay=0.6, settle=0.4)
     with pytest.raises(UsageError, match="whole numbers from 1"):
         Request(str(text), "4x4", batch=0)
+
+
+@pytest.mark.parametrize("rate", [math.nan, math.inf, 0.0, -1e-5])
+def test_a_learning_rate_that_is_none_is_refused(text: Path, rate: float) -> None:
+    with pytest.raises(UsageError, match="a number above 0, such as 2e-5"):
+        Request(str(text), "4x4", rate=rate)

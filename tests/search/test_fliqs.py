@@ -223,6 +223,13 @@ def test_nan_stops_and_the_last_good_state_stays(
     assert all(bool(t.isfinite().all()) for t in healthy.model.state_dict().values())
 
 
+def test_weights_that_outgrow_their_format_stop_as_nan_does(tmp_path: Path) -> None:
+    run, _ = searched(tmp_path / "state")
+    run.training = replace(run.training, rate=1e30, warmup=0)
+    with pytest.raises(SearchError, match=r"stops at step 1, .*beyond float16.*with a lower rate"):
+        run.run()
+
+
 def test_a_choice_judged_nan_stops_before_the_policy_learns_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,6 +262,8 @@ def test_targets_and_phases_out_of_reach_are_refused(tmp_path: Path) -> None:
         Fliqs(layers, costs, replace(SEARCH, draws=2), 40, seed=0)
     with pytest.raises(SearchError, match="at least one step"):
         Training(steps=0, rate=1e-3)
+    with pytest.raises(SearchError, match="a positive rate"):
+        Training(steps=5, rate=math.inf)
 
 
 def test_a_fixed_choice_trains_in_it_from_its_start(tmp_path: Path) -> None:
