@@ -53,7 +53,7 @@ from quantlib.bench.graph_model import dense_model
 from quantlib.bench.graph_row_tables import KNOWN, SCHEMES, RowTable, tables
 from quantlib.bench.graph_sensitivity import ratio_error
 from quantlib.calibration.data import load_windows
-from quantlib.checkpoint.disk import atomic_write_text
+from quantlib.checkpoint.disk import atomic_write_text, read_json
 from quantlib.checkpoint.provenance import digest
 from quantlib.evaluation.language import LanguageResult, evaluate_language
 from quantlib.evaluation.reference import reference_logprobs
@@ -93,6 +93,8 @@ TAUGHT = 4
 """Of so many blocks the network is taught on one."""
 TRAINING = Training(steps=100, batch=8)
 PACKED = 2.5
+"""Bits of the plan that kernels run."""
+RESULT = "graph_rows"
 
 
 def budget_bytes(found: Mapping[str, RowTable], bits: float) -> int:
@@ -278,7 +280,7 @@ class Kept:
         self.rows: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
 
     def keep(self, name: str, row: Mapping[str, Any]) -> None:
-        self.rows[name] = dict(row)
+        self.rows[name] = {**record.when_and_where(), **row}
         atomic_write_text(self._file, json.dumps(self.rows, indent=1) + "\n")
         print(name, {k: v for k, v in row.items() if isinstance(v, float)}, flush=True)
         publish(list(self.rows.values()))
@@ -354,12 +356,29 @@ def measure_rounding(run: Run, judge: Judge, kept: Kept, wanted: Wanted, roundin
 
 
 def publish(rows: Sequence[dict[str, Any]]) -> Path:
-    """Write the file that is committed: the rows in which most linears were rounded."""
+    """Write the file that is committed: the rows in which most linears were rounded. Rows that
+    stand in it of the same formats stay, where they were not measured again.
+
+    Raises CheckpointError for a damaged file: its rows would be lost by writing over it.
+    """
+    about = {"seqlen": SEQLEN, "schemes": list(SCHEMES), "known": list(KNOWN)}
+    path = record.path_of(RESULT)
+    before = read_json(path) if path.exists() else {}
+    older: list[dict[str, Any]] = []
+    if {name: before.get(name) for name in about} == about:
+        made = {name: before[name] for name in ("date", "machine")}
+        older = [{**made, **row} for row in (*before["rows"], *before["packed"])]
+    again = {place_of(row) for row in rows}
+    rows = [*(row for row in older if place_of(row) not in again), *rows]
     most = max(row["linears"] for row in rows)
     best = [row for row in rows if row["linears"] == most and "method" in row]
     packed = [row for row in rows if "method" not in row]
-    about = {"seqlen": SEQLEN, "schemes": SCHEMES, "known": KNOWN}
-    return record.write("graph_rows", {**about, "rows": compared(best), "packed": packed})
+    return record.write(RESULT, {**about, "rows": compared(best), "packed": packed})
+
+
+def place_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a row is of: no two of a file have the same."""
+    return tuple(row.get(name) for name in ("method", "rounding", "bits", "windows", "linears"))
 
 
 def main() -> None:

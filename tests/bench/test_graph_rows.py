@@ -1,13 +1,15 @@
 """Blocks of rows on a tiny model: budgets hold, more to choose from loses less, and kernels run
 what was chosen."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from quantlib.bench import graph_depths
+from quantlib.bench import graph_depths, graph_rows, record
 from quantlib.bench.graph_checkpoint import OTHERS
 from quantlib.bench.graph_depths import LEAST, block_of, factors_of, spans
 from quantlib.bench.graph_row_tables import KNOWN, SCHEMES, RowTable, tables
@@ -19,6 +21,7 @@ from quantlib.bench.graph_rows import (
     compared,
     factors_of_depth,
     packed_row,
+    publish,
     row_of,
 )
 from quantlib.errors import SearchError
@@ -94,6 +97,33 @@ def test_a_row_says_what_was_measured(measured: Measured) -> None:
     assert ratios == pytest.approx([row["kl"] / base["kl"], 1.0])
     assert row["true_bits"] <= 3.5
     assert row["linears_in_blocks"] > 0
+
+
+def test_rows_that_were_not_measured_again_stay_in_the_result_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "machine", lambda: "one")
+
+    def row(method: str, kl: float, linears: int = 70) -> dict[str, Any]:
+        about = {"method": method, "rounding": "gptq", "bits": 2.5, "windows": 2}
+        return about | {"linears": linears, "kl": kl, "kl_by_window": [0.8 * kl, 1.2 * kl]}
+
+    def published(*rows: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        file = json.loads(publish(rows).read_text())
+        return {found["method"]: found for found in file["rows"]}
+
+    published(row("uniform", 0.4), row("graph", 0.3))
+    monkeypatch.setattr(record, "machine", lambda: "another")
+    found = published(row("known", 0.6), row("uniform", 0.5))
+    kls = {name: one["kl"] for name, one in found.items()}
+    assert kls == {"uniform": 0.5, "graph": 0.3, "known": 0.6}
+    assert found["graph"]["machine"] == "one"
+    assert found["graph"]["kl_ratio_known"] == pytest.approx(0.5)
+    assert found["graph"]["kl_ratio_gptq"] == pytest.approx(0.6)
+    assert "known" in published(row("layers", 0.1, linears=7)), "fewer linears are another task"
+    monkeypatch.setattr(graph_rows, "SCHEMES", ("w2g64",))
+    assert list(published(row("rows", 0.2))) == ["rows"], "of other formats: not comparable"
 
 
 def test_spans_are_neighbouring_blocks() -> None:
