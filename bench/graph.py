@@ -29,7 +29,6 @@ and norms stay as they are), each allocation rounded by plain GPTQ and measured 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -45,6 +44,7 @@ from quantlib.bench.graph_checkpoint import checkpoint_row
 from quantlib.bench.graph_model import Bench
 from quantlib.bench.graph_sensitivity import prediction_rows
 from quantlib.calibration.data import load_windows
+from quantlib.checkpoint.disk import read_json
 from quantlib.pipeline.calibrate import calibrate
 from quantlib.pipeline.compress import load_tokenizer, open_run
 from quantlib.recipe import Recipe
@@ -174,21 +174,32 @@ def checkpoint(bench: Bench) -> None:
 
 def publish(rows: Mapping[str, Any]) -> Path:
     """Write the file that is committed; its `columns` are the rows in which most linears were
-    rounded: one task. Parts that there are no rows of stay as they are in it."""
-    file = record.RESULTS / "graph.json"
-    before = json.loads(file.read_text()) if file.exists() else {}
+    rounded: one task. Parts and rows that were not measured again stay as they are in it.
+
+    Raises CheckpointError for a damaged file: its rows would be lost by writing over it.
+    """
+    file = record.path_of("graph")
+    before = read_json(file) if file.exists() else {}
     found = {part: before[part] for part in (*PARTS, FEWER) if part in before}
-    found |= {part: own for part, own in rows.items() if part in PARTS}
-    if "prediction" in rows:  # methods that are not predicted again yet stay, too
-        found["prediction"] = {**before.get("prediction", {}), **rows["prediction"]}
+    for part in ("checkpoint", "prediction"):
+        if part in rows:
+            found[part] = {**before.get(part, {}), **rows[part]}
     if "columns" in rows:
         columns = [
             {"method": name.partition("@")[0], **row} for name, row in rows["columns"].items()
         ]
+        again = {_place(row) for row in columns}
+        older = [*before.get("columns", []), *before.get(FEWER, [])]
+        columns = [*(row for row in older if _place(row) not in again), *columns]
         most = max(row["linears"] for row in columns)
         found["columns"] = [row for row in columns if row["linears"] == most]
         found[FEWER] = [row for row in columns if row["linears"] < most]
     return record.write("graph", {"windows": WINDOWS, "seqlen": SEQLEN, **found})
+
+
+def _place(row: Mapping[str, Any]) -> tuple[str, float, int]:
+    """What a row of the columns' part is of."""
+    return row["method"], row["bits"], row["linears"]
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python -P -m quantlib.bench.search                       both tasks, three budgets each
     python -P -m quantlib.bench.search smollm2 --random 20   random search of 20 plans a budget
-    python -P -m quantlib.bench.search --table               the tables of what is measured
+    python -P -m quantlib.bench.search --table               tables and plots of what is measured
 
 Tasks: `smollm2`, KL on 8 held-out windows of 512 tokens; `dinov2`, half the squared relative error
 of the vectors of 128 pictures. Neither calibration nor search has seen them. All plans are of the
@@ -11,7 +11,7 @@ same candidates, rounded alike and substituted from the same bank: what differs 
 over windows or pictures; `against exact` is the mean difference, in per cent, from the exact search
 on measured errors, with the standard error of paired differences. Minutes are of one core and do
 not count calibration (`search_methods.py`). Rows of the graph network, FLIQS and CSQ come from
-their own benchmarks.
+their own benchmarks, with their own units of cost and half of a 95 % interval (`search_others.py`).
 
 Plans and their losses are kept in the work directories, so the command goes on where it was.
 """
@@ -19,6 +19,7 @@ Plans and their losses are kept in the work directories, so the command goes on 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +34,7 @@ from quantlib.bench.plans_measured import SUBJECTS, budgets_of, opened
 from quantlib.bench.search_judge import Judge
 from quantlib.bench.search_methods import Context, searches
 from quantlib.bench.search_others import other_rows
-from quantlib.bench.search_plot import save_plot
+from quantlib.bench.search_plot import save_others, save_plot
 from quantlib.checkpoint.disk import read_json
 from quantlib.errors import DataError, QuantlibError, UsageError
 from quantlib.search.expressions import Expression
@@ -43,6 +44,7 @@ CHOSEN = (1, 3, 5)
 """Which of the budgets of `plans_measured` are compared."""
 EXACT = "exact, measured"
 RESULT = "search"
+WORDS = re.compile(r"\w+")
 UNITS = {"smollm2": "KL, nats per token", "dinov2": "half the squared relative error"}
 
 console = Console(stderr=True)
@@ -135,7 +137,7 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 def others_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of other benchmarks as Markdown."""
-    lines = ["| task | search | cost | quality | minutes |", "|---|---|---|---|---|"]
+    lines = ["| task | search | cost | quality, ± 95 % | minutes |", "|---|---|---|---|---|"]
     for row in rows:
         error = "" if row["error"] is None else f" ± {row['error']:.2g}"
         cost = f"{row['cost']:.3g} {row['cost_unit']}"
@@ -146,10 +148,25 @@ def others_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def kept(folder: Path = record.RESULTS) -> dict[str, Any]:
+def kept() -> dict[str, Any]:
     """The tasks of the result file; none where there is none."""
-    file = folder / f"{RESULT}.json"
+    file = record.path_of(RESULT)
     return dict(read_json(file)["tasks"]) if file.exists() else {}
+
+
+def show(found: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Print tables and write plots: of these tasks, and of what other benchmarks measured."""
+    missing = [name for name in names if name not in found]
+    if missing or not names:
+        raise DataError(f"{(missing or list(SUBJECTS))[0]} is not measured yet: leave out --table")
+    for name in names:
+        print(f"\n{name}: {found[name]['unit']}\n\n{table(found[name])}")
+        save_plot(found[name], record.RESULTS / f"{RESULT}_{name}.svg")
+    if others := other_rows():
+        print(f"\n{others_table(others)}")
+        for task in dict.fromkeys(row["task"] for row in others):
+            mine = [row for row in others if row["task"] == task]
+            save_others(mine, record.RESULTS / f"{RESULT}_{'_'.join(WORDS.findall(task))}.svg")
 
 
 def main(
@@ -159,27 +176,21 @@ def main(
         typer.Option(help="Plans of random search; as many as the exact search's time allows."),
     ] = None,
     work: Annotated[Path | None, typer.Option(help="Work directory, of one task.")] = None,
-    only_table: Annotated[bool, typer.Option("--table", help="Print what is measured.")] = False,
+    only_table: Annotated[
+        bool, typer.Option("--table", help="Print and plot what is measured.")
+    ] = False,
 ) -> None:
     """Compare searches; writes the result file, and a plot for every task."""
     try:
-        names = tasks or list(SUBJECTS)
-        unknown = [name for name in names if name not in SUBJECTS]
+        unknown = [name for name in tasks or () if name not in SUBJECTS]
         if unknown:
             raise UsageError(f"unknown task {unknown[0]!r}: use {', '.join(SUBJECTS)}")
         found = kept()
-        for name in [] if only_table else names:
+        for name in [] if only_table else tasks or SUBJECTS:
             for task in compared(name, random, work):
                 found[name] = task
-                print(record.write(RESULT, {"tasks": found, "others": other_rows()}))
-                save_plot(task, record.RESULTS / f"{RESULT}_{name}.svg")
-        missing = [name for name in names if name not in found]
-        if missing:
-            raise DataError(f"{missing[0]} is not measured yet: leave out --table")
-        for name in names:
-            print(f"\n{name}: {found[name]['unit']}\n\n{table(found[name])}")
-        if others := other_rows():
-            print(f"\n{others_table(others)}")
+                print(record.write(RESULT, {"tasks": found}))
+        show(found, tasks or [name for name in SUBJECTS if name in found])
     except QuantlibError as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(error.exit_code) from error

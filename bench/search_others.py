@@ -1,9 +1,10 @@
-"""Rows of `bench.search` that other benchmarks measured: the graph network's and those of searches
-that train, from their result files, on the tasks that they are about."""
+"""Rows of `bench.search` that other benchmarks measured: the graph network's on rows and columns of
+linears, and those of searches that train, from their result files, on the tasks that they are
+about. They are read whenever they are shown and never copied: a copy would stay behind."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,19 @@ from quantlib.bench import record
 from quantlib.checkpoint.disk import read_json
 from quantlib.errors import DataError
 
-GRAPH, TRAINED = "graph.json", "search_trained.json"
+ROWS, GRAPH, TRAINED = "graph_rows.json", "graph.json", "search_trained.json"
+ROUNDING = "descent"
+"""Of the rows of linears, as quantlib rounds by default."""
+BASE, EVEN = "int4", {"mean": 0.0, "half_width": None, "on_pictures": None}
+"""What trained networks are beside, and its difference from itself."""
 
 
 def other_rows(folder: Path = record.RESULTS) -> list[dict[str, Any]]:
     """Rows {task, method, cost, cost_unit, quality, quality_unit, error, minutes, source}; none of
-    a benchmark that was not run. Raises DataError for a result file that is not as expected."""
+    a benchmark that was not run. error: half of a 95 % interval, None for a single seed.
+    Raises DataError for a result file that is not as expected."""
     rows: list[dict[str, Any]] = []
-    for name, reader in ((GRAPH, _graph), (TRAINED, _trained)):
+    for name, reader in ((ROWS, _rows), (GRAPH, _graph), (TRAINED, _trained)):
         file = folder / name
         if not file.exists():
             continue
@@ -33,38 +39,56 @@ def other_rows(folder: Path = record.RESULTS) -> list[dict[str, Any]]:
     return rows
 
 
+def _rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Blocks of rows of SmolLM2's linears, rounded by GPTQ and descent, and beside them uniform
+    bits in GPTQ's own formats."""
+    found = [row for row in data["rows"] if row["rounding"] == ROUNDING]
+    found += [row for row in data["rows"] if row["method"] == "known"]
+    return _of_linears("smollm2 linears, rows", found)
+
+
 def _graph(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Columns of SmolLM2's linears: exact over layers and columns, and the graph network. Bits are
-    true bits of the linears; nothing else is rounded, so these rows are a task of their own."""
+    """Columns of SmolLM2's linears: exact over layers and columns, and the graph network."""
+    return _of_linears("smollm2 linears, columns", data.get("columns", []))
+
+
+def _of_linears(task: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Bits are true bits of the linears; nothing else is rounded, so these rows are a task of their
+    own."""
     return [
         {
-            "task": "smollm2 linears, columns",
+            "task": task,
             "method": str(row["method"]),
             "cost": float(row["true_bits"]),
             "cost_unit": "bits",
             "quality": float(row["kl"]),
             "quality_unit": "KL",
-            "error": float(row["kl_error"]),
+            "error": 1.96 * float(row["kl_error"]),
             "minutes": float(row["search_seconds"]) / 60,
         }
-        for row in data.get("columns", [])
+        for row in rows
     ]
 
 
 def _trained(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Networks trained with their formats: accuracy over seeds, with half a 95 % interval; minutes
-    are None where every run was stopped and resumed."""
+    """Networks trained with their formats, beside the same networks in uniform 4-bit integers:
+    accuracies themselves are of other seeds from row to row. The interval is over networks and
+    pictures, of a single network over pictures; minutes are None where every run was stopped and
+    resumed. Rows that share no network with uniform integers are left out."""
     rows = []
     for row in data["comparison"]:
-        half = row["accuracy"]["half_width"]
+        over = EVEN if row["method"] == BASE else row.get(f"over_{BASE}")
+        if over is None:
+            continue
+        half = over["half_width"] if over["half_width"] is not None else over["on_pictures"]
         rows.append(
             {
                 "task": f"fashion {row['network']}, trained",
                 "method": str(row["method"]),
                 "cost": float(row["bits_product"]),
                 "cost_unit": "weight bits x input bits",
-                "quality": float(row["accuracy"]["mean"]),
-                "quality_unit": "accuracy, %",
+                "quality": float(over["mean"]),
+                "quality_unit": "points of accuracy over uniform INT4",
                 "error": None if half is None else float(half),
                 "minutes": None if row["seconds"] is None else float(row["seconds"]) / 60,
             }

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from quantlib.bench import graph
+from quantlib.bench import graph, record
 from quantlib.bench.graph_bits import WIDTHS, linears, lost_by_column, round_linear
 from quantlib.bench.graph_checkpoint import run_packed
 from quantlib.bench.graph_model import Bench
@@ -74,6 +75,30 @@ def test_finished_rows_are_kept(bench: Bench, monkeypatch: pytest.MonkeyPatch) -
     assert len(row["kl_by_window"]) == len(bench.windows)
     monkeypatch.setattr(graph, "column_row", None)  # not asked again
     graph.column_rows(bench, [3.0])
+
+
+def test_rows_that_were_not_measured_again_stay_in_the_result_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+
+    def row(bits: float, kl: float, linears: int = 70) -> dict[str, float]:
+        return {"bits": bits, "kl": kl, "linears": linears}
+
+    def published(rows: dict[str, dict[str, dict[str, float]]]) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(graph.publish(rows).read_text())
+        return found
+
+    published({"columns": {"graph@2.5": row(2.5, 0.3), "graph@2.25": row(2.25, 0.5)}})
+    published({"columns": {"graph@2.5": row(2.5, 0.2)}, "checkpoint": {"columns@2.5": {"kl": 1}}})
+    found = published({"columns": {"uniform@2.5/3": row(2.5, 0.1, 7)}})
+    assert {(one["bits"], one["kl"]) for one in found["columns"]} == {(2.25, 0.5), (2.5, 0.2)}
+    assert [one["method"] for one in found[graph.FEWER]] == ["uniform"]
+    assert found["checkpoint"] == {"columns@2.5": {"kl": 1}}
+    found = published({"prediction": {"ridge": {"spearman": 0.9}}})
+    found = published({"prediction": {"graph": {"spearman": 0.8}}})
+    assert set(found["prediction"]) == {"ridge", "graph"}
+    assert len(found["columns"]) == 2
 
 
 def test_mixed_columns_are_written_and_run_by_the_kernels(bench: Bench, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 
 from quantlib.bench import evolved, plans_measured, search, search_others
 from quantlib.bench.plans_measured import Measured, Subject, as_rows, budgets_of, plan_of
@@ -138,6 +139,27 @@ def test_differences_are_paired_and_tables_name_every_search(tmp_path: Path) -> 
     assert "MB on disk" in drawn
 
 
+def test_tables_and_plots_are_of_what_is_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(search.record, "RESULTS", folder)
+    others = search_others.other_rows()
+    monkeypatch.setattr(search, "other_rows", lambda: others)
+    with pytest.raises(typer.Exit):
+        search.main(None, None, None, True)
+    rows = search.with_differences(rows_of({"exact, measured": [1.0, 3.0]}))
+    task = {"unit": "KL", "parameters": 2000, "rows": rows}
+    search.record.write(search.RESULT, {"tasks": {"dinov2": task}})
+    search.main(None, None, None, True)
+    assert "| exact, measured | 2 ± 1 |" in capsys.readouterr().out
+    drawn = {file.name: file.read_text() for file in folder.glob("*.svg")}
+    assert "MB on disk" in drawn["search_dinov2.svg"]
+    assert "fliqs-mixed" in drawn["search_fashion_resnet_trained.svg"]
+    assert "search_smollm2_linears_rows.svg" in drawn
+    with pytest.raises(typer.Exit):
+        search.main(["smollm2"], None, None, True)
+
+
 def test_rows_of_other_benchmarks_join_when_they_are_there(tmp_path: Path) -> None:
     assert search_others.other_rows(tmp_path) == []
     graph = {
@@ -150,22 +172,31 @@ def test_rows_of_other_benchmarks_join_when_they_are_there(tmp_path: Path) -> No
     trained = {
         "network": "vit",
         "method": "fliqs-int",
-        "accuracy": {"mean": 90.5, "half_width": None},
+        "over_int4": {"mean": 0.5, "half_width": None, "on_pictures": 0.25},
         "bits_product": 16.0,
         "seconds": 120,
     }
     (tmp_path / search_others.GRAPH).write_text(json.dumps({"columns": [graph]}))
+    linears = {**graph, "method": "rows", "rounding": "descent", "kl": 0.3}
+    plain = {**linears, "method": "known", "rounding": "gptq", "kl": 0.9}
+    tied = {**linears, "method": "layers", "rounding": "gptq"}
+    rows_file = {"rows": [linears, plain, tied]}
+    (tmp_path / search_others.ROWS).write_text(json.dumps(rows_file))
     resumed = {**trained, "method": "csq", "seconds": None}
-    (tmp_path / search_others.TRAINED).write_text(json.dumps({"comparison": [trained, resumed]}))
+    resumed["over_int4"] = {"mean": -1.0, "half_width": 0.75, "on_pictures": 0.25}
+    int4 = {"network": "vit", "method": "int4", "bits_product": 16.0, "seconds": 60}
+    strange = {**int4, "network": "resnet", "method": "e2m1"}  # no network that int4 was run on
+    comparison = [int4, trained, resumed, strange]
+    (tmp_path / search_others.TRAINED).write_text(json.dumps({"comparison": comparison}))
     rows = search_others.other_rows(tmp_path)
-    assert [row["method"] for row in rows] == ["graph", "fliqs-int", "csq"]
-    assert [row["minutes"] for row in rows] == [1.5, 2.0, None]
+    assert [row["method"] for row in rows] == ["rows", "known", "graph", "int4", "fliqs-int", "csq"]
+    assert [row["minutes"] for row in rows] == [1.5, 1.5, 1.5, 1.0, 2.0, None]
+    assert [row["error"] for row in rows[3:]] == [None, 0.25, 0.75], "of one network: of pictures"
     text = search.others_table(rows)
-    assert (
-        "| fashion vit, trained | csq | 16 weight bits x input bits | 90.5 accuracy, % |  |" in text
-    )
-    assert "0.5 ± 0.02 KL" in text
-    assert "90.5 accuracy, %" in text
+    told = "-1 ± 0.75 points of accuracy over uniform INT4"
+    assert f"| fashion vit, trained | csq | 16 weight bits x input bits | {told} |  |" in text
+    assert "0.5 ± 0.039 KL" in text, "a standard error of 0.02"
+    assert "| 0 points of accuracy over uniform INT4 |" in text, "what the others are beside"
     assert search_others.other_rows(), "the committed files are read"
     (tmp_path / search_others.TRAINED).write_text("{}")
     with pytest.raises(DataError, match="does not have the rows"):
