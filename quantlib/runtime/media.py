@@ -21,7 +21,6 @@ from quantlib.calibration.objectives import TokenObjective
 from quantlib.calibration.paths import find, known
 from quantlib.calibration.paths.route import ANSWER, HEARING, Route, Routes, objective
 from quantlib.calibration.paths.tools import Tools
-from quantlib.calibration.paths.unified import janus_prompt
 from quantlib.calibration.records import QUESTION, SPEECH, Record
 from quantlib.calibration.streams import Sample
 from quantlib.checkpoint.disk import read_json
@@ -124,14 +123,14 @@ class Media:
             raise UsageError("the prompt is empty: write what the picture is to show")
         strength = self.tools.guidance if guidance is None else guidance
         drawing = Drawing(seed, strength, temperature)
-        rows = [janus_prompt(self.tools, prompt) for prompt in prompts]
-        places = drawer.places(self.model)
+        rows = [drawer.prompt(self.tools, prompt) for prompt in prompts]
+        places = drawer.places(self.tools, self.model)
         for (ids, _), prompt in zip(rows, prompts):
             self.tools.fits(ids.new_zeros(1, ids.shape[1] + places), repr(prompt))
         pictures: dict[int, Tensor] = {}
         for batch in _of_one_length([ids.shape[1] for ids, _ in rows]):
             ids, wordless = (torch.cat([rows[number][side] for number in batch]) for side in (0, 1))
-            made = drawer.draw(self.model, Prompts(ids, wordless, batch), drawing)
+            made = drawer.draw(self.tools, self.model, Prompts(ids, wordless, batch), drawing)
             pictures |= dict(zip(batch, shown(made, self.tools.pictures)))
         return torch.stack([pictures[number] for number in range(len(prompts))])
 

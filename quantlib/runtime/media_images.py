@@ -18,6 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from quantlib.calibration import forwards
+from quantlib.calibration.paths.tools import Tools
+from quantlib.calibration.paths.unified import emu3_prompt, emu3_size, janus_prompt
 from quantlib.errors import UsageError
 
 
@@ -26,7 +29,8 @@ class Prompts:
     """Prompts of one length that are drawn together.
 
     ids:      int64 [n, T], ending with the token that begins a picture.
-    wordless: the same with their words padded away, what guidance compares with.
+    wordless: int64 [n, U], the same without their words, what guidance compares with: words are
+              padding (U = T), or are left out (U < T), as the model is used to.
     numbers:  of the pictures in their list: each has random numbers of its own.
     """
 
@@ -83,9 +87,9 @@ def drawn(logits: Tensor, numbers: Tensor, temperature: float) -> Tensor:
 
 
 @torch.no_grad()
-def draw_janus(model: Any, prompts: Prompts, drawing: Drawing) -> Tensor:
+def draw_janus(tools: Tools, model: Any, prompts: Prompts, drawing: Drawing) -> Tensor:
     """Janus: one code after the other, then its decoder's output [n, 3, rows, columns]."""
-    numbers = uniforms(prompts.numbers, _janus_places(model), drawing.seed)
+    numbers = uniforms(prompts.numbers, _janus_places(tools, model), drawing.seed)
     codes = janus_codes(model, prompts, drawing, numbers)
     pixels: Tensor = model.decode_image_tokens(codes).movedim(-1, 1)
     return pixels
@@ -107,8 +111,7 @@ def janus_codes(model: Any, prompts: Prompts, drawing: Drawing, numbers: Tensor)
         cache = output.past_key_values
         logits = model.model.generation_head(output.last_hidden_state[:, -1]).float()
         if guided:
-            conditional, unconditional = logits.chunk(2)
-            logits = unconditional + drawing.guidance * (conditional - unconditional)
+            logits = forwards.guided(logits, drawing.guidance)
         codes.append(drawn(logits, numbers[:, place], drawing.temperature))
         again = torch.cat([codes[-1], codes[-1]]) if guided else codes[-1]
         states = model.prepare_embeddings_for_image_generation(again.unsqueeze(1))
@@ -116,7 +119,51 @@ def janus_codes(model: Any, prompts: Prompts, drawing: Drawing, numbers: Tensor)
 
 
 @torch.no_grad()
-def draw_pisces(model: Any, prompts: Prompts, drawing: Drawing) -> Tensor:
+def draw_emu3(tools: Tools, model: Any, prompts: Prompts, drawing: Drawing) -> Tensor:
+    """Emu3: one code after the other, then its decoder's output [n, 3, rows, columns]."""
+    rows, columns = emu3_size(tools)
+    numbers = uniforms(prompts.numbers, rows * columns, drawing.seed)
+    codes = emu3_codes(model, prompts, drawing, numbers, columns)
+    return forwards.decoded_image(model, codes.view(-1, rows, columns))
+
+
+@torch.no_grad()
+def emu3_codes(
+    model: Any, prompts: Prompts, drawing: Drawing, numbers: Tensor, columns: int
+) -> Tensor:
+    """Codes int64 [n, places], row by row; the word that ends a row is given, not drawn, and words
+    that are no codes never are.
+
+    numbers: [n, places] in 0..1, the loop's only randomness.
+    """
+    guided = drawing.guidance != 1
+    known = model.model.vocabulary_mapping
+    word_of_code = known.img2bpe_mapping_tensor.long()
+    ids, mask = forwards.one_above_the_other(prompts.ids, prompts.wordless if guided else None)
+    cache, codes = None, []
+    for place in range(numbers.shape[1]):
+        output = model.model.text_model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=forwards.positions(mask)[:, -ids.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = output.past_key_values
+        logits = model.lm_head(output.last_hidden_state[:, -1])[:, word_of_code].float()
+        if guided:
+            logits = forwards.guided(logits, drawing.guidance)
+        codes.append(drawn(logits, numbers[:, place], drawing.temperature))
+        ids = word_of_code[codes[-1]].unsqueeze(1)
+        if (place + 1) % columns == 0:
+            ids = torch.nn.functional.pad(ids, (0, 1), value=known.eol_token_id)
+        ids = torch.cat([ids, ids]) if guided else ids
+        mask = torch.cat([mask, torch.ones_like(ids)], 1)
+    return torch.stack(codes, dim=1)
+
+
+@torch.no_grad()
+def draw_pisces(tools: Tools, model: Any, prompts: Prompts, drawing: Drawing) -> Tensor:
     """The continuous form: vectors, for which nothing is drawn, and a decoder from noise."""
     wordless = prompts.wordless if drawing.guidance != 1 else None
     vectors = model.generate_vectors(prompts.ids, wordless, drawing.guidance)
@@ -127,11 +174,20 @@ def draw_pisces(model: Any, prompts: Prompts, drawing: Drawing) -> Tensor:
     return pixels
 
 
-def _janus_places(model: Any) -> int:
+def _janus_places(_: Tools, model: Any) -> int:
     return int(model.model.vision_model.config.num_image_tokens)
 
 
-def _pisces_places(model: Any) -> int:
+def _emu3_places(tools: Tools, _: Any) -> int:
+    rows, columns = emu3_size(tools)
+    return rows * (columns + 1)
+
+
+def _emu3_prompt(tools: Tools, prompt: str) -> tuple[Tensor, Tensor]:
+    return emu3_prompt(tools, prompt, *emu3_size(tools))
+
+
+def _pisces_places(_: Tools, model: Any) -> int:
     return int(model.config.grid) ** 2
 
 
@@ -139,17 +195,20 @@ def _pisces_places(model: Any) -> int:
 class Drawer:
     """How models of one type draw.
 
-    places: of a model, the tokens of a picture.
-    draw:   (model, prompts, how) -> its decoder's pictures, in its own units.
+    prompt: (tools, words) -> one row of `Prompts.ids`, and of `Prompts.wordless`.
+    places: (tools, model) -> the tokens of a picture.
+    draw:   (tools, model, prompts, how) -> its decoder's pictures, in its own units.
     """
 
-    places: Callable[[Any], int]
-    draw: Callable[[Any, Prompts, Drawing], Tensor]
+    prompt: Callable[[Tools, str], tuple[Tensor, Tensor]]
+    places: Callable[[Tools, Any], int]
+    draw: Callable[[Tools, Any, Prompts, Drawing], Tensor]
 
 
 DRAWERS = {
-    "janus": Drawer(_janus_places, draw_janus),
-    "quantlib_pisces": Drawer(_pisces_places, draw_pisces),
+    "janus": Drawer(janus_prompt, _janus_places, draw_janus),
+    "emu3": Drawer(_emu3_prompt, _emu3_places, draw_emu3),
+    "quantlib_pisces": Drawer(janus_prompt, _pisces_places, draw_pisces),
 }
 """By model_type."""
 

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from quantlib.calibration.data import TextSource
+from quantlib.calibration.forwards import emu3_image_logits
 from quantlib.calibration.paths import FAMILIES, find
 from quantlib.calibration.paths.route import Route, objective
 from quantlib.calibration.paths.tools import Tools
@@ -135,13 +136,28 @@ def _picture(record: Record) -> Any:
 
 def test_emu3_writes_codes_as_words(opened: Callable[[str], Opened]) -> None:
     """Two rows of two codes and an end of line, behind the size and the token that begins them."""
-    _, _, _ = opened("emu3")
-    made, _ = sample(opened("emu3"), "image")
-    ids = made.inputs["input_ids"][0]
-    written = ids[-6:]
+    model, tools, _ = opened("emu3")
+    made, record = sample(opened("emu3"), "image")
+    (written,) = made.inputs["image_words"]
     assert [int(i) for i in written[[2, 5]]] == [SPECIAL["<|extra_200|>"]] * 2
     assert all(50 <= int(i) < 70 for i in written[[0, 1, 3, 4]])
-    assert int(ids[-7]) == SPECIAL["<fake_token_around_image>"]
+    begun = [BOI, SPECIAL["<unk>"], SPECIAL["<fake_token_around_image>"]]  # 2*2 is no word of it
+    words = ids_of(tools, record.text)
+    assert made.inputs["input_ids"].tolist() == [[BOS, *words, *begun]]
+    assert made.inputs["unconditional_ids"].tolist() == [[BOS, *begun]]
+    assert made.inputs["guidance"] == 3.0
+    assert made.modality is not None
+    assert len(made.modality) == 2 * (1 + len(words) + 3 + 5)
+    plain = {**made.inputs, "unconditional_ids": None}
+    with torch.no_grad():
+        asked = emu3_image_logits(model, **plain)
+        unasked = emu3_image_logits(
+            model, **{**plain, "input_ids": made.inputs["unconditional_ids"]}
+        )
+        found = emu3_image_logits(model, **made.inputs)
+    # the same sums behind padding, times three
+    torch.testing.assert_close(found, unasked + 3 * (asked - unasked), rtol=1e-4, atol=1e-3)
+    assert not torch.allclose(asked, unasked, atol=0.1)
 
 
 def test_whisper_hears_a_sound_and_reads_its_words(opened: Callable[[str], Opened]) -> None:

@@ -17,7 +17,7 @@ TASKS = {
     "dinov2": {"vectors"},
     "clip": {"vectors"},
     "chameleon": {"text", "answer", "codes"},
-    "emu3": {"text", "answer", "image", "decoder", "codes"},
+    "emu3": {"text", "answer", "image", "image under guidance", "decoder", "codes"},
 }
 
 

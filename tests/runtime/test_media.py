@@ -9,7 +9,11 @@ import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+from quantlib.calibration.paths.unified import emu3_prompt
 from quantlib.errors import DataError, UsageError
+from quantlib.evaluation.multimodal import open_model
+from quantlib.kernels.kv_format import KvFormat
+from quantlib.models.modality import MODALITIES
 from quantlib.models.skeleton import model_class
 from quantlib.runtime.generate import Sampling
 from quantlib.runtime.media import Media
@@ -17,13 +21,16 @@ from quantlib.runtime.media_images import (
     Drawing,
     Prompts,
     drawn,
+    emu3_codes,
     janus_codes,
     noise,
     to_pictures,
     uniforms,
 )
+from quantlib.runtime.modality_hooks import attach_caches
 
 from ..models import stacked_models
+from ..pipeline import whole_models
 from . import media_folders
 
 FOLDERS = {
@@ -42,6 +49,12 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Media]:
         model = model_class(name).from_pretrained(folder, dtype=torch.float32).eval()
         found[name] = Media.of(model, folder)
     return found
+
+
+@pytest.fixture
+def emu3(tmp_path: Path) -> Media:
+    folder = whole_models.save("emu3", tmp_path / "emu3")
+    return Media.of(open_model(folder), folder)
 
 
 @pytest.fixture
@@ -111,6 +124,49 @@ def test_the_likeliest_codes_are_those_of_transformers_own_loop(
         found = janus_codes(model, prompts, drawing, torch.zeros(2, 16, dtype=torch.float64))
     assert torch.equal(found, expected)
     assert found.unique().numel() > 2, "a single code everywhere would show nothing"
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0, 6.0])
+def test_emu3_takes_the_codes_that_its_own_generate_takes(emu3: Media, guidance: float) -> None:
+    """There, words that are no codes are forbidden, and what guidance compares with is a prompt of
+    its own, shorter, in a cache of its own."""
+    model, known = emu3.model, emu3.model.vocabulary_mapping
+    ids, wordless = emu3_prompt(emu3.tools, "w1 w2 w3", 2, 2)
+
+    def allowed(_: int, said: torch.Tensor) -> list[int]:
+        ends = (len(said) - ids.shape[1]) % 3 == 2
+        return [known.eol_token_id] if ends else list(known.image_tokens)
+
+    expected = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        negative_prompt_ids=wordless,
+        negative_prompt_attention_mask=torch.ones_like(wordless),
+        guidance_scale=guidance,
+        prefix_allowed_tokens_fn=allowed,
+        do_sample=False,
+        max_new_tokens=6,
+    )[0, ids.shape[1] :]
+    prompts, drawing = Prompts(ids, wordless, [0]), Drawing(0, guidance, temperature=0.0)
+    found = emu3_codes(model, prompts, drawing, torch.zeros(1, 4, dtype=torch.float64), columns=2)
+    assert known.convert_img2bpe(found.view(2, 2)).flatten().tolist() == expected.tolist()
+    assert found.unique().numel() > 1, "a single code everywhere would show nothing"
+
+
+def test_pictures_of_emu3_have_the_size_of_those_it_reads(emu3: Media) -> None:
+    pixels = emu3.draw(["w1", "w2 w3", "w4"], seed=1)  # of two lengths
+    assert pixels.shape == (3, 3, 16, 16)
+    assert torch.equal(pixels[:1], emu3.draw(["w1"], seed=1))
+    assert not torch.equal(pixels, emu3.draw(["w1", "w2 w3", "w4"], seed=2))
+
+
+def test_a_picture_that_emu3_writes_is_cached_as_one(emu3: Media) -> None:
+    caches = attach_caches(emu3.model, {"image_output": KvFormat.parse("int8")})
+    caches.begun = []
+    emu3.draw(["w1"], guidance=1)
+    (cache,) = caches.begun
+    prompt = ["text"] * 5
+    assert [MODALITIES[int(kind)] for kind in cache.kinds[0]] == prompt + ["image_output"] * 4
 
 
 def test_pictures_have_the_size_of_the_model_and_repeat_by_seed(media: dict[str, Media]) -> None:

@@ -17,8 +17,10 @@ from torch import Tensor
 from quantlib.calibration.records import Record
 from quantlib.errors import DataError, QuantlibError
 
-GUIDANCE = 5.0
-"""Of classifier-free guidance, where a model's generation config names none: transformers' own."""
+GUIDANCE = {"emu3": 3.0}
+USUAL_GUIDANCE = 5.0
+"""Of classifier-free guidance, where a model's generation config names none: what its authors draw
+with (by model_type), else transformers' own."""
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 """A processor's settings are in one of them: newer and older versions of transformers differ."""
 _PLACES = ("max_position_embeddings", "max_target_positions")
@@ -97,7 +99,8 @@ class Tools:
     @property
     def guidance(self) -> float:
         """How strongly pictures follow their prompt."""
-        return float(self.generation.get("guidance_scale") or GUIDANCE)
+        usual = GUIDANCE.get(str(self.config.get("model_type")), USUAL_GUIDANCE)
+        return float(self.generation.get("guidance_scale") or usual)
 
     @property
     def reader(self) -> Mapping[str, Any]:

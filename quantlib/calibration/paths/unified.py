@@ -114,18 +114,24 @@ def janus_prompt(tools: Tools, prompt: str) -> tuple[Tensor, Tensor]:
 def _janus_writing(tools: Tools, model: Any, record: Record) -> Sample:
     ids, wordless = janus_prompt(tools, record.text)
     codes = janus_codes(model, pixels_of(tools, record)["pixel_values"])
-    inputs = {
-        "input_ids": ids,
-        "image_codes": codes,
-        "unconditional_ids": wordless,
-        "guidance": tools.guidance,
-    }
-    if tools.guidance <= 1:
-        inputs |= {"unconditional_ids": None, "guidance": 1.0}
     tools.fits(torch.cat([ids, codes], 1), record.where)
-    of_row = torch.cat([torch.zeros_like(ids[0]), torch.ones_like(codes[0, 1:])])
-    rows = 1 if inputs["unconditional_ids"] is None else 2
-    return Sample(inputs, TokenObjective(None, codes[0], _itself), of_row.repeat(rows))
+    inputs = {"input_ids": ids, "image_codes": codes, **_guidance(tools, wordless)}
+    return Sample(inputs, TokenObjective(None, codes[0], _itself), _of_rows(inputs, codes))
+
+
+def _guidance(tools: Tools, wordless: Tensor) -> dict[str, Any]:
+    """Inputs that say how strongly a picture follows its prompt."""
+    if tools.guidance <= 1:
+        return {"unconditional_ids": None, "guidance": 1.0}
+    return {"unconditional_ids": wordless, "guidance": tools.guidance}
+
+
+def _of_rows(inputs: Mapping[str, Any], written: Tensor) -> Tensor:
+    """Indices into WRITTEN of the tokens that run, row by row: the last one that is written is
+    predicted, and not read."""
+    prompt = torch.zeros_like(inputs["input_ids"][0])
+    of_row = torch.cat([prompt, torch.ones_like(written[0, 1:])])
+    return of_row.repeat(1 if inputs["unconditional_ids"] is None else 2)
 
 
 def _janus_check_writing(tools: Tools, record: Record) -> None:
@@ -235,22 +241,35 @@ def _emu3_grid(model: Any, pixels: Mapping[str, Tensor]) -> Tensor:
     return codes.reshape(1, *codes.shape[-2:])
 
 
-def _emu3_writing(tools: Tools, model: Any, record: Record) -> Sample:
-    """Words, the picture's size in codes, and row by row the codes as words: `forward` predicts
-    them like any others."""
-    codes = _emu3_grid(model, pixels_of(tools, record))
+def emu3_prompt(tools: Tools, prompt: str, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Token ids int64 [1, T] that ask for a picture of so many codes and begin it, and [1, U] of
+    the same without the words: what classifier-free guidance compares with."""
     says = tools.processor
-    size = f"{codes.shape[1]}*{codes.shape[2]}"
-    prompt = f"{tools.drawn(record.text)}{says.image_start_token}{size}"
-    ids = row(tools.ids(f"{says.bos_token}{prompt}{says.fake_token_around_image}"))
+    begun = f"{says.image_start_token}{rows}*{columns}{says.fake_token_around_image}"
+    ids, wordless = (
+        row(tools.ids(f"{says.bos_token}{words}{begun}")) for words in (tools.drawn(prompt), "")
+    )
+    return ids, wordless
+
+
+def emu3_size(tools: Tools) -> tuple[int, int]:
+    """(rows, columns) of codes of a picture that is drawn: a square of the processor's
+    `image_area`, kept within the pixels of pictures that it makes to be read."""
+    processor = tools.processor
+    least, most = (int(getattr(tools.pictures, f"{end}_pixels")) for end in ("min", "max"))
+    side = round(min(max(int(processor.image_area), least), most) ** 0.5)
+    halvings = len(parsed(tools).vq_config.channel_multiplier) - 1
+    return max(side >> halvings, 1), max(side >> halvings, 1)
+
+
+def _emu3_writing(tools: Tools, model: Any, record: Record) -> Sample:
+    """Words, the picture's size in codes, and row by row the codes as words."""
+    codes = _emu3_grid(model, pixels_of(tools, record))
+    ids, wordless = emu3_prompt(tools, record.text, *codes.shape[1:])
     written = model.model.vocabulary_mapping.convert_img2bpe(codes[0]).reshape(1, -1).long()
-    joined = torch.cat([ids, written], 1)
-    tools.fits(joined, record.where)
-    where = torch.zeros(joined.shape, dtype=torch.bool)
-    where[0, ids.shape[1] - 1 : -1] = True
-    modality = torch.cat([torch.zeros_like(ids[0]), torch.ones_like(written[0])])
-    objective = TokenObjective(where.reshape(-1), written[0])
-    return Sample({"input_ids": joined, "use_cache": False}, objective, modality)
+    tools.fits(torch.cat([ids, written], 1), record.where)
+    inputs = {"input_ids": ids, "image_words": written, **_guidance(tools, wordless)}
+    return Sample(inputs, TokenObjective(None, written[0], _itself), _of_rows(inputs, written))
 
 
 def _emu3_decoding(tools: Tools, model: Any, record: Record) -> Sample:
@@ -269,7 +288,15 @@ EMU3 = Routes(
     (
         TEXT_ROUTE,
         answers(pictures_of(any_side, _emu3_tokens), WORDS),
-        Route("image", (GENERATION,), WORDS, _emu3_writing, _check_joined, modalities=WRITTEN),
+        Route(
+            "image",
+            (GENERATION,),
+            WORDS,
+            _emu3_writing,
+            _check_joined,
+            run=forwards.emu3_image_logits,
+            modalities=WRITTEN,
+        ),
         Route(
             "decoder",
             _PICTURES,
