@@ -160,6 +160,16 @@ def test_pictures_of_emu3_have_the_size_of_those_it_reads(emu3: Media) -> None:
     assert not torch.equal(pixels, emu3.draw(["w1", "w2 w3", "w4"], seed=2))
 
 
+def test_emu3_needs_its_own_processor(emu3: Media, tmp_path: Path) -> None:
+    other = whole_models.save("llava", tmp_path / "llava")
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        (emu3.tools.folder / file).unlink(missing_ok=True)
+        if (other / file).exists():
+            shutil.copy(other / file, emu3.tools.folder)
+    with pytest.raises(DataError, match=r"is not Emu3's: fetch it again"):
+        Media.of(emu3.model, emu3.tools.folder).draw(["w1"])
+
+
 def test_a_picture_that_emu3_writes_is_cached_as_one(emu3: Media) -> None:
     caches = attach_caches(emu3.model, {"image_output": KvFormat.parse("int8")})
     caches.begun = []

@@ -46,6 +46,8 @@ _PICTURES = (GENERATION, QUESTION, PICTURE, PAIR)
 """Records with a picture, whatever it is for."""
 WRITTEN = ("text", "image token")
 """What tokens of the language model are, where pictures are written as codes."""
+DRAWN_AREA = 518_400
+"""Pixels of a picture that Emu3 draws, where its processor says nothing: transformers' own."""
 NO_DECODER = "nothing reads it: transformers has no image decoder for this model"
 
 
@@ -243,8 +245,13 @@ def _emu3_grid(model: Any, pixels: Mapping[str, Tensor]) -> Tensor:
 
 def emu3_prompt(tools: Tools, prompt: str, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Token ids int64 [1, T] that ask for a picture of so many codes and begin it, and [1, U] of
-    the same without the words: what classifier-free guidance compares with."""
+    the same without the words: what classifier-free guidance compares with.
+
+    Raises DataError for the processor of another model.
+    """
     says = tools.processor
+    if not hasattr(says, "fake_token_around_image"):
+        raise DataError(f"the processor in {tools.folder} is not Emu3's: fetch it again")
     begun = f"{says.image_start_token}{rows}*{columns}{says.fake_token_around_image}"
     ids, wordless = (
         row(tools.ids(f"{says.bos_token}{words}{begun}")) for words in (tools.drawn(prompt), "")
@@ -255,9 +262,9 @@ def emu3_prompt(tools: Tools, prompt: str, rows: int, columns: int) -> tuple[Ten
 def emu3_size(tools: Tools) -> tuple[int, int]:
     """(rows, columns) of codes of a picture that is drawn: a square of the processor's
     `image_area`, kept within the pixels of pictures that it makes to be read."""
-    processor = tools.processor
-    least, most = (int(getattr(tools.pictures, f"{end}_pixels")) for end in ("min", "max"))
-    side = round(min(max(int(processor.image_area), least), most) ** 0.5)
+    area = int(getattr(tools.processor, "image_area", DRAWN_AREA))
+    least, most = (int(getattr(tools.pictures, f"{end}_pixels", area)) for end in ("min", "max"))
+    side = round(min(max(area, least), most) ** 0.5)
     halvings = len(parsed(tools).vq_config.channel_multiplier) - 1
     return max(side >> halvings, 1), max(side >> halvings, 1)
 
@@ -279,8 +286,7 @@ def _emu3_decoding(tools: Tools, model: Any, record: Record) -> Sample:
 
 def _check_joined(tools: Tools, record: Record) -> None:
     _check_picture(tools, record)
-    if not hasattr(tools.processor, "fake_token_around_image"):
-        raise DataError(f"the processor in {tools.folder} is not Emu3's: fetch it again")
+    emu3_prompt(tools, record.text, 1, 1)
 
 
 EMU3 = Routes(
