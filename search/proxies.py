@@ -290,7 +290,7 @@ def read_score(text: str) -> Expression | None:
     sensitivity table as it is. Raises UsageError for anything else, SearchError for a bad file."""
     if text == "measured":
         return None
-    if text.startswith(EVOLVED):
+    if text.startswith(EVOLVED) and text != EVOLVED:
         return Proxy.load(text.removeprefix(EVOLVED)).expression
     if text in KNOWN:
         return Expression.parse(KNOWN[text], COLUMNS)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import secrets
 import select
@@ -98,14 +99,15 @@ class TrialJournal:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.path, self._optuna = Path(path), optuna
         self._states = optuna.trial.TrialState
-        lock = JournalFileSymlinkLock(str(path), grace_period=GRACE)
+        lock = _MendingLock(JournalFileSymlinkLock(str(path), grace_period=GRACE), self.path)
         try:
             backend = JournalFileBackend(str(path), lock_obj=lock)
             self._storage = optuna.storages.JournalStorage(backend)
             study = optuna.create_study(
                 storage=self._storage, study_name=STUDY, load_if_exists=True
             )
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AssertionError, OSError) as error:
+            # of what is no JSON on one line, Optuna says with an assertion that it cannot be
             raise SearchError(
                 f"{path} cannot be used as a journal of trials ({error}): delete it, or name "
                 "another file"
@@ -187,6 +189,40 @@ class TrialJournal:
     def _trials(self, digest: str) -> list[Any]:
         trials = self._study.get_trials(deepcopy=False)
         return [trial for trial in trials if trial.user_attrs.get(DIGEST) == digest]
+
+
+class _MendingLock:
+    """Optuna's lock of the journal's file. Who takes it finds whole lines: what a writer that died
+    left of its last one is cut off, or the next line would be glued to it."""
+
+    def __init__(self, lock: Any, path: Path) -> None:
+        self._lock, self._path = lock, path
+
+    def acquire(self) -> bool:
+        taken = bool(self._lock.acquire())
+        cut_torn_line(self._path)
+        return taken
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+def cut_torn_line(path: Path) -> None:
+    """Cut the last line of a journal when it has no end; files of another kind stay as they are."""
+    with path.open("rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        if file.read(1) in (b"", b"\n"):
+            return
+        file.seek(0)
+        text = file.read()
+        whole, _, _ = text.rpartition(b"\n")
+        try:
+            is_journal = isinstance(json.loads(whole.partition(b"\n")[0]), dict)
+        except ValueError:
+            is_journal = False
+        if is_journal:
+            file.truncate(len(whole) + 1)
 
 
 UNSIGNED = "unsigned"

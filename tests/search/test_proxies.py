@@ -169,8 +169,9 @@ def test_files_of_another_schema_are_refused_with_a_sentence(
             Proxy.load(file)
     with pytest.raises(SearchError, match="there is no evolved proxy"):
         read_score(f"{EVOLVED}{tmp_path / 'missing.json'}")
-    with pytest.raises(UsageError, match="use measured"):
-        read_score("best")
+    for text in ("best", EVOLVED):
+        with pytest.raises(UsageError, match="use measured"):
+            read_score(text)
     text = layers.to_json().replace('"depth"', '"deep"')
     with pytest.raises(SearchError, match="depth"):
         Layers.from_json(text, "layers")

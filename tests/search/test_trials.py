@@ -19,6 +19,7 @@ from quantlib.search.trials import (
     LocalPool,
     ProcessPool,
     TrialJournal,
+    cut_torn_line,
     digest_of,
     new_name,
 )
@@ -126,6 +127,24 @@ def test_what_a_dead_driver_had_claimed_is_measured_by_the_next(journal: TrialJo
     assert LocalPool(again, loss).measure([PLANS[0]]) == [EXPECTED[0]]
 
 
+@pytest.mark.parametrize("torn", ['{"op_code": 5, "wor', '{"op_code": 5}'])
+def test_a_line_that_a_writer_died_over_is_cut(
+    journal: TrialJournal, tmp_path: Path, torn: str
+) -> None:
+    expected = LocalPool(journal, loss).measure(PLANS[:2])
+    whole = journal.path.read_text()
+    journal.path.write_text(whole + torn)  # beside a driver that goes on, and before the next one
+    assert LocalPool(journal, loss).measure(PLANS[:3])[:2] == expected
+    journal.path.write_text(journal.path.read_text() + torn)
+    again = LocalPool(TrialJournal(journal.path, SETTINGS), loss)
+    assert again.measure(PLANS)[:2] == expected
+    assert torn not in journal.path.read_text().splitlines()
+    other = tmp_path / "letter.txt"
+    other.write_text("dear reader\nyours")
+    cut_torn_line(other)
+    assert other.read_text() == "dear reader\nyours", "no journal, and not ours to cut"
+
+
 def test_a_plan_is_claimed_by_one_worker_only(journal: TrialJournal) -> None:
     other = TrialJournal(journal.path, SETTINGS)
     journal.add(PLANS[0])
@@ -173,8 +192,9 @@ def test_other_settings_and_other_files_are_refused(journal: TrialJournal, tmp_p
     with pytest.raises(SearchError, match="other settings"):
         TrialJournal(journal.path, {**SETTINGS, "model": "another"})
     damaged = tmp_path / "damaged.log"
-    damaged.write_text("what is this\nand this\n")
-    with pytest.raises(SearchError, match="cannot be used as a journal"):
-        TrialJournal(damaged, SETTINGS)
+    for text in ("what is this\nand this\n", "garbage"):
+        damaged.write_text(text)
+        with pytest.raises(SearchError, match="cannot be used as a journal"):
+            TrialJournal(damaged, SETTINGS)
     with pytest.raises(UsageError, match="1 or more"):
         processes(journal, 0)
