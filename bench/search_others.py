@@ -15,7 +15,8 @@ from quantlib.errors import DataError
 ROWS, GRAPH, TRAINED = "graph_rows.json", "graph.json", "search_trained.json"
 ROUNDING = "descent"
 """Of the rows of linears, as quantlib rounds by default."""
-BASE, EVEN = "int4", {"mean": 0.0, "half_width": None, "on_pictures": None}
+BASE = "int4"
+EVEN: Mapping[str, Any] = {"mean": 0.0, "half_width": None, "on_pictures": None}
 """What trained networks are beside, and its difference from itself."""
 
 

@@ -173,7 +173,7 @@ def main(
         ),
     ] = False,
     only_list: Annotated[
-        bool, typer.Option("--list", help="Print the rows and whether they are there.")
+        bool, typer.Option("--list", help="Print the rows and whether they are there, or older.")
     ] = False,
 ) -> None:
     """Make the rows that are missing, and write bench/results/search_trained.json of all there are.
@@ -188,7 +188,7 @@ def main(
         rows = [Row(n, e, seed, part) for n in networks for seed in drawn for e in entries]
         if only_list:
             for row in rows:
-                print(f"{'there  ' if _kept(row) else 'missing'}  {row.name}")
+                print(f"{_standing(row):7}  {row.name}")
             return
         found = []
         for row in rows:
@@ -261,6 +261,15 @@ def _kept(row: Row) -> dict[str, Any] | None:
     if row.judged_on == "test":
         made += [told for told in _written()["rows"] if _is_of(row, told)]
     return next((one for one in made if one.get("key") == row.key and ANSWERS in one), None)
+
+
+def _standing(row: Row) -> str:
+    """Whether a row is "there", "missing", or "older": in the result file with other settings or
+    none. Such a row made anew replaces the old one, and begins with a network of this machine."""
+    if _kept(row) is not None:
+        return "there"
+    is_older = row.judged_on == "test" and any(_is_of(row, told) for told in _written()["rows"])
+    return "older" if is_older else "missing"
 
 
 def measured(row: Row) -> dict[str, Any]:

@@ -182,14 +182,22 @@ def test_another_machine_goes_on_where_the_result_file_is(
 
 
 def test_rows_whose_answers_were_not_kept_stay_and_count(
-    counted: list[str], tmp_path: Path
+    counted: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As result files were written once: without keys and answers."""
+
+    def listed() -> list[list[str]]:
+        capsys.readouterr()
+        trained_search.main(["vit"], ["int4", "full"], 1, 0, False, True)
+        return [line.split() for line in capsys.readouterr().out.splitlines()]
+
     trained_search.main(["vit"], ["int4", "e2m1"], 2, 0, False, False)
     old = written()
+    assert listed() == [["there", "vit-int4-0"], ["missing", "vit-full-0"]]
     bare = [{k: v for k, v in row.items() if k not in NEW_FIGURES} for row in old["rows"]]
     record.path_of("search_trained").write_text(json.dumps({**old, "rows": bare}))
     shutil.rmtree(tmp_path / "cache")
+    assert listed()[0] == ["older", "vit-int4-0"]
     trained_search.main(["vit"], ["full"], 1, 2, False, False)
     again = written()
     by_name = {entry["method"]: entry for entry in again["comparison"]}
