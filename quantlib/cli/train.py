@@ -47,8 +47,9 @@ Space = Annotated[
     typer.Option(
         metavar="NAME|A,B,C",
         help="Candidates: int-s (4, 8 bits), int-l (4 to 8), int-xl (3 to 8), int-pairs (weights "
-        "and inputs apart), float (4, 6, 8 bits), float-l (all of 4 to 8), columns (some input "
-        "channels wider), weights (inputs as they are), or schemes such as w4a8,w8a8.",
+        "and inputs apart), float-s (4, 8 bits), float (those of OCP), float-l (all of 4 to 8), "
+        "mixed-l, mixed-xl and mixed-pairs (these and integers), columns (some input channels "
+        "wider), weights (inputs as they are), or schemes such as w4a8,w8a8.",
         rich_help_panel=RECIPE,
     ),
 ]

@@ -103,8 +103,8 @@ SPACES: dict[str, tuple[str, ...]] = {
 At the cost of uniform 4-bit numbers a space that begins at 4 bits leaves nothing to choose; those
 called xl go down to 3, and those called pairs give weights and inputs widths of their own: inputs
 behind a ReLU use half of a symmetric range, and weights adapt to few bits while they train. "float"
-are the floats that the compiled kernels know; "columns" choose how many of a layer's input channels
-are wider; "weights" leave inputs as they are.
+are the floats of OCP; "columns" choose how many of a layer's input channels are wider; "weights"
+leave inputs as they are.
 """
 
 
