@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from quantlib.calibration.paths import find
+from quantlib.calibration.records import QUESTION
 from quantlib.checkpoint.cache_formats import CacheFormats, Place, place_of, tensor_name
 from quantlib.checkpoint.provenance import digest
 from quantlib.checkpoint.tensorfile import read_tensors, tensor_content
@@ -24,8 +26,10 @@ from quantlib.kernels.nonlinear.operators import describe
 from quantlib.kernels.nonlinear.rule import Rule
 from quantlib.models import skeleton
 from quantlib.models.modality import MODALITIES, Modality
+from quantlib.models.source import Source
 from quantlib.pipeline.parts import whole_model
 from quantlib.pipeline.run import Run
+from quantlib.recipe import Recipe
 from quantlib.runtime.modality_hooks import decoder_of, image_token_of
 from quantlib.runtime.nonlinear_fit import nonlinear_operators
 from quantlib.runtime.static_scales import static_scales
@@ -72,22 +76,62 @@ def _operators(run: Run, rule: Rule) -> dict[str, Operator]:
     return found
 
 
+def check_caches(source: Source, recipe: Recipe) -> None:
+    """Raise for a KV cache that this model cannot have, before anything is run: ModelError where it
+    caches nothing of this kind, UsageError for kinds of tokens that it does not have or that have
+    no fixed places, FormatError for formats that its heads do not fit."""
+    named = _formats(recipe)
+    if not named:
+        return
+    model: Any = skeleton.build(source)
+    config = decoder_of(model).config
+    have = _kinds(source.model_type)
+    for modality, form in named.items():
+        if modality not in have:
+            raise UsageError(
+                f"--kv {modality}={form}: a model of type {source.model_type} has no such tokens; "
+                f"its cache holds {', '.join(have)}"
+            )
+        heads = int(getattr(config, "head_dim", 0) or 0)
+        heads = heads or int(config.hidden_size) // int(config.num_attention_heads)
+        form.key.check(heads)
+        form.value.check(heads)
+    if recipe.kv_static:
+        _image_tokens(model.config)
+
+
+def _kinds(model_type: str) -> list[Modality]:
+    """What the tokens of such a model can be."""
+    routes = find(model_type)
+    streams = {route.stream: route.kinds for route in routes.routes} if routes is not None else {}
+    found: list[Modality] = ["text"]
+    if QUESTION in streams.get("answer", ()):
+        found.append("image_input")
+    if "image" in streams:
+        found.append("image_output")
+    return found
+
+
+def _formats(recipe: Recipe) -> dict[Modality, KvFormat]:
+    """By modality, in their order; one format of a model of several parts is that of text, which
+    the others then share."""
+    named = recipe.kv_modalities or ({"text": recipe.kv} if recipe.kv != "f32" else {})
+    return {m: KvFormat.parse(named[m]) for m in MODALITIES if m in named}
+
+
 def cache_formats(run: Run) -> CacheFormats | None:
     """Formats of the KV cache by modality, where the recipe has such, or has one format for a model
     of several parts; scales are named if they are known beforehand (`cache_scales`).
 
     Raises ModelError for a model without such a cache.
     """
-    named = dict(run.recipe.kv_modalities)
-    if run.workload is not None and run.recipe.kv != "f32":
-        named = {"text": run.recipe.kv}
-    if not named:
+    if run.workload is None and not run.recipe.kv_modalities:
+        return None
+    formats = _formats(run.recipe)
+    if not formats:
         return None
     model: Any = skeleton.build(run.source)
     decoder_of(model)
-    formats: dict[Modality, KvFormat] = {
-        modality: KvFormat.parse(named[modality]) for modality in MODALITIES if modality in named
-    }
     return CacheFormats(formats, image_token_of(model.config), frozenset(cache_scales(run)))
 
 
@@ -114,7 +158,7 @@ def _scales(run: Run) -> dict[Place, Tensor]:
             "kv_static is for tokens of images, and this run has only text: give records with "
             "images, or leave it out"
         )
-    formats = {m: KvFormat.parse(run.recipe.kv_modalities[m]) for m in run.recipe.kv_modalities}
+    formats = _formats(run.recipe)
     found: dict[Place, Tensor] = {}
     with run.stage("scales", len(run.recipe.kv_static)) as progress:
         model: Any = whole_model(run)

@@ -21,6 +21,7 @@ from quantlib.pipeline import workfiles
 from quantlib.pipeline.caches import check_bits
 from quantlib.pipeline.inputs import check_inputs
 from quantlib.pipeline.latency import costs_for
+from quantlib.pipeline.modalities import check_caches
 from quantlib.pipeline.plan import Budget, check_request
 from quantlib.pipeline.rotate import check_rotatable, rotated
 from quantlib.pipeline.run import Progress, Run, Silent, candidates, read_windows
@@ -66,7 +67,9 @@ def load_inputs(
     check_whole(recipe) if whole else check_blockwise(recipe)
     check_rotatable(source, recipe)
     check_inputs(model_map, candidates(model_map, recipe))
-    if not whole:  # theirs goes by modality
+    if whole or recipe.kv_modalities:
+        check_caches(source, recipe)
+    else:
         _check_cache(source, recipe)
     costs = None
     if budget is not None:

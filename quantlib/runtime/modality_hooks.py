@@ -99,6 +99,7 @@ def static_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def image_token_of(config: Any) -> int | None:
     """The id that stands for an image's vectors in a prompt, as a config says it."""
+    config = getattr(config, "thinker_config", config)
     for name in ("image_token_id", "image_token_index"):
         found = getattr(config, name, None)
         if isinstance(found, int):
@@ -107,9 +108,10 @@ def image_token_of(config: Any) -> int | None:
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The decoder whose keys and values are cached. Raises ModelError for a model without one, and
-    for one that reads an encoder's output: its cache is of two sequences."""
-    decoder: nn.Module | None = model.get_decoder()
+    """The decoder whose keys and values are cached; of a model that also speaks (Qwen2.5-Omni), the
+    one that reads. Raises ModelError for a model without one, and for one that reads an encoder's
+    output: its cache is of two sequences."""
+    decoder: nn.Module | None = getattr(model, "thinker", model).get_decoder()
     crosses = bool(getattr(model.config, "is_encoder_decoder", False))
     if decoder is None or getattr(decoder, "layers", None) is None or crosses:
         raise ModelError(

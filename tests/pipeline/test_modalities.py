@@ -11,10 +11,11 @@ import quantlib
 from quantlib.checkpoint.contents import contents
 from quantlib.checkpoint.reader import read_layout
 from quantlib.cli import surroundings
-from quantlib.errors import UsageError
+from quantlib.errors import FormatError, ModelError, UsageError
 from quantlib.kernels.kv_format import KvFormat
+from quantlib.models.source import Source
 from quantlib.pipeline.compress import compress
-from quantlib.pipeline.modalities import integer_operators
+from quantlib.pipeline.modalities import check_caches, integer_operators
 from quantlib.pipeline.opening import reopen_run
 from quantlib.pipeline.reporting import report_of
 from quantlib.recipe import Recipe
@@ -111,10 +112,35 @@ def test_a_checkpoint_is_made_for_its_caches_and_its_integers(
 def test_text_alone_has_no_images_to_know_scales_of(squeeze: Any) -> None:
     for fields, what in (
         ({"nonlinear": "sqnr=20"}, "images or sound"),
-        ({"kv_modalities": {"image_output": "int8"}, "kv_static": ["image_output"]}, "images"),
+        ({"kv_modalities": {"image_output": "int8"}}, "llama has no such tokens; .* holds text"),
     ):
         with pytest.raises(UsageError, match=what):
             squeeze(refine=False, **fields)
+
+
+@pytest.mark.parametrize(
+    ("case", "fields", "error", "what"),
+    [
+        ("llava", {"image_output": "int8"}, UsageError, "no such tokens; .*text, image_input$"),
+        ("janus", {"image_input": "int4r"}, FormatError, "drop the r"),
+        ("whisper", {"text": "int8"}, ModelError, "leave the format of the KV cache out"),
+        ("dinov2", {"text": "int8"}, ModelError, "leave the format of the KV cache out"),
+    ],
+)
+def test_a_cache_that_a_model_cannot_have_is_refused_before_it_is_run(
+    case: str, fields: Any, error: type[Exception], what: str, tmp_path: Path
+) -> None:
+    source = Source.open(whole_models.save(case, tmp_path))
+    with pytest.raises(error, match=what):
+        check_caches(source, Recipe.create(data="a", kv_modalities=fields))
+
+
+def test_scales_of_places_need_images_of_one_size(tmp_path: Path) -> None:
+    source = Source.open(whole_models.save("emu3", tmp_path))
+    fields = {"kv_modalities": {"image_output": "int8"}, "kv_static": ["image_output"]}
+    with pytest.raises(UsageError, match="no fixed number of tokens"):
+        check_caches(source, Recipe.create(data="a", **fields))
+    check_caches(source, Recipe.create(data="a", kv_modalities=fields["kv_modalities"]))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from quantlib.runtime.static_scales import static_scales
 from quantlib.transforms.attention import round_kv
 
 from ..models.stacked_models import IMAGE, build
+from ..pipeline import whole_models
 
 PATCHES = 16
 """Tokens of an image of the tiny Janus."""
@@ -99,6 +100,19 @@ def test_other_families_run_with_it(case: str) -> None:
     assert image_token_of(model.config) == IMAGE
     attach_caches(model, EXACT, IMAGE)
     assert torch.equal(model.generate(input_ids=ids, **options), said)
+
+
+def test_of_a_model_that_speaks_it_is_what_reads_that_has_it() -> None:
+    model: Any = whole_models.build("qwen2_5_omni")
+    ids = torch.tensor([[1, 7, 8, 9, 12]])
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    said = model.thinker.generate(input_ids=ids, **options)
+    assert image_token_of(model.config) == IMAGE
+    caches = attach_caches(model, EXACT, IMAGE)
+    caches.begun = []
+    assert torch.equal(model.thinker.generate(input_ids=ids, **options), said)
+    (cache,) = caches.begun
+    assert cache.get_seq_length() == 5 + 4
 
 
 def test_ids_and_the_way_of_generating_tell_what_tokens_are() -> None:
