@@ -84,7 +84,7 @@ def check_caches(source: Source, recipe: Recipe) -> None:
     if not named:
         return
     model: Any = skeleton.build(source)
-    config = decoder_of(model).config
+    config: Any = decoder_of(model).config
     have = _kinds(source.model_type)
     for modality, form in named.items():
         if modality not in have:
