@@ -14,12 +14,15 @@ has not seen.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from quantlib.errors import SearchError
 from quantlib.formats.rtn import quantize_rtn
@@ -49,6 +52,22 @@ class ColumnGraph:
     edge_weight: Tensor
     formats: Tensor
     plain: Tensor
+
+    @cached_property
+    def adjacency(self) -> Tensor:
+        """What a graph convolution multiplies by: edges and one loop per node, each divided by the
+        roots of the degrees of its ends. Sparse float32 [K, K] in rows, symmetric."""
+        columns = len(self.nodes)
+        loops = torch.arange(columns).expand(2, -1)
+        ends = torch.cat([self.edges, loops], dim=1)
+        strength = torch.cat([self.edge_weight, torch.ones(columns)])
+        root = torch.zeros(columns).index_add(0, ends[0], strength).rsqrt()
+        strength = strength * root[ends[0]] * root[ends[1]]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+            square = (columns, columns)
+            found = torch.sparse_coo_tensor(ends, strength, square, check_invariants=True)
+            return found.to_sparse_csr()
 
 
 def column_graph(
@@ -171,8 +190,8 @@ class ColumnNetwork(nn.Module):
         """`generator` draws the weights. Raises SearchError without torch-geometric."""
         super().__init__()
         convolution = _convolution()
-        self.first = convolution(FEATURES, hidden)
-        self.second = convolution(hidden, hidden)
+        self.first = convolution(FEATURES, hidden, normalize=False)
+        self.second = convolution(hidden, hidden, normalize=False)
         asked = nn.Linear(hidden + FEATURES + FORMAT_FEATURES, hidden)
         answer = nn.Linear(hidden, 1)
         self.head = nn.Sequential(asked, nn.ReLU(), answer)
@@ -185,11 +204,15 @@ class ColumnNetwork(nn.Module):
 
     def forward(self, graph: ColumnGraph) -> Tensor:
         """log of price after GPTQ / plain price: float32 [K, S]."""
-        hidden = torch.relu(self.first(graph.nodes, graph.edges, graph.edge_weight))
-        hidden = self.second(hidden, graph.edges, graph.edge_weight)
+        hidden = torch.relu(self.first(graph.nodes, graph.adjacency))
+        hidden = self.second(hidden, graph.adjacency)
         own = torch.cat([hidden, graph.nodes], dim=1)
-        asked = own[:, None].expand(-1, graph.formats.shape[1], -1)
-        out: Tensor = self.head(torch.cat([asked, graph.formats], dim=2))
+        asked, relu, answer = cast(Any, self.head)
+        # What a column says of itself is multiplied once, not once for every format.
+        of_column, of_format = asked.weight.split([own.shape[1], FORMAT_FEATURES], dim=1)
+        heard = functional.linear(own, of_column)[:, None]
+        heard = heard + functional.linear(graph.formats, of_format, asked.bias)
+        out: Tensor = answer(relu(heard))
         return out.squeeze(2)
 
     def log_prices(self, graph: ColumnGraph) -> Tensor:
@@ -197,8 +220,22 @@ class ColumnNetwork(nn.Module):
         return graph.plain.clamp(min=_TINY).log() + self(graph).double()
 
 
+class _SymmetricProduct(torch.autograd.Function):
+    """A sparse symmetric matrix [K, K] times [K, H]. torch transposes the matrix to go back, which
+    is a sort of all edges in every step; this one is its own transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, values: Tensor) -> Tensor:
+        ctx.matrix = matrix
+        return matrix @ values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.matrix @ gradients[0]
+
+
 def _convolution() -> Any:
-    """torch-geometric's graph convolution."""
+    """torch-geometric's graph convolution, for a `ColumnGraph.adjacency`."""
     try:
         from torch_geometric.nn import GCNConv
     except ImportError as error:
@@ -206,4 +243,9 @@ def _convolution() -> Any:
             "the graph network needs torch-geometric, which is not installed: "
             'pip install "quantlib-torch[graph]"'
         ) from error
-    return GCNConv
+
+    class Convolution(GCNConv):
+        def message_and_aggregate(self, adj_t: Tensor, x: Tensor) -> Any:
+            return _SymmetricProduct.apply(adj_t, x)
+
+    return Convolution

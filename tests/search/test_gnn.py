@@ -167,3 +167,29 @@ def test_without_the_library_a_sentence_names_the_extra(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "torch_geometric.nn", None)
     with pytest.raises(SearchError, match=r"quantlib-torch\[graph\]"):
         network()
+
+
+def test_the_network_is_graph_convolutions_and_a_head_per_format() -> None:
+    """Beside torch-geometric's own convolution over edges, forwards and backwards."""
+    from torch_geometric.nn import GCNConv
+
+    graph, taught = graph_of(*problem(7)), network()
+    torch.nn.init.normal_(taught.head[-1].weight, generator=torch.Generator().manual_seed(1))
+    found = taught(graph)
+    found.square().sum().backward()
+    ours = {name: weight.grad for name, weight in taught.named_parameters()}
+    taught.zero_grad()
+    first, second = GCNConv(FEATURES, 16), GCNConv(16, 16)
+    first.load_state_dict(taught.first.state_dict())
+    second.load_state_dict(taught.second.state_dict())
+    hidden = second(
+        first(graph.nodes, graph.edges, graph.edge_weight).relu(), graph.edges, graph.edge_weight
+    )
+    own = torch.cat([hidden, graph.nodes], dim=1)[:, None].expand(-1, len(WIDTHS), -1)
+    expected = taught.head(torch.cat([own, graph.formats], dim=2)).squeeze(2)
+    expected.square().sum().backward()
+    torch.testing.assert_close(found, expected)
+    assert first.lin.weight.grad is not None
+    torch.testing.assert_close(ours["first.lin.weight"], first.lin.weight.grad)
+    torch.testing.assert_close(ours["second.lin.weight"], second.lin.weight.grad)
+    torch.testing.assert_close(ours["head.0.weight"], taught.head[0].weight.grad)
