@@ -20,38 +20,47 @@ SETTINGS = settings(max_examples=60, suppress_health_check=[HealthCheck.function
 any_scheme = st.sampled_from(EVERY)
 
 
-def bits_at(memory: Tensor, place: tuple[int, int], bits: int) -> int:
+def bits_at(memory: bytes, place: tuple[int, int], bits: int) -> int:
     """`bits` bits of a tile's memory from a place on."""
     offset, shift = place
-    pair = int(memory[offset]) | int(memory[offset + 1]) << 8
+    pair = memory[offset] | memory[offset + 1] << 8
     return pair >> shift & ((1 << bits) - 1)
 
 
-def check_places(part, places: layouts.Places, memory: Tensor) -> None:
+def check_places(part, places: layouts.Places, tiles: Tensor) -> None:
     """Codes, scales, zero points and factors of some rows and columns are where they should be."""
     form, (rows, length) = part.segment.format, part.codes.shape
-    effective = decode_scales(part.scale, part.row_scale, form)
+    memory, codes = tiles.numpy().tobytes(), part.codes.tolist()
+    zeros = None if part.zero is None else part.zero.tolist()
     columns = {0, 3, 4, 15, 16, 31, 33, 64, 127, 128, 130, length // 2, length - 1}
+    stored, factors, own, groups = [], [], [], []
     for n, k in product(range(rows), sorted(column for column in columns if column < length)):
-        assert bits_at(memory, places.code(n, k), form.bits) == int(part.codes[n, k]), (n, k)
+        assert bits_at(memory, places.code(n, k), form.bits) == codes[n][k], (n, k)
         group = k // form.group_size if form.group_size > 0 else 0
         row = n if len(part.scale) > 1 else 0
-        if part.zero is not None:
-            assert bits_at(memory, places.zero(n, k), form.zero_bits) == int(part.zero[row, group])
-        offset = places.scale(n, k)
-        stored = memory[offset : offset + places.scale_bytes]
-        factor = memory[places.factor(n) :][:4].clone().view(torch.float32)
-        if form.scale == "f16":
-            number = stored.clone().view(torch.float16).float()
-        elif form.scale == "e4m3":
-            number = decode_float(stored, "e4m3")
-        elif form.scale == "e8m0":
-            number = 2.0 ** (stored.float() - 127)
-        else:
-            number = (stored & ((1 << form.scale_bits) - 1)).float()
-        expected = effective[row, group]
-        # A two-level scale is the same number by another rounding.
-        torch.testing.assert_close((number * factor)[0], expected, rtol=2**-22, atol=0)
+        if zeros is not None:
+            assert bits_at(memory, places.zero(n, k), form.zero_bits) == zeros[row][group], (n, k)
+        offset, factor = places.scale(n, k), places.factor(n)
+        stored.append(list(memory[offset : offset + places.scale_bytes]))
+        factors.append(list(memory[factor : factor + 4]))
+        own.append(row)
+        groups.append(group)
+    numbers = stored_scales(torch.tensor(stored, dtype=torch.uint8), form)
+    found = numbers * torch.tensor(factors, dtype=torch.uint8).view(torch.float32)[:, 0]
+    expected = decode_scales(part.scale, part.row_scale, form)[own, groups]
+    # A two-level scale is the same number by another rounding.
+    torch.testing.assert_close(found, expected, rtol=2**-22, atol=0)
+
+
+def stored_scales(stored: Tensor, form) -> Tensor:
+    """Numbers of scales as tiles hold them, uint8 [count, bytes of a scale]."""
+    if form.scale == "f16":
+        return stored.view(torch.float16)[:, 0].float()
+    if form.scale == "e4m3":
+        return decode_float(stored, "e4m3")[:, 0]
+    if form.scale == "e8m0":
+        return 2.0 ** (stored[:, 0].float() - 127)
+    return (stored[:, 0] & ((1 << form.scale_bits) - 1)).float()
 
 
 @pytest.mark.parametrize("scheme", EVERY)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +31,29 @@ def subject(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., 
     return Language.open("small", folder, ids[:4], ids[4:])
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, sample_text: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    text = tmp_path / "text.txt"
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Iterator[Path]:
+    """One for all tests, which share the work of the first of them."""
+    folder = tmp_path_factory.mktemp("cache")
+    text = folder / "text.txt"
     text.write_text(sample_text)
-    monkeypatch.setattr(ours, "default_cache", lambda: tmp_path)
-    monkeypatch.setattr(ours.assets, "wikipedia_text", lambda _: text)
-    return tmp_path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ours, "default_cache", lambda: folder)
+        patch.setattr(ours.assets, "wikipedia_text", lambda _: text)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def few(subject: Language, cache: Path) -> Any:
+    """The first row, within LIMITS and by seed 0: it calibrates."""
+    return ours.compressed(subject, 0, LIMITS)
 
 
 def kl(subject: Language, found: Any) -> float:
     return subject.figures(found.model)["kl"]
 
 
-def test_bits_are_those_allowed_and_more_of_them_lose_less(subject: Language) -> None:
-    few = ours.compressed(subject, 0, LIMITS)
+def test_bits_are_those_allowed_and_more_of_them_lose_less(subject: Language, few: Any) -> None:
     many = ours.compressed(subject, 0, Limits(6.2, 5.0, 7.0))
     for found, limits in ((few, (4.4, 4.5, 5.2)), (many, (6.2, 5.0, 7.0))):
         bits = (found.bits.weights, found.bits.activations, found.bits.kv)
@@ -63,22 +71,20 @@ def test_codes_alone_can_be_limited_too(subject: Language) -> None:
 
 
 def test_another_seed_is_another_basis_and_no_other_calibration(
-    subject: Language, monkeypatch: pytest.MonkeyPatch
+    subject: Language, few: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = ours.compressed(subject, 0, LIMITS)
     monkeypatch.setattr(passes, "backward", lambda *_: pytest.fail("calibrated again"))
     second = ours.compressed(subject, 1, LIMITS)
-    assert "calibrate" in first.notes["seconds"]
+    assert "calibrate" in few.notes["seconds"]
     assert "calibrate" not in second.notes["seconds"]
-    assert kl(subject, first) != kl(subject, second)
+    assert kl(subject, few) != kl(subject, second)
 
 
-def test_a_refined_row_keeps_the_plan_and_its_bits(subject: Language) -> None:
-    plain = ours.compressed(subject, 0, LIMITS)
+def test_a_refined_row_keeps_the_plan_and_its_bits(subject: Language, few: Any) -> None:
     refined = ours.compressed(subject, 0, LIMITS, refine=True)
-    assert refined.bits == plain.bits
+    assert refined.bits == few.bits
     assert "re-round" in refined.notes["seconds"]
-    assert kl(subject, refined) != kl(subject, plain)
+    assert kl(subject, refined) != kl(subject, few)
 
 
 def test_whisper_is_not_refined(whisper: Any) -> None:
