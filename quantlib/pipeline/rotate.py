@@ -2,7 +2,8 @@
 
 The norms' gains are folded, moments (and, for prices of errors, gradients) are taken on the folded
 model, and what comes of them is kept as units of the work directory: the directions by importance,
-and the rotation that mixes them. From then on the run's source is the rotated one, and no later
+and the rotation that mixes them. Where biases can take the means of inputs, those are found first,
+on the model with nothing but its norms folded. From then on the run's source is the rotated one, and no later
 stage knows: it calibrates, measures and writes what it reads.
 
 Where gradients were taken, calibration has nothing left to do: the folded model's statistics are
@@ -52,12 +53,13 @@ from quantlib.transforms.bases import (
 )
 from quantlib.transforms.binding import wire
 from quantlib.transforms.energies import fisher_of
+from quantlib.transforms.means import means_of, takes_means
 from quantlib.transforms.mixing import head_cuts, output_order, rotation_of
 from quantlib.transforms.moments import Moments, merge, stream_moments
 from quantlib.transforms.rotation import Rotation
 from quantlib.transforms.turned import turned_embedding, turned_group, turned_outputs, turns
 
-KIND, DIRECTIONS = "rotation", "directions"
+KIND, DIRECTIONS, MEANS = "rotation", "directions", "means"
 ROTATION_VERSION = 5
 """Raise when bases come out differently: models are then rotated, and measured, again."""
 _WEIGHTED = 0.5
@@ -161,6 +163,11 @@ def _key(run: Run, seed: int | None = None) -> str:
     wanted: list[Any] = [recipe.rotation, kv, [str(share) for share in wide_shares(recipe)]]
     block = mixing_block(recipe)
     wanted += [] if seed is None or block is None else [block]
+    wanted += (
+        [MEANS]
+        if recipe.rotation != "pca" and takes_means(wire(skeleton.build(run.source)))
+        else []
+    )
     inputs = digest([run.statistics_hash, wanted, ROTATION_VERSION])
     if seed is None:
         return run.work.key(DIRECTIONS, inputs=inputs)
@@ -174,7 +181,7 @@ def _find(run: Run, seed: int) -> Rotation:
     key, value = _sides(run.recipe)
     bases, orders = _directions(run, folded)
     head_dim = wiring.attentions[0].head_dim
-    return rotation_of(
+    rotation = rotation_of(
         bases,
         wiring,
         seed,
@@ -189,6 +196,7 @@ def _find(run: Run, seed: int) -> Rotation:
         },
         block=mixing_block(run.recipe),
     )
+    return replace(rotation, means=folded.source.rotation.means)
 
 
 def _directions(run: Run, folded: Run) -> tuple[Bases, dict[str, Tensor]]:
@@ -228,15 +236,38 @@ def _found(folded: Run) -> tuple[Bases, dict[str, Tensor]]:
 
 
 def _folded(run: Run) -> Run:
-    """The run on the source with its norms folded; on as many windows as bases need, where nothing
-    else is made of its statistics."""
+    """The run on the source with its norms folded and its means in biases; on as many windows as
+    bases need, where nothing else is made of its statistics."""
     folded = on_source(run, RotatedSource.of(run.source, Rotation(fold_norms=True)))
+    means = _means(run, folded)
+    if means:
+        changed = Rotation(fold_norms=True, means=means)
+        folded = on_source(run, RotatedSource.of(run.source, changed))
     chosen = run.windows[_spread(folded)]
     if len(chosen) < len(run.windows) and not _turns(folded):
         fewer = {"windows": len(chosen), "probe_windows": 1}
         folded.recipe = run.recipe.model_copy(update=fewer)
         folded.all_windows = torch.cat([chosen[:1], chosen])  # the first is the probes'
     return folded
+
+
+def _means(run: Run, folded: Run) -> dict[str, Tensor]:
+    """What biases take out of the inputs of linears; ResQ itself (pca) leaves it in."""
+    assert isinstance(folded.source, RotatedSource)
+    wiring = folded.source.wiring
+    if run.recipe.rotation == "pca" or not takes_means(wiring):
+        return {}
+    unit = run.work.key(MEANS, inputs=digest([run.statistics_hash, ROTATION_VERSION]))
+    if not run.work.has(unit):
+        stream = BlockStream(folded.source, folded.model_map)
+        with folded.stage("rotate", len(folded.model_map.blocks)) as progress:
+            windows = folded.windows[_spread(folded)]
+            moments = stream_moments(stream, folded.model_map, wiring, windows, tick=progress.tick)
+            inputs = merge(moments).inputs
+        found = means_of({name: one.mean for name, one in inputs.items()}, wiring)
+        file = f"{KIND}/{unit[:12]}.safetensors"
+        run.work.commit(unit, MEANS, {file: tensor_content(found)})
+    return read_tensors(run.work.file(unit))
 
 
 def _turns(folded: Run) -> bool:

@@ -49,6 +49,11 @@ def means_of(inputs: Mapping[str, Tensor], wiring: Wiring) -> dict[str, Tensor]:
     return found
 
 
+def takes_means(wiring: Wiring) -> bool:
+    """Whether there is a place in this model whose mean can be taken out, gains folded."""
+    return any(not obstacle for _, obstacle in _places(wiring, lambda stream: True).values())
+
+
 def check_means(means: Mapping[str, Tensor], wiring: Wiring, folds: Callable[[str], bool]) -> None:
     """Raise TransformError unless every mean belongs to a place of this model.
 

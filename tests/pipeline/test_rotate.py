@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import quantlib
 from quantlib.checkpoint.reader import read_layout
@@ -132,3 +133,36 @@ def test_a_scheme_that_no_integer_kernel_runs_is_refused_before_anything_is_writ
     with pytest.raises(UsageError, match="no activation groups of 48 columns"):
         squeeze(bits=13.0, schemes=("w4g32a4zg48", "w4g32"))
     assert not (tmp_path / "out.work").exists()
+
+
+@pytest.mark.parametrize("basis", ["pca", "weights", "gradients"])
+def test_means_of_inputs_move_into_biases_where_a_model_has_them(
+    squeeze: Callable[..., Result], biased_llama: Path, basis: str
+) -> None:
+    """Of values and hidden layers, whose online part a checkpoint keeps; ResQ itself does not."""
+    schemes = ["w8g32a8", "w8g32zs8"]
+    result = squeeze(**RESQ | {"rotation": basis, "schemes": schemes, "model": biased_llama})
+    rotation = read_layout(result.path).rotation()
+    assert rotation is not None
+    shifted = {f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)}
+    assert set(rotation.means) == (set() if basis == "pca" else shifted)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        original = LlamaForCausalLM.from_pretrained(biased_llama).eval()
+        expected, found = original(ids).logits, quantlib.load(result.path).model(ids).logits
+    assert float((found - expected).norm() / expected.norm()) < 0.03
+
+
+@pytest.fixture(scope="module")
+def biased_llama(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Path]) -> Path:
+    """A Llama whose linears have biases, drawn like its weights."""
+    path = tmp_path_factory.mktemp("biased") / "model"
+    tiny_llama(path, attention_bias=True, mlp_bias=True)
+    model = LlamaForCausalLM.from_pretrained(path)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_(std=0.3, generator=generator)
+    model.save_pretrained(path)
+    return path
