@@ -3,8 +3,8 @@
 The norms' gains are folded, moments (and, for prices of errors, gradients) are taken on the folded
 model, and what comes of them is kept as units of the work directory: the directions by importance,
 and the rotation that mixes them. Where biases can take the means of inputs, those are found first,
-on the model with nothing but its norms folded. From then on the run's source is the rotated one, and no later
-stage knows: it calibrates, measures and writes what it reads.
+on the model with nothing but its norms folded. From then on the run's source is the rotated one,
+and no later stage knows: it calibrates, measures and writes what it reads.
 
 Where gradients were taken, calibration has nothing left to do: the folded model's statistics are
 turned into the rotated one's (`transforms.turned`), instead of another pass over all windows.
