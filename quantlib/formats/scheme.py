@@ -73,6 +73,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cache
 from itertools import pairwise, product
 
 from quantlib.errors import FormatError
@@ -325,6 +326,7 @@ class Scheme:
             raise FormatError(f"{self}: wider columns are a part of all: their shares sum to 1")
 
     @staticmethod
+    @cache
     def parse(name: str) -> Scheme:
         """Read a scheme's short name. Raises FormatError with examples when it is not one."""
         head, *beside = name.split("+")

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -278,8 +279,10 @@ def _layouts(schemes: Iterable[str]) -> int:
     return len(alike) + sum(scheme.is_composite for scheme in parsed)
 
 
+@cache
 def _rate() -> float:
-    """Multiply-adds a second of float32 matrix products here, less what is lost around them."""
+    """Multiply-adds a second of float32 matrix products here, less what is lost around them;
+    measured once in a process."""
     a, b = torch.ones(1024, 512), torch.ones(512, 512)
     a @ b
     started = time.perf_counter()

@@ -206,7 +206,7 @@ def test_what_the_vq_model_was_trained_to_decode_is_what_transformers_decodes(tm
         lambda count, generator: normalised(draw(strokes, count, generator, vary=True).pixels),
         tmp_path / "vq.safetensors",
         0,
-        Schedule(6, 1e-3, warmup=1),
+        Schedule(2, 1e-3, warmup=1),
     )
     codebook = vqmodel.quantize.embedding.weight
     assert (codebook.norm(dim=-1) - 1).abs().max() < 1e-5
@@ -330,7 +330,7 @@ def test_the_saved_model_is_small_enough_to_be_committed_and_accounts_for_itself
 @pytest.mark.assets
 @pytest.mark.slow
 def test_all_stages_run_and_a_second_call_only_reads(digits, tmp_path):
-    first = unified_stages.train(tmp_path, digits, 0, 800)
-    second = unified_stages.train(tmp_path, digits, 0, 800)
+    first = unified_stages.train(tmp_path, digits, 0, 1500)
+    second = unified_stages.train(tmp_path, digits, 0, 1500)
     theirs = dict(second.named_parameters())
     assert all(torch.equal(p, theirs[name]) for name, p in first.named_parameters())

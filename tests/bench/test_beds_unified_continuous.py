@@ -34,7 +34,7 @@ def rng(seed=0):
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr(continuous_stages, "DRAWING_BATCH", 8)
+    monkeypatch.setattr(continuous_stages, "DRAWING_BATCH", 4)
     monkeypatch.setattr(continuous_stages, "READ", 4)
     monkeypatch.setattr(continuous_stages, "WRITTEN", 4)
 

@@ -1,5 +1,6 @@
 """`--predict`: a part is measured, the table is whole, and what ships is what measuring gives."""
 
+import shutil
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -40,8 +41,14 @@ def table(model: Path, work: Path, text: str, method: str | None, **changes: Any
 
 
 @pytest.fixture(scope="module")
-def measured(deep: Path, text: str, tmp_path_factory: pytest.TempPathFactory) -> Sensitivity:
-    return table(deep, tmp_path_factory.mktemp("measured") / "work", text, None)
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work directory in which `measured` was. Not to be changed."""
+    return tmp_path_factory.mktemp("measured") / "work"
+
+
+@pytest.fixture(scope="module")
+def measured(deep: Path, text: str, whole: Path) -> Sensitivity:
+    return table(deep, whole, text, None)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -78,9 +85,10 @@ def test_rows_of_a_weight_with_few_rows_are_no_estimate(
 
 
 def test_a_plan_from_predictions_ships_what_measuring_would_have(
-    deep: Path, text: str, tmp_path: Path
+    deep: Path, text: str, tmp_path: Path, measured: Sensitivity, whole: Path
 ) -> None:
-    predicted, whole = tmp_path / "predicted", tmp_path / "whole"
+    assert not measured.provenance.get("predicted")
+    predicted = tmp_path / "predicted"
     found = table(deep, predicted, text, "rows")
     recipe = recipe_for(Budget(), data=text, **RECIPE, schemes=SCHEMES)
     with open_run(deep, predicted, recipe) as run:
@@ -89,11 +97,9 @@ def test_a_plan_from_predictions_ships_what_measuring_would_have(
         name = "model.layers.3.mlp.up_proj.weight"
         assert not run.bank.has(entry_key(run, name, plan.schemes[name]))
     guessed = apply_plan(predicted / "plan.json", tmp_path / "guessed", predicted)
-    table(deep, whole, text, None)
-    with open_run(deep, whole, recipe) as run:
-        expected = tmp_path / "plan.json"
-        expected.write_text(plan.to_json())
-    sure = apply_plan(expected, tmp_path / "sure", whole)
+    expected = tmp_path / "plan.json"
+    expected.write_text(plan.to_json())
+    sure = apply_plan(expected, tmp_path / "sure", Path(shutil.copytree(whole, tmp_path / "whole")))
     weights = [folder.path / "model.safetensors" for folder in (guessed, sure)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
