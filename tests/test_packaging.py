@@ -52,9 +52,9 @@ def test_a_wheel_has_every_module_and_data_file_under_its_installed_name(
     expected = set()
     for folder in ("quantlib", *ROOMS):
         for path in (source / folder).rglob("*"):
-            if path.is_file() and not path.name.startswith(
-                "."
-            ):  # settings of editors and formatters
+            # Settings of editors and formatters, and what building compiled of its own modules.
+            hidden = path.name.startswith(".") or path.parent.name == "__pycache__"
+            if path.is_file() and not hidden:
                 name = path.relative_to(source).as_posix()
                 expected.add(name if folder == "quantlib" else f"quantlib/{name}")
     missing = {name for name in expected - names_in(plain_wheel) if "/results/" not in name}
