@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from quantlib.calibration import forwards
+from quantlib.calibration.paths.one_vocabulary import emu3_prompt, emu3_size
 from quantlib.calibration.paths.tools import Tools
-from quantlib.calibration.paths.unified import emu3_prompt, emu3_size, janus_prompt
+from quantlib.calibration.paths.unified import janus_prompt
 from quantlib.errors import UsageError
 
 

@@ -9,7 +9,7 @@ import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from quantlib.calibration.paths.unified import emu3_prompt
+from quantlib.calibration.paths.one_vocabulary import emu3_prompt
 from quantlib.errors import DataError, UsageError
 from quantlib.evaluation.multimodal import open_model
 from quantlib.kernels.kv_format import KvFormat

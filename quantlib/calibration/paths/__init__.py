@@ -3,7 +3,7 @@
     routes      a route: one stream, as data
     tools       tokenizer and processors beside a model
     reading     text, and answers about pictures
-    vlm, unified, continuous, speech, omni, vectors
+    vlm, unified, one_vocabulary, continuous, speech, omni, vectors
                 the families
     talker, voices
                 speaking, in models that do
@@ -14,12 +14,21 @@
 
 from __future__ import annotations
 
-from quantlib.calibration.paths import continuous, omni, speech, unified, vectors, vlm
+from quantlib.calibration.paths import (
+    continuous,
+    omni,
+    one_vocabulary,
+    speech,
+    unified,
+    vectors,
+    vlm,
+)
 from quantlib.calibration.paths.route import Routes
 
 FAMILIES: tuple[Routes, ...] = (
     *vlm.FAMILIES,
     *unified.FAMILIES,
+    *one_vocabulary.FAMILIES,
     *continuous.FAMILIES,
     *speech.FAMILIES,
     *omni.FAMILIES,

@@ -20,7 +20,7 @@ from quantlib.errors import DataError, QuantlibError
 GUIDANCE = {"emu3": 3.0}
 USUAL_GUIDANCE = 5.0
 """Of classifier-free guidance, where a model's generation config names none: what its authors draw
-with (by model_type), else transformers' own."""
+with, by model_type (Emu3's: `image_generation.py` of their repository), else transformers' own."""
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 """A processor's settings are in one of them: newer and older versions of transformers differ."""
 _PLACES = ("max_position_embeddings", "max_target_positions")

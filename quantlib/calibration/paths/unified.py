@@ -1,4 +1,4 @@
-"""Models that read and write pictures: Janus, Emu3, and Chameleon as far as transformers has it.
+"""Models that read and write pictures: Janus, and what it shares with others.
 
 A picture to be written is known by its codes, which the model's own image encoder makes of the
 target: teacher forcing. So its samples need the full-precision model, and stay the same for every
@@ -18,16 +18,13 @@ from quantlib.calibration.media import read_image
 from quantlib.calibration.objectives import TokenObjective, VectorObjective
 from quantlib.calibration.paths.reading import (
     TEXT_ROUTE,
-    WORDS,
     answers,
-    any_side,
-    parsed,
     pictures_of,
     require_side,
     vision,
 )
 from quantlib.calibration.paths.route import Route, Routes
-from quantlib.calibration.paths.tools import Tools, row
+from quantlib.calibration.paths.tools import Tools
 from quantlib.calibration.records import GENERATION, PAIR, PICTURE, QUESTION, Record
 from quantlib.calibration.streams import Sample
 from quantlib.errors import DataError
@@ -40,18 +37,15 @@ from quantlib.models.families import (
     IMAGE_ENCODER,
     LANGUAGE_MODEL,
 )
-from quantlib.models.modelmap import ModelMap
 
-_PICTURES = (GENERATION, QUESTION, PICTURE, PAIR)
+PICTURES = (GENERATION, QUESTION, PICTURE, PAIR)
 """Records with a picture, whatever it is for."""
 WRITTEN = ("text", "image token")
 """What tokens of the language model are, where pictures are written as codes."""
-DRAWN_AREA = 518_400
-"""Pixels of a picture that Emu3 draws, where its processor says nothing: transformers' own."""
-NO_DECODER = "nothing reads it: transformers has no image decoder for this model"
 
 
-def _itself(output: Tensor) -> Tensor:
+def itself(output: Tensor) -> Tensor:
+    """What a run puts out is what an objective reads."""
     return output
 
 
@@ -64,11 +58,9 @@ def pixels_of(tools: Tools, record: Record) -> dict[str, Tensor]:
     return {key: value for key, value in dict(found).items() if isinstance(value, Tensor)}
 
 
-def _check_picture(tools: Tools, record: Record) -> None:
+def check_picture(tools: Tools, record: Record) -> None:
+    """Raise DataError unless the record's picture can be read and processed."""
     pixels_of(tools, record)
-
-
-# -- Janus -----------------------------------------------------------------------------------------
 
 
 def _janus_side(tools: Tools) -> int:
@@ -117,18 +109,18 @@ def _janus_writing(tools: Tools, model: Any, record: Record) -> Sample:
     ids, wordless = janus_prompt(tools, record.text)
     codes = janus_codes(model, pixels_of(tools, record)["pixel_values"])
     tools.fits(torch.cat([ids, codes], 1), record.where)
-    inputs = {"input_ids": ids, "image_codes": codes, **_guidance(tools, wordless)}
-    return Sample(inputs, TokenObjective(None, codes[0], _itself), _of_rows(inputs, codes))
+    inputs = {"input_ids": ids, "image_codes": codes, **guidance_of(tools, wordless)}
+    return Sample(inputs, TokenObjective(None, codes[0], itself), rows_written(inputs, codes))
 
 
-def _guidance(tools: Tools, wordless: Tensor) -> dict[str, Any]:
+def guidance_of(tools: Tools, wordless: Tensor) -> dict[str, Any]:
     """Inputs that say how strongly a picture follows its prompt."""
     if tools.guidance <= 1:
         return {"unconditional_ids": None, "guidance": 1.0}
     return {"unconditional_ids": wordless, "guidance": tools.guidance}
 
 
-def _of_rows(inputs: Mapping[str, Any], written: Tensor) -> Tensor:
+def rows_written(inputs: Mapping[str, Any], written: Tensor) -> Tensor:
     """Indices into WRITTEN of the tokens that run, row by row: the last one that is written is
     predicted, and not read."""
     prompt = torch.zeros_like(inputs["input_ids"][0])
@@ -143,17 +135,15 @@ def _janus_check_writing(tools: Tools, record: Record) -> None:
 
 def _janus_decoding(tools: Tools, model: Any, record: Record) -> Sample:
     pixels = pixels_of(tools, record)["pixel_values"]
-    objective = VectorObjective(_itself, pixels)
+    objective = VectorObjective(itself, pixels)
     return Sample({"image_codes": janus_codes(model, pixels)}, objective)
 
 
 def _coding(tools: Tools, _: Any, record: Record) -> Sample:
-    return Sample(pixels_of(tools, record), TokenObjective(read=_itself))
+    return Sample(pixels_of(tools, record), TokenObjective(read=itself))
 
 
-_CODES = Route(
-    "codes", _PICTURES, (IMAGE_ENCODER,), _coding, _check_picture, run=forwards.code_logits
-)
+CODES = Route("codes", PICTURES, (IMAGE_ENCODER,), _coding, check_picture, run=forwards.code_logits)
 
 JANUS = Routes(
     ("janus",),
@@ -177,142 +167,14 @@ JANUS = Routes(
         ),
         Route(
             "decoder",
-            _PICTURES,
+            PICTURES,
             (IMAGE_DECODER,),
             _janus_decoding,
-            _check_picture,
+            check_picture,
             run=forwards.decoded_image,
         ),
-        _CODES,
+        CODES,
     ),
 )
 
-
-# -- one vocabulary of words and codes -------------------------------------------------------------
-
-
-def _chameleon_unread(_: Mapping[str, Any], __: ModelMap) -> dict[str, str]:
-    return {"model.vqmodel.post_quant_conv.*": NO_DECODER}
-
-
-def _grid(tools: Tools, pixels: Tensor) -> tuple[int, int]:
-    """(rows, columns) of codes that the image encoder makes of pixels [..., H, W]: it halves a
-    picture from each of its levels to the next."""
-    halvings = len(parsed(tools).vq_config.channel_multiplier) - 1
-    return pixels.shape[-2] >> halvings, pixels.shape[-1] >> halvings
-
-
-def _chameleon_tokens(tools: Tools, pixels: Tensor) -> int:
-    rows, columns = _grid(tools, pixels)
-    return rows * columns
-
-
-def _emu3_tokens(tools: Tools, pixels: Tensor) -> int:
-    """Every row ends with a token of its own."""
-    rows, columns = _grid(tools, pixels)
-    return rows * (columns + 1)
-
-
-def _chameleon_encode(tools: Tools, text: str, image: Any) -> dict[str, Any]:
-    found = tools.processor(
-        text=text,
-        images=image,
-        return_tensors="pt",
-        return_for_text_completion=True,
-        add_special_tokens=tools.adds_special(text),
-    )
-    return dict(found)
-
-
-CHAMELEON = Routes(
-    ("chameleon",),
-    (
-        TEXT_ROUTE,
-        answers(pictures_of(any_side, _chameleon_tokens), WORDS, _chameleon_encode),
-        _CODES,
-    ),
-    _chameleon_unread,
-)
-
-
-@torch.no_grad()
-def _emu3_grid(model: Any, pixels: Mapping[str, Tensor]) -> Tensor:
-    """Codes int64 [1, rows, columns] of a picture."""
-    found = model.model.vqmodel.encode(pixels["pixel_values"], pixels["image_sizes"])
-    codes: Tensor = found.image_tokens[0]
-    return codes.reshape(1, *codes.shape[-2:])
-
-
-def emu3_prompt(tools: Tools, prompt: str, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Token ids int64 [1, T] that ask for a picture of so many codes and begin it, and [1, U] of
-    the same without the words: what classifier-free guidance compares with.
-
-    Raises DataError for the processor of another model.
-    """
-    says = tools.processor
-    if not hasattr(says, "fake_token_around_image"):
-        raise DataError(f"the processor in {tools.folder} is not Emu3's: fetch it again")
-    begun = f"{says.image_start_token}{rows}*{columns}{says.fake_token_around_image}"
-    ids, wordless = (
-        row(tools.ids(f"{says.bos_token}{words}{begun}")) for words in (tools.drawn(prompt), "")
-    )
-    return ids, wordless
-
-
-def emu3_size(tools: Tools) -> tuple[int, int]:
-    """(rows, columns) of codes of a picture that is drawn: a square of the processor's
-    `image_area`, kept within the pixels of pictures that it makes to be read."""
-    area = int(getattr(tools.processor, "image_area", DRAWN_AREA))
-    least, most = (int(getattr(tools.pictures, f"{end}_pixels", area)) for end in ("min", "max"))
-    side = round(min(max(area, least), most) ** 0.5)
-    halvings = len(parsed(tools).vq_config.channel_multiplier) - 1
-    return max(side >> halvings, 1), max(side >> halvings, 1)
-
-
-def _emu3_writing(tools: Tools, model: Any, record: Record) -> Sample:
-    """Words, the picture's size in codes, and row by row the codes as words."""
-    codes = _emu3_grid(model, pixels_of(tools, record))
-    ids, wordless = emu3_prompt(tools, record.text, *codes.shape[1:])
-    written = model.model.vocabulary_mapping.convert_img2bpe(codes[0]).reshape(1, -1).long()
-    tools.fits(torch.cat([ids, written], 1), record.where)
-    inputs = {"input_ids": ids, "image_words": written, **_guidance(tools, wordless)}
-    return Sample(inputs, TokenObjective(None, written[0], _itself), _of_rows(inputs, written))
-
-
-def _emu3_decoding(tools: Tools, model: Any, record: Record) -> Sample:
-    codes = _emu3_grid(model, pixels_of(tools, record))
-    return Sample({"image_codes": codes}, VectorObjective(_itself))
-
-
-def _check_joined(tools: Tools, record: Record) -> None:
-    _check_picture(tools, record)
-    emu3_prompt(tools, record.text, 1, 1)
-
-
-EMU3 = Routes(
-    ("emu3",),
-    (
-        TEXT_ROUTE,
-        answers(pictures_of(any_side, _emu3_tokens), WORDS),
-        Route(
-            "image",
-            (GENERATION,),
-            WORDS,
-            _emu3_writing,
-            _check_joined,
-            run=forwards.emu3_image_logits,
-            modalities=WRITTEN,
-        ),
-        Route(
-            "decoder",
-            _PICTURES,
-            (IMAGE_DECODER,),
-            _emu3_decoding,
-            _check_picture,
-            run=forwards.decoded_image,
-        ),
-        _CODES,
-    ),
-)
-
-FAMILIES = (JANUS, CHAMELEON, EMU3)
+FAMILIES = (JANUS,)
