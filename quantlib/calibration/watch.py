@@ -146,7 +146,10 @@ def watched(model: nn.Module, model_map: ModelMap, watcher: Watcher) -> Iterator
         for group in model_map.groups:
             for module, note in _notes(model, model_map, group, watcher):
                 handle = model.get_submodule(module).register_forward_hook(
-                    partial(_hook, watcher, note), with_kwargs=True
+                    # before hooks that change outputs: gradients are those of the parameter's own
+                    partial(_hook, watcher, note),
+                    with_kwargs=True,
+                    prepend=True,
                 )
                 stack.callback(handle.remove)
         yield

@@ -27,6 +27,7 @@ from quantlib.pipeline.caches import allocated_caches
 from quantlib.pipeline.run import Run
 from quantlib.transforms.attention import ATTRIBUTE, AttentionState, attach_attention
 from quantlib.transforms.binding import wire
+from quantlib.transforms.tables import crosses
 
 
 def round_inputs(
@@ -105,11 +106,12 @@ class RoundedInputs:
 
 def cache_settings(run: Run, model: nn.Module | None = None) -> dict[str, CacheSettings]:
     """Attention module -> what is done to its keys and values; empty when nothing is, and for
-    models of several parts, whose caches go by modality (`pipeline.modalities`).
+    models of several parts, whose caches go by modality (`pipeline.modalities`). An encoder keeps
+    none; what a decoder hears is cached once for each sound, and rounded like what it says.
 
     model: the source's module, if it is there already.
     """
-    if run.workload is not None:
+    if run.workload is not None and not crosses(run.source.model_type):
         return {}
     if run.recipe.kv_bits is not None:
         return {name: CacheSettings(kv) for name, kv in allocated_caches(run).items()}
@@ -117,7 +119,7 @@ def cache_settings(run: Run, model: nn.Module | None = None) -> dict[str, CacheS
     if str(kv) == "f32":
         return {}
     wiring = wire(skeleton.build(run.source) if model is None else model)
-    return {attention.module: CacheSettings(kv) for attention in wiring.attentions}
+    return {attention.module: CacheSettings(kv) for attention in wiring.cached}
 
 
 def round_cache(

@@ -202,7 +202,9 @@ def _known(run: Run, group: LinearGroup) -> _Known:
     if run.workload is None:
         found = ordered_statistics(run, group)
         return _Known(found, [Part(TASK, found, run.windows.numel())])
-    streams = parts.group_parts(run, group.name)
+    streams = {
+        task: _ordered(run, group, own) for task, own in parts.group_parts(run, group.name).items()
+    }
     return _Known(
         parts.summed_group(run, streams),
         [Part(task, own, parts.summary(run, task).terms) for task, own in streams.items()],
@@ -305,9 +307,12 @@ def ordered_weight(run: Run, name: str) -> Tensor:
 
 def ordered_statistics(run: Run, group: LinearGroup) -> GroupStatistics:
     """The statistics of a group, of inputs in the order its members are packed in."""
-    stats = group_statistics(run, group.name)
+    return _ordered(run, group, group_statistics(run, group.name))
+
+
+def _ordered(run: Run, group: LinearGroup, stats: GroupStatistics) -> GroupStatistics:
     order = run.orders.get(group.members[0])
-    if order is None:
+    if order is None or not stats.tokens:
         return stats
     return GroupStatistics(group.name, [matrix.reordered(order) for matrix in stats.matrices])
 

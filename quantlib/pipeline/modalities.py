@@ -33,6 +33,7 @@ from quantlib.recipe import Recipe
 from quantlib.runtime.modality_hooks import decoder_of, image_token_of
 from quantlib.runtime.nonlinear_fit import nonlinear_operators
 from quantlib.runtime.static_scales import static_scales
+from quantlib.transforms.tables import crosses
 
 OPERATORS, SCALES = "nonlinear", "scales"
 VERSION = 1
@@ -125,7 +126,8 @@ def cache_formats(run: Run) -> CacheFormats | None:
 
     Raises ModelError for a model without such a cache.
     """
-    if run.workload is None and not run.recipe.kv_modalities:
+    whole = run.workload is not None and not crosses(run.source.model_type)
+    if not whole and not run.recipe.kv_modalities:
         return None
     formats = _formats(run.recipe)
     if not formats:

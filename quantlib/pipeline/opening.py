@@ -23,13 +23,13 @@ from quantlib.pipeline.inputs import check_inputs
 from quantlib.pipeline.latency import costs_for
 from quantlib.pipeline.modalities import check_caches
 from quantlib.pipeline.plan import Budget, check_request
-from quantlib.pipeline.rotate import check_rotatable, rotated
+from quantlib.pipeline.rotate import check_rotatable, check_rounded, rotated
 from quantlib.pipeline.run import Progress, Run, Silent, candidates, read_windows
 from quantlib.pipeline.whole import check_blockwise, check_whole, is_whole, mapped, read_workload
 from quantlib.recipe import Recipe
 from quantlib.search.latency import LatencyCosts
 from quantlib.transforms.binding import wire
-from quantlib.transforms.tables import find
+from quantlib.transforms.tables import crosses, find
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,13 @@ def load_inputs(
     model_map = mapped(source, recipe)
     whole = is_whole(model_map, recipe)
     recipe = recipe.for_streams() if whole else recipe
-    check_whole(recipe) if whole else check_blockwise(recipe)
+    check_whole(recipe, source.model_type) if whole else check_blockwise(recipe)
     check_rotatable(source, recipe)
+    if whole and recipe.rotation != "none":
+        check_rounded(source, model_map)
     check_inputs(model_map, candidates(model_map, recipe))
-    if whole or recipe.kv_modalities:
+    by_modality = whole and not crosses(source.model_type)
+    if by_modality or recipe.kv_modalities:
         check_caches(source, recipe)
     else:
         _check_cache(source, recipe)
@@ -176,7 +179,9 @@ def reopen_run(
     table = workfiles.load_table(work, known.model_map)
     source = Source.open(model or known.path)
     whole = is_whole(known.model_map, recipe)
-    workload = read_workload(source, known.model_map, recipe) if whole and with_data else None
+    workload = None
+    if whole and (with_data or recipe.rotation != "none"):  # bases are those of these records
+        workload = read_workload(source, known.model_map, recipe)
     tokenizer = None if whole else load_tokenizer(source.path)
     with WorkDir.view(work) if reading else WorkDir.open(work) as workdir:
         run = Run(source, known.model_map, workdir, recipe, tokenizer, progress or Silent())

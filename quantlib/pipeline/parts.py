@@ -9,7 +9,7 @@ value, so that a picture of a thousand tokens does not outvote an answer of thre
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,8 @@ from quantlib.checkpoint.tensorfile import read_tensors, tensor_content
 from quantlib.models import skeleton
 from quantlib.pipeline.run import Run
 from quantlib.pipeline.shares import component_shares, save_shares, told
+from quantlib.transforms.binding import wire
+from quantlib.transforms.moments import Moments, moments_of
 
 KIND, STREAM, BASELINE = "statistics", "stream", "baseline"
 LEAST_LOSS = 0.05
@@ -131,6 +133,24 @@ def whole_model(run: Run) -> nn.Module:
     model = skeleton.build(run.source)
     skeleton.materialize(model, "", run.source)
     return model
+
+
+def whole_moments(run: Run) -> Moments:
+    """Moments of what linears and attentions read, over the calibration samples of all streams.
+
+    Of models whose samples are arguments of their own forward, without padding.
+    """
+    model: Any = whole_model(run)
+    total = sum(len(run.streams.calibration[task]) for task in run.tasks)
+    with run.stage("rotate", total) as progress:
+        return moments_of(model, wire(model), _batches(run, model, progress.tick))
+
+
+def _batches(run: Run, model: nn.Module, tick: Any) -> Iterator[dict[str, Any]]:
+    for task in run.tasks:
+        for sample in run.streams.stream(task, model).samples:
+            yield {name: given for name, given in sample.inputs.items() if name != "use_cache"}
+            tick(task)
 
 
 def summary(run: Run, task: str) -> Summary:

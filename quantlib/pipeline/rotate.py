@@ -23,10 +23,11 @@ from torch import Tensor
 from quantlib.calibration.stream import BlockStream
 from quantlib.checkpoint.provenance import digest
 from quantlib.checkpoint.tensorfile import read_tensors, tensor_content
-from quantlib.errors import TransformError
+from quantlib.errors import TransformError, UsageError
 from quantlib.formats.scheme import Scheme
 from quantlib.kernels.kv_format import KvFormat, SideFormat
 from quantlib.models import skeleton
+from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source as ModelSource
 from quantlib.pipeline.bytecount import surrounding_bytes
 from quantlib.pipeline.calibrate import (
@@ -38,7 +39,9 @@ from quantlib.pipeline.calibrate import (
     keep_embedding,
     keep_statistics,
     statistics_key,
+    statistics_keys,
 )
+from quantlib.pipeline.parts import group_parts, summed_group, whole_moments
 from quantlib.pipeline.run import Run
 from quantlib.recipe import Recipe
 from quantlib.transforms.apply import RotatedSource
@@ -83,6 +86,22 @@ def check_rotatable(source: ModelSource, recipe: Recipe) -> None:
         raise TransformError(obstacle)
 
 
+def check_rounded(source: ModelSource, model_map: ModelMap) -> None:
+    """Raise UsageError when a linear that reads or writes a rotated stream is kept as it is: bases
+    are found from what rounding costs each of them."""
+    rounded = {weight.name for weight in model_map.weights}
+    wiring = wire(skeleton.build(source))
+    inside = tuple(f"{block}." for block in wiring.blocks)
+    readers = (r for stream in wiring.streams for norm in stream.norms for r in norm.readers)
+    writers = (w for stream in wiring.streams for w in stream.writers)
+    for name in (matrix.weight for matrix in (*readers, *writers)):
+        if name.startswith(inside) and name not in rounded:
+            raise UsageError(
+                f"{name} is kept as it is, and bases are found from what rounding costs every "
+                "linear of this model: leave out --keep, or the rotation"
+            )
+
+
 def rotated(run: Run, seed: int | None = None) -> Run:
     """The run on the source in the basis that the recipe asks for; itself, when it asks for none.
 
@@ -117,8 +136,9 @@ def rotated(run: Run, seed: int | None = None) -> Run:
 
 def on_source(run: Run, source: RotatedSource) -> Run:
     """The same run on another form of its source."""
-    other = replace(run, source=source)
-    other.all_windows = run.all_windows
+    other = replace(run, source=source, _stream_hashes={})
+    if run.workload is None:
+        other.all_windows = run.all_windows
     other.orders = _orders(source, wide_shares(run.recipe))
     other.extra_bytes = surrounding_bytes(source.rotation.online(source.wiring), other.orders)
     return other
@@ -243,6 +263,8 @@ def _folded(run: Run) -> Run:
     if means:
         changed = Rotation(fold_norms=True, means=means)
         folded = on_source(run, RotatedSource.of(run.source, changed))
+    if run.workload is not None:
+        return folded
     chosen = run.windows[_spread(folded)]
     if len(chosen) < len(run.windows) and not _turns(folded):
         fewer = {"windows": len(chosen), "probe_windows": 1}
@@ -259,20 +281,29 @@ def _means(run: Run, folded: Run) -> dict[str, Tensor]:
         return {}
     unit = run.work.key(MEANS, inputs=digest([run.statistics_hash, ROTATION_VERSION]))
     if not run.work.has(unit):
-        stream = BlockStream(folded.source, folded.model_map)
-        with folded.stage("rotate", len(folded.model_map.blocks)) as progress:
-            windows = folded.windows[_spread(folded)]
-            moments = stream_moments(stream, folded.model_map, wiring, windows, tick=progress.tick)
-            inputs = merge(moments).inputs
+        inputs = _plain_moments(folded).inputs
         found = means_of({name: one.mean for name, one in inputs.items()}, wiring)
         file = f"{KIND}/{unit[:12]}.safetensors"
         run.work.commit(unit, MEANS, {file: tensor_content(found)})
     return read_tensors(run.work.file(unit))
 
 
+def _plain_moments(folded: Run) -> Moments:
+    if folded.workload is not None:
+        return whole_moments(folded)
+    assert isinstance(folded.source, RotatedSource)
+    stream, wiring = BlockStream(folded.source, folded.model_map), folded.source.wiring
+    with folded.stage("rotate", len(folded.model_map.blocks)) as progress:
+        windows = folded.windows[_spread(folded)]
+        moments = stream_moments(stream, folded.model_map, wiring, windows, tick=progress.tick)
+        return merge(moments)
+
+
 def _turns(folded: Run) -> bool:
     """Whether calibration of the folded model spares that of the rotated one."""
     assert isinstance(folded.source, RotatedSource)
+    if folded.workload is not None:
+        return False
     return folded.recipe.rotation == "gradients" and turns(folded.source.wiring)
 
 
@@ -306,20 +337,27 @@ def _starts(side: SideFormat, head_dim: int) -> list[int]:
 def _weighed(folded: Run, moments: Moments) -> Source:
     """What errors cost: by the energy of weights, or of gradients where the recipe asks for it."""
     assert isinstance(folded.source, RotatedSource)
-    priced = folded.recipe.rotation == "gradients"
+    priced, whole = folded.recipe.rotation == "gradients", folded.workload is not None
     groups = [g.name for g in folded.model_map.groups if g.block is not None and priced]
+    statistics = (
+        summed_group(folded, group_parts(folded, name)) if whole else group_statistics(folded, name)
+        for name in groups
+    )
     return Source(
         moments,
         folded.source.wiring,
         folded.source.read,
-        fisher=fisher_of(group_statistics(folded, name) for name in groups) if priced else None,
-        weighted=_WEIGHTED if priced else 0.0,
+        fisher=fisher_of(statistics) if priced else None,
+        # records are few: plain moments alone, as of Whisper in bench.quality_w4a4
+        weighted=_WEIGHTED if priced and not whole else 0.0,
         rounded={weight.name for weight in folded.model_map.weights},
     )
 
 
 def _moments(folded: Run) -> Moments:
-    """Of the folded model, token-weighted where calibration left gradients."""
+    """Of the folded model, token-weighted where calibration left gradients block by block."""
+    if folded.workload is not None:
+        return whole_moments(folded)
     assert isinstance(folded.source, RotatedSource)
     weighted = folded.recipe.rotation == "gradients"
     windows, chosen = folded.windows, _spread(folded)
@@ -368,9 +406,9 @@ def _turn_statistics(folded: Run, other: Run) -> None:
 
 def _forget_statistics(folded: Run) -> None:
     """The folded model's statistics have served: the rotated model has its own."""
-    groups = [group.name for group in folded.model_map.groups if group.block is not None]
-    for key in [statistics_key(folded, name) for name in (*groups, EMBEDDING)]:
+    for key in statistics_keys(folded):
         if folded.work.has(key):
-            path = folded.work.file(key)
+            paths = [folded.work.path / name for name in folded.work.unit(key).files]
             folded.work.forget(key)
-            path.unlink(missing_ok=True)
+            for path in paths:
+                path.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from quantlib.calibration.streams import Run as RunSample
 from quantlib.calibration.streams import Sample
 from quantlib.evaluation.estimate import Estimate
 from quantlib.pipeline.dense import DensePlan, plan_keys
+from quantlib.pipeline.inputs import round_cache
 from quantlib.pipeline.run import Run
 
 KIND = "task trial"
@@ -64,7 +65,8 @@ class TaskTrials:
 
     @cached_property
     def _judged(self) -> dict[str, list[_Judged]]:
-        """Made while the model has its own weights: before the first plan is loaded."""
+        """Made while the model has its own weights, keys and values: before the first plan is
+        loaded, and caches are rounded."""
         model, found = self._model.model, {}
         generator = torch.Generator().manual_seed(self.run.recipe.seed)
         for task in self.run.tasks:
@@ -73,6 +75,7 @@ class TaskTrials:
                 _judged(route.run, model, sample, generator)
                 for sample in self.run.streams.judging(task, model)
             ]
+        round_cache(model, self.run)
         return found
 
     @torch.no_grad()
@@ -91,7 +94,8 @@ class TaskTrials:
 
     def _key(self, schemes: Mapping[str, str]) -> str:
         entries = plan_keys(self.run, schemes)
-        return self.run.work.key(KIND, entries=entries, records=self._inputs)
+        kept = {} if self.run.recipe.kv == "f32" else {"kv": self.run.recipe.kv}
+        return self.run.work.key(KIND, entries=entries, records=self._inputs, **kept)
 
 
 def _judged(run: RunSample, model: object, sample: Sample, generator: torch.Generator) -> _Judged:

@@ -27,6 +27,7 @@ from quantlib.models.families import EMBEDDINGS, HEAD
 from quantlib.models.modelmap import ModelMap
 from quantlib.models.source import Source
 from quantlib.recipe import Recipe
+from quantlib.transforms.tables import crosses
 
 KEPT = "kept by request"
 
@@ -100,10 +101,11 @@ def check_blockwise(recipe: Recipe) -> None:
         )
 
 
-def check_whole(recipe: Recipe) -> None:
-    """Raise UsageError for what is only done to language models."""
+def check_whole(recipe: Recipe, model_type: str) -> None:
+    """Raise UsageError for what is only done to language models; of a model that writes down what
+    it hears, all residual streams are known, so it can be rotated, too."""
     asked = {
-        "a rotation": recipe.rotation != "none",
+        "a rotation": recipe.rotation != "none" and not crosses(model_type),
         "re-rounding (refine)": recipe.refine,
         "swaps": recipe.swaps > 0,
         "scores without gradients": not recipe.gradients,

@@ -115,10 +115,10 @@ class PackedLayer(CacheLayerMixin):
 
 
 class PackedCache(Cache):
-    """Keys and values of all layers, each in a format of its own."""
+    """Keys and values of all layers, each in a format of its own; kind: of its layers."""
 
-    def __init__(self, forms: list[KvFormat]) -> None:
-        self.packed = [PackedLayer(form) for form in forms]
+    def __init__(self, forms: list[KvFormat], kind: type[PackedLayer] = PackedLayer) -> None:
+        self.packed = [kind(form) for form in forms]
         super().__init__(layers=list(self.packed))
 
     @property

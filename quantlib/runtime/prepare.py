@@ -25,6 +25,7 @@ from quantlib.runtime import nonlinear
 from quantlib.runtime.assemble import Inputs, replace_modules
 from quantlib.runtime.describe import states_of
 from quantlib.runtime.fused_turn import take_turn
+from quantlib.runtime.hearing_cache import attach_hearing_cache
 from quantlib.runtime.modality_hooks import attach_caches
 from quantlib.runtime.modules import QuantizedLinear
 from quantlib.runtime.packed_module import PackedModule
@@ -73,6 +74,7 @@ def prepare(model: Any, folder: str | os.PathLike[str]) -> None:
     _draw_nothing(model)
     if checkpoint.around.caches:
         attach_attention(model, states_of(checkpoint.around.caches))
+        attach_hearing_cache(model)
     nonlinear.attach(model, checkpoint.around.nonlinear)
     kv = checkpoint.around.kv
     if kv is not None:

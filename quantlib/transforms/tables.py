@@ -192,6 +192,14 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
+def crosses(model_type: str) -> bool:
+    """Whether blocks of a model of this type read two streams: a decoder's that hears an encoder,
+    whose parts are all in the family's table."""
+    family = find(model_type)
+    rules = family.rules if family is not None else ()
+    return any(attention.source is not None for rule in rules for attention in rule.attentions)
+
+
 def find(model_type: str) -> Family | None:
     """The family whose table lists this `model_type` of config.json."""
     return next((family for family in FAMILIES if model_type in family.model_types), None)

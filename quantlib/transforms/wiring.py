@@ -152,6 +152,13 @@ class Wiring:
         """The attention of this name, None when there is none."""
         return next((attention for attention in self.attentions if attention.name == name), None)
 
+    @property
+    def cached(self) -> tuple[Attention, ...]:
+        """The attentions whose keys and values are kept in a cache: those of the decoder."""
+        decoder = self.stream(DECODER)
+        writers = {writer.weight for writer in decoder.writers} if decoder is not None else set()
+        return tuple(a for a in self.attentions if a.output.weight in writers)
+
     def hidden(self, name: str) -> Hidden | None:
         """The down projection's input of this name, None when there is none."""
         return next((hidden for hidden in self.hiddens if hidden.name == name), None)
