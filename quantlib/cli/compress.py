@@ -52,6 +52,7 @@ from quantlib.cli.progress import Bars
 from quantlib.cli.request import budget_of, latency_of, quiet_transformers, recipe_fields
 from quantlib.cli.results import described, show
 from quantlib.cli.words import next_commands
+from quantlib.errors import UsageError
 
 if TYPE_CHECKING:
     from quantlib.pipeline.compress import Result
@@ -73,6 +74,15 @@ Refine = Annotated[
         help="Round the plan again with quantized inputs, and ship the better of the two.",
         rich_help_panel=RECIPE,
         show_default=False,
+    ),
+]
+Learning = Annotated[
+    int | None,
+    typer.Option(
+        metavar="STEPS",
+        help="Of learned rounding (AutoRound) of every block that --refine rounds again; the best "
+        "step is kept, 0 for none.",
+        rich_help_panel=RECIPE,
     ),
 ]
 Rows = Annotated[
@@ -135,6 +145,7 @@ def compress(
     seed: Seed = None,
     rows: Rows = None,
     refine: Refine = None,
+    learning: Learning = None,
     engine: Engine = "quantlib",
     floor: Floor = None,
     ceiling: Ceiling = None,
@@ -167,12 +178,14 @@ def compress(
     asked |= {"preset": preset, "fast": fast, "schemes": schemes, "method": scheme}
     asked |= {"rotation": rotation, "kv": kv, "nonlinear": nonlinear, "refine": refine}
     asked |= {"weighting": weighting, "keep": keep, "latency": latency, "activations": activations}
-    asked |= {"rows": rows}
+    asked |= {"rows": rows, "learning": learning}
     fields = recipe_fields(recipe, **asked)
     rules: dict[str, Any] = {"floor": floor, "ceiling": ceiling, "pin": pin, "engine": engine}
     rules |= {"component_size": component_size, "task_weights": task_weights, "balance": balance}
     rules |= {"latency": latency_of(fields.get("latency"), threads, mode)}
     budget = budget_of(size, bits, activations=activations, **rules)
+    if learning and not _refines(budget, fields):
+        raise UsageError("--learning is a part of rounding a plan again: add --refine")
     if dry_run:
         _dry_run(model, budget, fields, download, json)
         return
@@ -182,6 +195,13 @@ def compress(
         print_json(described(result))
     else:
         show(result, model)
+
+
+def _refines(budget: Budget, fields: dict[str, Any]) -> bool:
+    """Whether a request rounds its plan again."""
+    from quantlib.pipeline.compress import recipe_for
+
+    return recipe_for(budget, **fields).refine
 
 
 def _run(model: str, budget: Budget, arguments: dict[str, Any]) -> Result:

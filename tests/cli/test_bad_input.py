@@ -551,3 +551,7 @@ def test_a_checkpoint_cut_short(run: Run, fails: Fails, model: Path, text: Path,
         file.write_bytes(content[:size])
         assert "model.safetensors" in fails(1, "generate", out, "Hello")
         assert "model.safetensors" in fails(1, "eval", out, "--data", text, "--seqlen", 32)
+
+
+def test_learning_without_refining_is_refused(compress_fails: Fails) -> None:
+    assert "add --refine" in compress_fails(2, "--bits", 6, "--learning", 5)

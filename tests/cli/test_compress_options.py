@@ -39,6 +39,7 @@ OPTIONS: dict[str, tuple[tuple[object, ...], dict[str, Any]]] = {
         {"windows": 7, "seqlen": 64, "seed": 3},
     ),
     "rows": (("--rows",), {"rows": True}),
+    "learning": (("--refine", "--learning", 20), {"learning": 20}),
     "refine": (("--no-refine",), {"refine": False}),
     "engine": (("--engine", "vllm"), {"engine": "vllm"}),
     "rules": (
