@@ -1,5 +1,5 @@
-"""quantlib's method on Whisper, in memory: `quantlib compress --scheme resq` goes through decoders
-block by block, and an encoder-decoder model is no chain of blocks.
+"""quantlib's method on Whisper, in memory, within mean bits of linears and of the KV cache alone:
+`quantlib compress --scheme resq` writes a checkpoint, whose embeddings and convolutions count too.
 
 The parts are the pipeline's, in its order: means of inputs put into biases, which LayerNorms and
 GELU layers have (`transforms.means`); gradients on labels sampled from the model; weighted bases,

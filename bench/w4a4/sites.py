@@ -72,11 +72,7 @@ def weight(model: nn.Module, matrix: Matrix) -> Tensor:
 
 def cached(wiring: Wiring, attention: Attention) -> bool:
     """Whether the attention's keys and values are kept in a cache: not in an encoder's blocks."""
-    decoder = wiring.stream("decoder")
-    if decoder is None:
-        return False
-    writers = {writer.weight for writer in decoder.writers}
-    return attention.output.weight in writers
+    return attention in wiring.cached
 
 
 def head_order(heads: int, head_dim: int, high: int) -> Tensor:
