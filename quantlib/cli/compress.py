@@ -170,15 +170,14 @@ def compress(
         quantlib compress MODEL -o OUT --bits 5 --data text.txt --pin lm_head=w8g64
         quantlib compress MODEL -o OUT --data text.txt --latency 12ms --size 90MB
         quantlib compress MODEL -o OUT --data text.txt --bits 4.4 --scheme resq --activations 4.5
-        quantlib compress MODEL -o OUT --data text.txt --bits 4.4 --rotation gradients --kv 8
         quantlib compress MODEL -o OUT --data records.jsonl --bits 4.5 --balance minmax
         quantlib compress path/to/model --bits 4 --data text.txt -o OUT --dry-run
     """
     asked: dict[str, Any] = {"data": data, "seqlen": seqlen, "windows": windows, "seed": seed}
     asked |= {"preset": preset, "fast": fast, "schemes": schemes, "method": scheme}
-    asked |= {"rotation": rotation, "kv": kv, "nonlinear": nonlinear, "refine": refine}
-    asked |= {"weighting": weighting, "keep": keep, "latency": latency, "activations": activations}
-    asked |= {"rows": rows, "learning": learning}
+    asked |= {"rotation": rotation, "kv": kv, "nonlinear": nonlinear, "weighting": weighting}
+    asked |= {"refine": refine, "learning": learning, "rows": rows, "keep": keep}
+    asked |= {"latency": latency, "activations": activations}
     fields = recipe_fields(recipe, **asked)
     rules: dict[str, Any] = {"floor": floor, "ceiling": ceiling, "pin": pin, "engine": engine}
     rules |= {"component_size": component_size, "task_weights": task_weights, "balance": balance}
