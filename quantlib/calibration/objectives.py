@@ -109,7 +109,7 @@ class VectorObjective:
 
     def divergence(self, reference: Tensor, mine: Tensor) -> LossSum:
         """Half the squared error over the mean square of the reference."""
-        scale = float(reference.square().mean(dtype=torch.float64)) or 1.0
+        scale = float(reference.detach().square().mean(dtype=torch.float64)) or 1.0
         error = (reference - mine).square().sum(dtype=torch.float64)
         return LossSum(0.5 * error / scale, len(mine))
 

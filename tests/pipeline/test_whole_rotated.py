@@ -72,6 +72,7 @@ def said(run: Any, model: Any) -> torch.Tensor:
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found, expected = found.detach(), expected.detach()
     return float((found - expected).abs().max() / expected.abs().max())
 
 
