@@ -75,19 +75,37 @@ def runs(
     return Runs(worker, contents, folder, call)
 
 
+@pytest.fixture(scope="module")
+def rotated_runs(
+    worker: Callable[..., dict[str, Any]],
+    contents: Contents,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_llama: Callable[..., Path],
+    text: str,
+    small: dict[str, Any],
+) -> Runs:
+    """In another basis, with rounded inputs and a packed cache."""
+    folder = tmp_path_factory.mktemp("rotated")
+    model = tiny_llama(folder / "model", hidden_size=32, intermediate_size=64)
+    schemes = ["w4a4zh8/8", "w4a4zh8/4", "w8a8", "w8g32zs8"]
+    how = {"rotation": "gradients", "schemes": schemes, "kv": "int8", "bits": 14.0}
+    call = {**small, "model": model, "data": text, **how, "refine": False}
+    return Runs(worker, contents, folder, call)
+
+
 @pytest.fixture(autouse=True)
 def _clean(runs: Runs) -> None:
     for folder in (runs.out, runs.work):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def under_fire(runs: Runs, draw: Callable[[], dict[str, Any]]) -> bool:
-    """Kill runs until KILLS have died; whenever one outlives its kill, the next starts anew.
+def under_fire(runs: Runs, draw: Callable[[], dict[str, Any]], wanted: int = KILLS) -> bool:
+    """Kill runs until so many have died; whenever one outlives its kill, the next starts anew.
 
     Returns whether a run that nobody kills then comes to its end.
     """
     kills = 0
-    while kills < KILLS:
+    while kills < wanted:
         if runs(**draw()):
             kills += 1
         else:
@@ -105,6 +123,11 @@ def test_twenty_kills_in_place_of_changes_of_the_disk(runs: Runs) -> None:
     """Renames, unlinks, flushes and journal lines are where a crash window would be."""
     steps = random.Random(1)
     assert under_fire(runs, lambda: {"operation": steps.randint(1, runs.operations // 4)})
+
+
+def test_six_kills_of_a_run_that_rotates(rotated_runs: Runs) -> None:
+    runs, steps = rotated_runs, random.Random(2)
+    assert under_fire(runs, lambda: {"operation": steps.randint(1, runs.operations // 3)}, 6)
 
 
 STEPS = [
