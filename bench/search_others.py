@@ -13,8 +13,9 @@ from quantlib.checkpoint.disk import read_json
 from quantlib.errors import DataError
 
 ROWS, GRAPH, TRAINED = "graph_rows.json", "graph.json", "search_trained.json"
-ROUNDING = "descent"
-"""Of the rows of linears, as quantlib rounds by default."""
+ROUNDING = "gptq"
+"""Of the rows of linears: what uniform bits in GPTQ's own formats are rounded by, too, so that rows
+differ by their bits alone."""
 BASE = "int4"
 EVEN: Mapping[str, Any] = {"mean": 0.0, "half_width": None, "on_pictures": None}
 """What trained networks are beside, and its difference from itself."""
@@ -41,10 +42,8 @@ def other_rows(folder: Path = record.RESULTS) -> list[dict[str, Any]]:
 
 
 def _rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Blocks of rows of SmolLM2's linears, rounded by GPTQ and descent, and beside them uniform
-    bits in GPTQ's own formats."""
+    """Blocks of rows of SmolLM2's linears, and beside them uniform bits in GPTQ's own formats."""
     found = [row for row in data["rows"] if row["rounding"] == ROUNDING]
-    found += [row for row in data["rows"] if row["method"] == "known"]
     return _of_linears("smollm2 linears, rows", found)
 
 

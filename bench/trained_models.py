@@ -4,9 +4,10 @@
     python -P -m quantlib.bench.trained_models unified
     python -P -m quantlib.bench.trained_models smollm2 --quick    minutes: few steps, short test
 
-Three rows each, of the same bit operations: all layers in one format and rounded to nearest, the
-same format trained on, and FLIQS trained for as long. A model learns from its own full-precision
-self (SmolLM2) or from its task (unified). Rows are kept in the user's cache and in the result file,
+Four rows each, of the same bit operations: all layers in one format and rounded to nearest, the
+same format trained on, the formats that an exact solver chooses by measured losses trained on, and
+FLIQS trained for as long. A model learns from its own full-precision self (SmolLM2) or from its
+task (unified). Rows are kept in the user's cache and in the result file,
 which is written after each, and made once; a run that was stopped goes on.
 """
 
@@ -43,14 +44,17 @@ from quantlib.search.fliqs import Fixed, Fliqs, Settings
 from quantlib.search.trained.costs import bops
 from quantlib.search.trained.layers import Layers, Space, decisions
 from quantlib.search.trained.loop import Loop, Method, Outcome, Task, Training, judge_of
+from quantlib.search.trained.measured import least_lost, losses
 from quantlib.search.trained.numbers import space_of
 
-METHODS = ("rounded", "uniform", "fliqs")
+METHODS = ("rounded", "uniform", "exact", "fliqs")
 BATCH, SEQLEN = 2, 64
 TEST_WINDOWS, TEST_SEQLEN = 12, 256
 QUICK_STEPS, QUICK_WINDOWS = 48, 4
 DRAWS = 2
 """Choices that a step of a search judges beside the one that it trains."""
+MEASURED_BATCHES = 4
+"""That the exact solver judges every option on."""
 SCENES = 16
 """Of each kind in a step of the unified bed."""
 
@@ -96,6 +100,7 @@ class Subject:
         """sha256 over what a row depends on."""
         parts = [method, self.name, self.space, self.uniform, asdict(self.training), self.quick]
         parts += [asdict(self.search(0.0))] if method == "fliqs" else []
+        parts += [MEASURED_BATCHES] if method == "exact" else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def search(self, target: float) -> Settings:
@@ -264,17 +269,18 @@ def _measure(subject: Subject, method: str) -> dict[str, Any]:
     layers = Layers(trainable.model, Space(decided))
     products = layers.count_products(lambda: example(trainable.model))
     costs = bops(layers.space, products)
-    uniform = layers.space.uniform(subject.uniform)
-    training, choice = subject.training, uniform
+    training, choice = subject.training, layers.space.uniform(subject.uniform)
+    target, judges = costs.of(choice), judge_of(trainable.model, task, training)
+    if method == "exact":
+        choice = least_lost(losses(layers, judges, MEASURED_BATCHES), costs, target)
     if method != "rounded":
-        steps, target = training.steps, costs.of(uniform)
-        judges = judge_of(trainable.model, task, training)
-        found = Fliqs(layers, costs, subject.search(target), steps, training.seed, judges)
-        learner: Method = found if method == "fliqs" else Fixed(layers, uniform)
+        searching = subject.search(target)
+        found = Fliqs(layers, costs, searching, training.steps, training.seed, judges)
+        learner: Method = found if method == "fliqs" else Fixed(layers, choice)
         about = {"model": trainable.source.fingerprint, "subject": subject.name}
         file = folder() / f"{subject.label}-{method}-{subject.key(method)[:8]}.safetensors"
         Loop(trainable.model, task, learner, training, file, about, _show).run()
-        choice = found.final() if method == "fliqs" else uniform
+        choice = found.final() if method == "fliqs" else choice
     layers.choose(choice)
     picked = zip(layers.space.numbers, choice)
     return {

@@ -262,8 +262,25 @@ class Layers:
 
     def choose(self, choice: Choice | None) -> None:
         """Round as a choice says; None: full precision, at full width."""
-        candidates = self.space.candidates(choice) if choice is not None else {}
-        shares = self.space.shares(choice) if choice is not None else {}
+        if choice is None:
+            self._round({}, {})
+        else:
+            self._round(self.space.candidates(choice), self.space.shares(choice))
+
+    def choose_alone(self, position: int, option: int) -> None:
+        """Round the layers of one decision as its option says and leave all others as they are;
+        position: the decision's place in a choice."""
+        space, count = self.space, len(self.space.numbers)
+        if position < count:
+            one = space.numbers[position]
+            self._round(dict.fromkeys(one.members, one.options[option]), {})
+        else:
+            alone = Space(space.numbers, (space.widths[position - count],))
+            self._round({}, alone.shares((*(0 for _ in space.numbers), option)))
+
+    def _round(
+        self, candidates: Mapping[str, Candidate], shares: Mapping[str, tuple[float, float]]
+    ) -> None:
         for name, layer in self.of.items():
             layer.candidate = candidates.get(name)
             _, share = shares.get(name, (1.0, 1.0))

@@ -177,10 +177,10 @@ def test_rows_of_other_benchmarks_join_when_they_are_there(tmp_path: Path) -> No
         "seconds": 120,
     }
     (tmp_path / search_others.GRAPH).write_text(json.dumps({"columns": [graph]}))
-    linears = {**graph, "method": "rows", "rounding": "descent", "kl": 0.3}
-    plain = {**linears, "method": "known", "rounding": "gptq", "kl": 0.9}
-    tied = {**linears, "method": "layers", "rounding": "gptq"}
-    rows_file = {"rows": [linears, plain, tied]}
+    linears = {**graph, "method": "rows", "rounding": "gptq", "kl": 0.3}
+    plain = {**linears, "method": "known", "kl": 0.9}
+    otherwise = {**linears, "method": "layers", "rounding": "descent"}
+    rows_file = {"rows": [linears, plain, otherwise]}
     (tmp_path / search_others.ROWS).write_text(json.dumps(rows_file))
     resumed = {**trained, "method": "csq", "seconds": None}
     resumed["over_int4"] = {"mean": -1.0, "half_width": 0.75, "on_pictures": 0.25}

@@ -1,0 +1,66 @@
+"""Measured losses and the exact choice by them: one decision at a time, nothing left behind."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from quantlib.errors import SearchError
+from quantlib.search.trained.costs import bops
+from quantlib.search.trained.layers import Layers
+from quantlib.search.trained.loop import Training, judge_of
+from quantlib.search.trained.measured import least_lost, losses
+
+from .trained_models import PRODUCTS, net, quarters, space
+
+FOUR = 16.0 * sum(PRODUCTS.values())
+
+
+def test_fewer_bits_lose_more_and_the_model_is_as_it_was() -> None:
+    model = net()
+    layers = Layers(model, space("w2a2", "w4a4", "w8a8"))
+    judge = judge_of(model, quarters(), Training(steps=4, rate=1e-3))
+    before = judge(0)
+    table = losses(layers, judge, batches=4)
+    assert [len(row) for row in table] == [3, 3, 3]
+    two, _, eight = (sum(column) for column in zip(*table, strict=True))
+    assert two > abs(eight)
+    assert judge(0) == before
+
+
+def test_an_option_is_measured_with_everything_else_as_it_is() -> None:
+    """Whatever the judge sees, one decision is rounded: the width decision, too."""
+    model = net()
+    layers = Layers(model, space("w4a4", "w8a8", widths=(0.5, 1.0)))
+    seen: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+
+    def judge(_: int) -> float:
+        rounded = tuple(n for n, layer in layers.of.items() if layer.candidate is not None)
+        cut = tuple(n for n, layer in layers.of.items() if layer.inputs is not None)
+        seen.append((rounded, cut))
+        return 0.0
+
+    losses(layers, judge, batches=1)
+    groups = [("stem.weight",), ("gate.weight", "up.weight"), ("head.weight",)]
+    one_at_a_time = [(group, ()) for group in groups for _ in range(2)]
+    assert seen == [((), ()), *one_at_a_time, ((), ("head.weight",)), ((), ())]
+
+
+def test_the_choice_loses_least_of_all_that_can_be_paid() -> None:
+    costs = bops(space("w2a2", "w4a4", "w8a8"), PRODUCTS)
+    drawn = torch.rand(3, 3, generator=torch.Generator().manual_seed(5)).tolist()
+    table = [sorted(row, reverse=True) for row in drawn]
+
+    def lost(choice: tuple[int, ...]) -> float:
+        return sum(row[index] for row, index in zip(table, choice, strict=True))
+
+    payable = [c for c in itertools.product(range(3), repeat=3) if costs.of(c) <= FOUR]
+    assert lost(least_lost(table, costs, FOUR)) == min(map(lost, payable))
+
+
+def test_a_cost_out_of_reach_is_refused() -> None:
+    costs = bops(space("w4a4", "w8a8"), PRODUCTS)
+    with pytest.raises(SearchError, match="cannot be reached"):
+        least_lost([[0.2, 0.1]] * 3, costs, FOUR / 2)
