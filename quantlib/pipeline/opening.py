@@ -180,7 +180,7 @@ def reopen_run(
     source = Source.open(model or known.path)
     whole = is_whole(known.model_map, recipe)
     workload = None
-    if whole and (with_data or recipe.rotation != "none"):  # bases are those of these records
+    if whole and (with_data or _is_made_from_records(recipe)):
         workload = read_workload(source, known.model_map, recipe)
     tokenizer = None if whole else load_tokenizer(source.path)
     with WorkDir.view(work) if reading else WorkDir.open(work) as workdir:
@@ -202,6 +202,13 @@ def reopen_run(
                 "restore it, or apply the plan without --refine"
             )
         yield run
+
+
+def _is_made_from_records(recipe: Recipe) -> bool:
+    """Whether a checkpoint has more from its records than rounded weights: bases, caches by what
+    the records hold, scales, integer operators."""
+    caches = recipe.kv != "f32" or bool(recipe.kv_modalities)
+    return caches or recipe.rotation != "none" or recipe.nonlinear is not None
 
 
 def load_tokenizer(path: Path) -> Any:

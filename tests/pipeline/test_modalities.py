@@ -14,7 +14,7 @@ from quantlib.cli import surroundings
 from quantlib.errors import FormatError, ModelError, UsageError
 from quantlib.kernels.kv_format import KvFormat
 from quantlib.models.source import Source
-from quantlib.pipeline.compress import compress
+from quantlib.pipeline.compress import apply_plan, compress
 from quantlib.pipeline.modalities import check_caches, integer_operators
 from quantlib.pipeline.opening import reopen_run
 from quantlib.pipeline.reporting import report_of
@@ -107,6 +107,24 @@ def test_a_checkpoint_is_made_for_its_caches_and_its_integers(
     caches.begun = []
     assert packed.generate_image("w1 w2", seed=1).size == (8, 8)
     assert any((cache.kinds == 2).any() for cache in caches.begun), "no code of the picture is kept"
+
+
+def test_a_plan_is_applied_with_the_surroundings_of_its_recipe(
+    janus: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """`quantlib apply` of a measured work directory writes what `compress` wrote, one format of the
+    cache for all parts and integer operators included."""
+    model, data = janus
+    asked = {"data": data, "kv": "int8", "nonlinear": "sqnr=15"}
+    made = compress(model, out=tmp_path / "out", **asked, **SMALL)
+    again = apply_plan(made.work / "plan.json", tmp_path / "again", made.work)
+    around, other = (read_layout(path).around for path in (made.path, again.path))
+    assert around.kv is not None
+    assert other == around
+    names = sorted(file.name for file in made.path.glob("*.safetensors"))
+    assert [(again.path / name).read_bytes() for name in names] == [
+        (made.path / name).read_bytes() for name in names
+    ]
 
 
 def test_text_alone_has_no_images_to_know_scales_of(squeeze: Any) -> None:
