@@ -57,7 +57,7 @@ from quantlib.search.fliqs import Fixed, Fliqs, Settings
 from quantlib.search.trained.costs import FULL_BITS, Costs, bops
 from quantlib.search.trained.layers import Choice, Layers, Space, decisions
 from quantlib.search.trained.loop import Judge, Loop, Method, Report, Training, judge_of
-from quantlib.search.trained.measured import BATCHES, least_lost, losses
+from quantlib.search.trained.measured import BATCHES, best_of_random, least_lost, losses
 from quantlib.search.trained.numbers import SPACES, space_of
 
 BEFORE = {"resnet": 900, "vit": 8000}
@@ -83,6 +83,7 @@ class Entry:
     widths:  shares of hidden channels to choose from. csq: mean bits of weights, beside inputs in
              the uniform candidate.
     exact:   whether formats are chosen before training, from measured losses (`trained.measured`).
+    random:  of how many random choices the best is trained in.
     """
 
     name: str
@@ -93,11 +94,14 @@ class Entry:
     widths: tuple[float, ...] = ()
     csq: float = 0.0
     exact: bool = False
+    random: int = 0
 
     @property
     def about(self) -> dict[str, Any]:
-        """What a row's key depends on. `exact` came later, and rows without it stay valid."""
-        return {name: value for name, value in asdict(self).items() if name != "exact" or value}
+        """What a row's key depends on. Fields that came later count where they are set, so that
+        rows from before stay valid."""
+        later = ("exact", "random")
+        return {name: value for name, value in asdict(self).items() if name not in later or value}
 
 
 ENTRIES = {
@@ -116,6 +120,13 @@ ENTRIES = {
             "mixed-pairs",
             target=FOUR,
             exact=True,
+        ),
+        Entry(
+            "random",
+            "the best of 12 random choices of these, then trained in it",
+            "mixed-pairs",
+            target=FOUR,
+            random=12,
         ),
         Entry("csq", "CSQ, 4 bits a weight, 4-bit inputs", uniform="w4a4", csq=4.0),
         Entry("fliqs-int-8th", "FLIQS-L, integers of 4 to 8 bits", "int-l", target=EIGHTH),
@@ -160,7 +171,7 @@ class Row:
         """sha256 over what the row depends on."""
         parts = [self.entry.about, self.seed, self.network.digest, self.network.rate]
         parts += [BEFORE[self.network.name], STEPS, DELAY, SETTLE]
-        if self.entry.exact:
+        if self.entry.exact or self.entry.random:
             parts += [BATCHES, SPACES[self.entry.space]]
         elif self.entry.target:
             parts += [asdict(self.search), SPACES[self.entry.space]]
@@ -408,6 +419,11 @@ def _method(
         target = entry.target * sum(products.values())
         if entry.exact:
             return Fixed(layers, least_lost(losses(layers, judge), costs, target))
+        if entry.random:
+            drawing = torch.Generator().manual_seed(row.seed)
+            return Fixed(
+                layers, best_of_random(layers, judge, costs, target, drawing, entry.random)
+            )
         return Fliqs(layers, costs, replace(row.search, target=target), STEPS, row.seed, judge)
     return Fixed(layers, layers.space.uniform(entry.uniform) if entry.uniform else None)
 

@@ -11,7 +11,7 @@ from quantlib.errors import SearchError
 from quantlib.search.trained.costs import bops
 from quantlib.search.trained.layers import Layers
 from quantlib.search.trained.loop import Training, judge_of
-from quantlib.search.trained.measured import least_lost, losses
+from quantlib.search.trained.measured import best_of_random, least_lost, losses
 
 from .trained_models import PRODUCTS, net, quarters, space
 
@@ -58,6 +58,25 @@ def test_the_choice_loses_least_of_all_that_can_be_paid() -> None:
 
     payable = [c for c in itertools.product(range(3), repeat=3) if costs.of(c) <= FOUR]
     assert lost(least_lost(table, costs, FOUR)) == min(map(lost, payable))
+
+
+def test_the_best_of_random_choices_is_one_of_them_and_spends_the_target() -> None:
+    layers = Layers(net(), space("w3a3", "w3a5", "w4a4", "w4a5"))
+    costs = bops(layers.space, PRODUCTS)
+    seen: list[tuple[str, ...]] = []
+
+    def judge(_: int) -> float:
+        seen.append(tuple(str(layer.candidate) for layer in layers.of.values()))
+        return float(len(seen))  # whatever comes last is best
+
+    generator = torch.Generator().manual_seed(2)
+    best = best_of_random(layers, judge, costs, FOUR, generator, draws=5, batches=1)
+    assert len(seen) == 5
+    assert len(set(seen)) > 1
+    assert all(layer.candidate is None for layer in layers.of.values())
+    layers.choose(best)
+    assert tuple(str(layer.candidate) for layer in layers.of.values()) == seen[-1]
+    assert 0.9 * FOUR <= costs.of(best) <= FOUR
 
 
 def test_a_cost_out_of_reach_is_refused() -> None:
