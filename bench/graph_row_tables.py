@@ -18,8 +18,9 @@ from quantlib.bench.graph_bits import (
     table_file,
 )
 from quantlib.formats.composite import stored_bytes
-from quantlib.formats.scheme import Scheme, Segment, WeightFormat
+from quantlib.formats.scheme import Scheme
 from quantlib.formats.size import payload_bytes
+from quantlib.formats.weight_format import Segment, WeightFormat
 from quantlib.pipeline.dense import bank_weight
 from quantlib.pipeline.measure import measure_groups
 from quantlib.pipeline.run import Run

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from quantlib.formats.scheme import Scheme, Segment
+from quantlib.formats.scheme import Scheme
 from quantlib.formats.weight import (
     PACKED,
     ROW_SCALE,
@@ -17,6 +17,7 @@ from quantlib.formats.weight import (
     TensorLayout,
     packed_layout,
 )
+from quantlib.formats.weight_format import Segment
 from quantlib.kernels.packed import PackedWeight
 
 _SPREAD = 0.03

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 from quantlib.errors import UsageError
 from quantlib.formats.packing import packed_bytes
-from quantlib.formats.scheme import Segment
+from quantlib.formats.weight_format import Segment
 from quantlib.kernels import dispatch
 from quantlib.kernels.cpu import library as cpu
 from quantlib.kernels.packed import PackedWeight, parse_layout, suffixes_of

@@ -18,7 +18,6 @@ from torch import Tensor
 from quantlib.errors import FormatError
 from quantlib.formats.activation import ActivationFormat, ActivationSegment
 from quantlib.formats.packing import pack_zeros, unpack_zeros
-from quantlib.formats.scheme import TENSOR, Segment, WeightFormat
 from quantlib.formats.weight import (
     PACKED,
     PLACES,
@@ -30,6 +29,7 @@ from quantlib.formats.weight import (
     packed_layout,
     unpack,
 )
+from quantlib.formats.weight_format import TENSOR, Segment, WeightFormat
 
 _SPARSE = "2of4"
 

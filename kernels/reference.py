@@ -23,8 +23,8 @@ from quantlib.formats.activation import (
     quantize,
     scale_columns,
 )
-from quantlib.formats.scheme import Segment
 from quantlib.formats.weight import QuantizedWeight, dequantize
+from quantlib.formats.weight_format import Segment
 
 
 def linear(

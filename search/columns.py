@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from quantlib.errors import SearchError
-from quantlib.formats.scheme import HighColumns, Scheme, WeightFormat
+from quantlib.formats.scheme import HighColumns, Scheme
+from quantlib.formats.weight_format import WeightFormat
 from quantlib.search.problem import Choice, Item, Picks, Problem
 from quantlib.search.relaxation import undominated
 

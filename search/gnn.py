@@ -26,8 +26,8 @@ from torch.nn import functional
 
 from quantlib.errors import SearchError
 from quantlib.formats.rtn import quantize_rtn
-from quantlib.formats.scheme import Segment, WeightFormat
 from quantlib.formats.weight import dequantize
+from quantlib.formats.weight_format import Segment, WeightFormat
 
 NEIGHBOURS = 16
 """Edges that every column keeps; with those that others keep to it, some 30."""

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from quantlib.errors import SearchError
-from quantlib.formats.scheme import Scheme, WeightFormat
+from quantlib.formats.scheme import Scheme
 from quantlib.formats.several import MOST_BLOCKS, RowBlock
+from quantlib.formats.weight_format import WeightFormat
 
 STEP = 16
 """Rows of a block are counted in these: what the CPU kernels compute at once. A strip of theirs is

@@ -129,6 +129,13 @@ class Objective:
             task: weight / baseline[task] if weight else 0.0 for task, weight in weights.items()
         }
 
+    def value(self, losses: Mapping[str, float], baseline: Mapping[str, float]) -> float:
+        """What these losses of all tasks are together: of one task its own loss, of several their
+        weighted relative increases, summed, or the largest of them. Raises as `scales`."""
+        scales = self.scales(list(losses), baseline)
+        scaled = [loss * scales.get(task, 1.0) for task, loss in losses.items()]
+        return max(scaled) if self.balance == "minmax" else math.fsum(scaled)
+
     def to_json(self) -> dict[str, Any]:
         return {"weights": dict(self.weights), "balance": self.balance}
 

@@ -27,8 +27,8 @@ from quantlib.bench.w4a4.heads import HeadPlan
 from quantlib.bench.w4a4.sites import Site, linear, weight
 from quantlib.bench.w4a4.statistics import Run
 from quantlib.formats.rtn import encode
-from quantlib.formats.scheme import CHANNEL, Segment, WeightFormat
 from quantlib.formats.weight import QuantizedSegment, QuantizedWeight, dequantize
+from quantlib.formats.weight_format import CHANNEL, Segment, WeightFormat
 from quantlib.rounding import RoundingOptions, round_group
 from quantlib.rounding.fixed import search_scales
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantlib.formats.activation import ActivationFormat, ActivationSegment
-from quantlib.formats.scheme import CHANNEL, Segment, WeightFormat
+from quantlib.formats.weight_format import CHANNEL, Segment, WeightFormat
 from quantlib.kernels.cpu import engine_structs as c
 from quantlib.kernels.cpu.forms import BlockRotation, Form, form
 from quantlib.kernels.kv_format import KvFormat, SideFormat, padded_columns

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quantlib.errors import FormatError
 from quantlib.formats.activation import ActivationFormat, ActivationSegment, check_activations
-from quantlib.formats.scheme import Segment
+from quantlib.formats.weight_format import Segment
 
 LEAST_POWER = 16
 """Sylvester's part of a rotation has at least this order, or 1."""

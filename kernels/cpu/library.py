@@ -21,7 +21,6 @@ from torch import Tensor
 
 from quantlib.errors import DataError, FormatError, QuantlibError, UsageError
 from quantlib.formats.elements import code_book, float_element
-from quantlib.formats.scheme import TENSOR, Segment, WeightFormat
 from quantlib.formats.weight import (
     PACKED,
     ROW_SCALE,
@@ -30,6 +29,7 @@ from quantlib.formats.weight import (
     TensorLayout,
     packed_layout,
 )
+from quantlib.formats.weight_format import TENSOR, Segment, WeightFormat
 from quantlib.kernels.cpu import build
 from quantlib.kernels.cpu.forms import Form, TileForm, TileRounding
 from quantlib.kernels.packed import dense_layout, parse_layout, to_dense, to_sparse

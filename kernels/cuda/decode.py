@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from quantlib.errors import FormatError
-from quantlib.formats.scheme import WeightFormat
 from quantlib.formats.sparse import AMONG, SparseCodes, kept_of
 from quantlib.formats.weight import QuantizedSegment, QuantizedWeight, decode_scales
+from quantlib.formats.weight_format import WeightFormat
 from quantlib.kernels.cuda import fragments
 from quantlib.kernels.cuda.layout import SLAB_COLUMNS, STRIP_ROWS, pack_codes, pack_meta
 from quantlib.kernels.cuda.sparse_layout import PLACE_WORDS, pack_sparse

@@ -30,8 +30,8 @@ from torch.nn import functional
 
 from quantlib.errors import FormatError
 from quantlib.formats.activation import ActivationFormat, ActivationSegment, check_activations
-from quantlib.formats.scheme import Segment, WeightFormat
 from quantlib.formats.weight import QuantizedSegment, QuantizedWeight
+from quantlib.formats.weight_format import Segment, WeightFormat
 from quantlib.kernels.cuda.decode import RESERVED_SHARED, SHARED_KB, split_scales
 from quantlib.kernels.cuda.integer_layout import (
     BYTES,

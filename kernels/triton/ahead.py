@@ -29,7 +29,8 @@ import torch
 
 from quantlib.errors import QuantlibError, UsageError
 from quantlib.formats.activation import FLOAT8, ActivationFormat, ActivationSegment
-from quantlib.formats.scheme import Scheme, WeightFormat
+from quantlib.formats.scheme import Scheme
+from quantlib.formats.weight_format import WeightFormat
 from quantlib.kernels.triton import configurations, plan
 from quantlib.kernels.triton.configurations import Configuration
 from quantlib.kernels.triton.inputs import warps

@@ -24,8 +24,8 @@ from torch.nn import functional
 
 from quantlib.errors import FormatError
 from quantlib.formats.elements import FLOATS
-from quantlib.formats.scheme import WeightFormat
 from quantlib.formats.weight import QuantizedSegment, QuantizedWeight, decode_scales
+from quantlib.formats.weight_format import WeightFormat
 
 TILE = 128
 """Columns of a tile."""

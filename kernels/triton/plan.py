@@ -13,7 +13,7 @@ import torch
 
 from quantlib.formats.activation import FLOAT8, ActivationSegment, float8, scale_columns
 from quantlib.formats.elements import FLOATS
-from quantlib.formats.scheme import WeightFormat
+from quantlib.formats.weight_format import WeightFormat
 from quantlib.kernels.triton.layout import TILE, parts
 
 AT_END, EACH_TILE, EACH_STRETCH = 0, 1, 2

@@ -38,7 +38,7 @@ from quantlib.formats.composite import (
     stored_layout,
     unpack_stored,
 )
-from quantlib.formats.scheme import Scheme, Segment
+from quantlib.formats.scheme import Scheme
 from quantlib.formats.weight import (
     ORDER,
     PACKED,
@@ -48,6 +48,7 @@ from quantlib.formats.weight import (
     ZERO_POINT,
     TensorLayout,
 )
+from quantlib.formats.weight_format import Segment
 from quantlib.models.headers import TORCH_DTYPES, TensorHeader
 from quantlib.models.source import INDEX_FILE, SINGLE_FILE
 from quantlib.transforms.rotation import Rotation

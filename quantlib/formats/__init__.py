@@ -41,15 +41,7 @@ from quantlib.formats.packing import (
     unpack_zeros,
 )
 from quantlib.formats.rtn import choose_scales, encode, quantize_rtn, store_scales
-from quantlib.formats.scheme import (
-    CHANNEL,
-    KEPT,
-    TENSOR,
-    HighColumns,
-    Scheme,
-    Segment,
-    WeightFormat,
-)
+from quantlib.formats.scheme import KEPT, HighColumns, Scheme
 from quantlib.formats.several import LowRank, RowBlock
 from quantlib.formats.size import (
     bits_per_weight,
@@ -71,6 +63,7 @@ from quantlib.formats.weight import (
     packed_layout,
     unpack,
 )
+from quantlib.formats.weight_format import CHANNEL, TENSOR, Segment, WeightFormat
 
 __all__ = [
     "CHANNEL",

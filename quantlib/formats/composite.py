@@ -36,7 +36,7 @@ from torch import Tensor
 
 from quantlib.errors import FormatError
 from quantlib.formats.packing import pack_bits, packed_bytes, unpack_bits
-from quantlib.formats.scheme import Scheme, Segment
+from quantlib.formats.scheme import Scheme
 from quantlib.formats.several import FACTORS, row_counts
 from quantlib.formats.weight import (
     QuantizedWeight,
@@ -46,6 +46,7 @@ from quantlib.formats.weight import (
     packed_layout,
     unpack,
 )
+from quantlib.formats.weight_format import Segment
 
 DOWN, UP, SPAN = "_down", "_up", "_span"
 ROWS, BASIS, BLOCK = "_rows", "_basis", "_block"

@@ -31,7 +31,6 @@ from torch import Tensor
 from quantlib.errors import FormatError
 from quantlib.formats.elements import FLOATS, encode_float
 from quantlib.formats.groups import group_blocks
-from quantlib.formats.scheme import TENSOR, Segment, WeightFormat
 from quantlib.formats.sparse import largest_of_four
 from quantlib.formats.weight import (
     E8M0_BIAS,
@@ -42,6 +41,7 @@ from quantlib.formats.weight import (
     decode_scales,
     decode_zeros,
 )
+from quantlib.formats.weight_format import TENSOR, Segment, WeightFormat
 
 _F16_MAX = 65504.0
 _F16_NORMAL = 2.0**-14

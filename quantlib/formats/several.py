@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from quantlib.errors import FormatError
 
 if TYPE_CHECKING:
-    from quantlib.formats.scheme import WeightFormat
+    from quantlib.formats.weight_format import WeightFormat
 
 FACTORS = {8: "w8", 4: "w4g32"}
 """Formats of factors, by their bits."""

@@ -19,8 +19,9 @@ import torch
 from quantlib.errors import FormatError
 from quantlib.formats.activation import UNROUNDED
 from quantlib.formats.composite import stored_bytes
-from quantlib.formats.scheme import KEPT, Scheme, Segment
+from quantlib.formats.scheme import KEPT, Scheme
 from quantlib.formats.weight import packed_layout
+from quantlib.formats.weight_format import Segment
 
 TensorForm = tuple[torch.dtype, Sequence[int]]
 """dtype and shape of a tensor, without its values."""

@@ -47,7 +47,7 @@ from quantlib.formats.packing import (
     unpack_codes,
     unpack_zeros,
 )
-from quantlib.formats.scheme import TENSOR, Segment, WeightFormat
+from quantlib.formats.weight_format import TENSOR, Segment, WeightFormat
 
 E8M0_BIAS = 127
 E8M0_NAN = 255

@@ -1,9 +1,9 @@
 """The apply stage: a plan becomes a packed checkpoint, assembled from the layer bank.
 
 The tensors that were measured are the tensors that ship; what a predicted table left unrounded
-(`predict.py`) is rounded first. With `refine` the
-plan is first re-rounded block by block (`reround.py`); whichever of the two loses less on held-back
-windows is assembled.
+(`predict.py`) is rounded first. With `refine` the plan is first re-rounded block by block
+(`reround.py`, of models that are run as a whole `reround_whole.py`); whichever of the two loses
+less on held-back windows or records is assembled.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from quantlib.checkpoint.provenance import digest, file_sha256
 from quantlib.checkpoint.tensorfile import LazyTensor
 from quantlib.checkpoint.writer import PLAN_FILE, source_files, write_checkpoint
 from quantlib.errors import CheckpointError, UsageError
+from quantlib.evaluation.estimate import Estimate
 from quantlib.evaluation.language import LanguageResult
 from quantlib.formats.scheme import Scheme
 from quantlib.formats.weight import ORDER
@@ -30,13 +32,17 @@ from quantlib.pipeline.dense import Trials, measured_kl, plan_keys
 from quantlib.pipeline.inputs import bank_clips, cache_settings
 from quantlib.pipeline.measure import measure_plan
 from quantlib.pipeline.modalities import cache_formats, cache_scales, integer_operators
+from quantlib.pipeline.parts import baseline
 from quantlib.pipeline.predict import KIND
 from quantlib.pipeline.reround import reround
+from quantlib.pipeline.reround_whole import check_refined_whole, reround_whole
 from quantlib.pipeline.rotate import online_rotation
 from quantlib.pipeline.row_blocks import keep_mixtures
 from quantlib.pipeline.run import Run
+from quantlib.pipeline.task_trials import TaskTrials
 from quantlib.search.left import keeping_left
 from quantlib.search.plan import Plan
+from quantlib.search.tasks import Objective
 
 
 @dataclass(frozen=True)
@@ -65,29 +71,70 @@ class Refinement:
         return self.refined if self.kept else self.bank
 
 
+@dataclass(frozen=True)
+class TaskRefinement:
+    """The same of a model that is run as a whole: task -> divergence per term on held-back records.
+
+    bank_value, refined_value: what these are together, as the plan's objective combines them.
+    """
+
+    bank: Mapping[str, Estimate]
+    refined: Mapping[str, Estimate]
+    bank_value: float
+    refined_value: float
+
+    @staticmethod
+    def of(
+        bank: Mapping[str, Estimate],
+        refined: Mapping[str, Estimate],
+        objective: Objective,
+        baseline: Mapping[str, float],
+    ) -> TaskRefinement:
+        """baseline: task -> full-precision loss."""
+        values = (
+            objective.value({task: loss.value for task, loss in losses.items()}, baseline)
+            for losses in (bank, refined)
+        )
+        return TaskRefinement(bank, refined, *values)
+
+    @property
+    def kept(self) -> bool:
+        return self.refined_value < self.bank_value
+
+    @property
+    def shipped(self) -> Mapping[str, Estimate]:
+        """What the checkpoint loses."""
+        return self.refined if self.kept else self.bank
+
+    def to_json(self) -> dict[str, Any]:
+        """Of what ships: task -> estimate, and the losses before where that was rounded again."""
+        found: dict[str, Any] = {"tasks": {t: vars(loss) for t, loss in self.shipped.items()}}
+        if self.kept:
+            found["before"] = {task: vars(loss) for task, loss in self.bank.items()}
+        return found
+
+
 def apply(
     run: Run, plan: Plan, out: str | Path, *, refine: bool, overwrite: bool = False
-) -> tuple[Path, Refinement | None]:
+) -> tuple[Path, Refinement | TaskRefinement | None]:
     """Write the checkpoint of `plan` to `out`.
 
     Returns its folder, and what refinement gave when it was asked for. Raises SearchError for a
     plan of another model, CheckpointError when the bank lacks an entry or `out` cannot be written.
     """
     plan.check(run.model_map.fingerprint, run.model_map.weights, run.model_map.groups)
-    if refine and run.workload is not None:
-        raise UsageError(
-            "re-rounding runs the blocks of a language model one by one, and this model is run as "
-            "a whole: leave out --refine"
-        )
+    if refine:
+        check_refined_whole(run)
     _check_refinable(plan, refine, run.recipe.learning)
     keys = plan_keys(run, plan.schemes)
     if KIND in plan.provenance:
         measure_plan(run, plan.schemes)
     keep_mixtures(run, plan.schemes)
     _require_entries(run, plan, keys)
-    refinement = None
+    refinement: Refinement | TaskRefinement | None = None
     if refine:
-        better, refinement = _refined(run, plan)
+        whole = run.workload is not None
+        better, refinement = _refined_whole(run, plan) if whole else _refined(run, plan)
         keys |= better
     model_map = keeping_left(run.model_map, plan)
     packed = {weight.name: plan.schemes[weight.name] for weight in model_map.weights}
@@ -185,4 +232,22 @@ def _refined(run: Run, plan: Plan) -> tuple[dict[str, str], Refinement]:
             trials.measure(plan.schemes, chosen)
             progress.tick("re-rounded" if chosen else "from the bank")
     refinement = Refinement(trials.measure(plan.schemes), trials.measure(plan.schemes, keys))
+    return (keys if refinement.kept else {}), refinement
+
+
+def _refined_whole(run: Run, plan: Plan) -> tuple[dict[str, str], TaskRefinement]:
+    """The same of a model that is run as a whole."""
+    keys = reround_whole(run, plan.schemes)
+    trials = TaskTrials(run)
+    missing = [chosen for chosen in ({}, keys) if not trials.has(plan.schemes, chosen)]
+    with run.stage("compare", len(missing)) as progress:
+        for chosen in missing:
+            trials.measure(plan.schemes, chosen)
+            progress.tick("re-rounded" if chosen else "from the bank")
+    refinement = TaskRefinement.of(
+        trials.measure(plan.schemes),
+        trials.measure(plan.schemes, keys),
+        plan.objective,
+        {task: baseline(run, task) for task in run.tasks},
+    )
     return (keys if refinement.kept else {}), refinement

@@ -30,9 +30,10 @@ from quantlib.formats.composite import (
     rows_of_blocks,
     unpack_stored,
 )
-from quantlib.formats.scheme import TENSOR, Scheme
+from quantlib.formats.scheme import Scheme
 from quantlib.formats.size import payload_bytes
 from quantlib.formats.weight import QuantizedWeight
+from quantlib.formats.weight_format import TENSOR
 from quantlib.models.rows import LinearGroup, Weight
 from quantlib.pipeline import bytecount
 from quantlib.pipeline.measure import entry_key, ordered_statistics, ordered_weight

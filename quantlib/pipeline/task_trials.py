@@ -47,15 +47,18 @@ class TaskTrials:
         self.run = run
         self._inputs = {task: run.stream_hash(task, held_back=True) for task in run.tasks}
 
-    def has(self, schemes: Mapping[str, str]) -> bool:
+    def has(self, schemes: Mapping[str, str], keys: Mapping[str, str] | None = None) -> bool:
         """Whether this plan was measured before."""
-        return self.run.work.has(self._key(schemes))
+        return self.run.work.has(self._key(schemes, keys))
 
-    def measure(self, schemes: Mapping[str, str]) -> dict[str, Estimate]:
-        """Task -> divergence per term of a plan (weight -> scheme), a mean over samples."""
-        key = self._key(schemes)
+    def measure(
+        self, schemes: Mapping[str, str], keys: Mapping[str, str] | None = None
+    ) -> dict[str, Estimate]:
+        """Task -> divergence per term of a plan (weight -> scheme), a mean over samples; `keys`
+        name other bank entries for some weights."""
+        key = self._key(schemes, keys)
         if not self.run.work.has(key):
-            self.run.work.commit(key, KIND, {}, self._measured(schemes))
+            self.run.work.commit(key, KIND, {}, self._measured(schemes, keys))
         values = self.run.work.unit(key).values
         return {task: Estimate.mean(values[task]) for task in self.run.tasks}
 
@@ -79,10 +82,12 @@ class TaskTrials:
         return found
 
     @torch.no_grad()
-    def _measured(self, schemes: Mapping[str, str]) -> dict[str, list[float]]:
+    def _measured(
+        self, schemes: Mapping[str, str], keys: Mapping[str, str] | None
+    ) -> dict[str, list[float]]:
         """Task -> divergence per term of every sample."""
         judged = self._judged
-        self._model.load(schemes)
+        self._model.load(schemes, keys)
         found: dict[str, list[float]] = {}
         for task, samples in judged.items():
             found[task] = []
@@ -92,8 +97,8 @@ class TaskTrials:
                 found[task].append(float(loss.value) / loss.terms)
         return found
 
-    def _key(self, schemes: Mapping[str, str]) -> str:
-        entries = plan_keys(self.run, schemes)
+    def _key(self, schemes: Mapping[str, str], keys: Mapping[str, str] | None) -> str:
+        entries = plan_keys(self.run, schemes, keys)
         kept = {} if self.run.recipe.kv == "f32" else {"kv": self.run.recipe.kv}
         return self.run.work.key(KIND, entries=entries, records=self._inputs, **kept)
 

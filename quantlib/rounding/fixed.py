@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from quantlib.formats.rtn import choose_scales, encode
-from quantlib.formats.scheme import CHANNEL, TENSOR, Segment, WeightFormat
 from quantlib.formats.weight import (
     QuantizedSegment,
     QuantizedWeight,
     check_segments,
     dequantize,
 )
+from quantlib.formats.weight_format import CHANNEL, TENSOR, Segment, WeightFormat
 from quantlib.rounding.hessian import check_weight, damped, inverse_factor
 from quantlib.rounding.scales import refit_scales
 from quantlib.rounding.sweep import SUB_BLOCK

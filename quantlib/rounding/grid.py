@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantlib.formats.scheme import WeightFormat
 from quantlib.formats.weight import E8M0_BIAS
+from quantlib.formats.weight_format import WeightFormat
 
 CLIPS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5)
 """Fractions of a group's range that the scale search tries."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from quantlib.errors import RoundingError
-from quantlib.formats.scheme import CHANNEL, TENSOR, Segment, WeightFormat
 from quantlib.formats.weight import QuantizedSegment, QuantizedWeight, check_segments
+from quantlib.formats.weight_format import CHANNEL, TENSOR, Segment, WeightFormat
 from quantlib.rounding.grid import LARGEST_SCALE, RowGrid, exponents
 from quantlib.rounding.hessian import check_weight, damped, inverse_factor
 from quantlib.rounding.stack import concatenate, rows_of

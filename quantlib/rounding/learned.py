@@ -31,7 +31,6 @@ from torch import Tensor
 from quantlib.errors import RoundingError
 from quantlib.formats.elements import code_book, decode_float
 from quantlib.formats.groups import group_blocks
-from quantlib.formats.scheme import TENSOR
 from quantlib.formats.weight import (
     QuantizedSegment,
     QuantizedWeight,
@@ -39,6 +38,7 @@ from quantlib.formats.weight import (
     decode_zeros,
     dequantize,
 )
+from quantlib.formats.weight_format import TENSOR
 from quantlib.rounding.scales import nearest_scale, unit_values
 
 LEAN = 0.5

@@ -27,9 +27,10 @@ from quantlib.formats.composite import (
     rows_of_blocks,
 )
 from quantlib.formats.rtn import quantize_rtn
-from quantlib.formats.scheme import Scheme, Segment
+from quantlib.formats.scheme import Scheme
 from quantlib.formats.several import row_counts
 from quantlib.formats.weight import QuantizedWeight, dequantize
+from quantlib.formats.weight_format import Segment
 from quantlib.rounding.hessian import check_weight
 from quantlib.rounding.integer import DEFAULTS, RoundingOptions, is_batchable, round_integers
 from quantlib.rounding.lowrank import Metric

@@ -18,7 +18,6 @@ from torch import Tensor
 from quantlib.errors import RoundingError
 from quantlib.formats.elements import decode_float, encode_float
 from quantlib.formats.groups import group_blocks
-from quantlib.formats.scheme import TENSOR, WeightFormat
 from quantlib.formats.weight import (
     E8M0_BIAS,
     E8M0_NAN,
@@ -29,6 +28,7 @@ from quantlib.formats.weight import (
     dequantize,
     effective_scale,
 )
+from quantlib.formats.weight_format import TENSOR, WeightFormat
 from quantlib.rounding.grid import LARGEST_SCALE, SMALLEST_SCALE
 from quantlib.rounding.hessian import check_weight, damped
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from quantlib.errors import RoundingError
 from quantlib.formats.rtn import encode
-from quantlib.formats.scheme import Segment
 from quantlib.formats.sparse import AMONG, KEPT
 from quantlib.formats.weight import (
     QuantizedSegment,
@@ -26,6 +25,7 @@ from quantlib.formats.weight import (
     check_segments,
     dequantize,
 )
+from quantlib.formats.weight_format import Segment
 from quantlib.rounding.fixed import Scales, round_column, round_fixed, search_scales
 from quantlib.rounding.hessian import check_weight, damped, inverse_factor
 from quantlib.rounding.sweep import SUB_BLOCK

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from quantlib.errors import RoundingError
-from quantlib.formats.scheme import TENSOR
 from quantlib.formats.weight import QuantizedSegment, QuantizedWeight
+from quantlib.formats.weight_format import TENSOR
 
 
 def concatenate(chunks: Sequence[QuantizedWeight]) -> QuantizedWeight:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from quantlib.formats.packing import pack_zeros, unpack_zeros
-from quantlib.formats.scheme import TENSOR, Segment
 from quantlib.formats.weight import PACKED, PLACES, ROW_SCALE, SCALE, ZERO_POINT
+from quantlib.formats.weight_format import TENSOR, Segment
 
 Segments = tuple[Segment, ...]
 

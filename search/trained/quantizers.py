@@ -18,8 +18,8 @@ from quantlib.errors import SearchError
 from quantlib.formats.activation import ActivationFormat, ActivationSegment, fake_quantize
 from quantlib.formats.elements import FLOATS, FloatElement
 from quantlib.formats.rtn import quantize_rtn, store_scales
-from quantlib.formats.scheme import CHANNEL, WeightFormat
 from quantlib.formats.weight import dequantize
+from quantlib.formats.weight_format import CHANNEL, WeightFormat
 from quantlib.search.trained.numbers import Candidate
 
 _EXPONENT = 0x7F800000

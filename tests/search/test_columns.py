@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantlib.errors import SearchError
-from quantlib.formats.scheme import Scheme, WeightFormat
+from quantlib.formats.scheme import Scheme
 from quantlib.formats.weight import dequantize, pack, unpack
+from quantlib.formats.weight_format import WeightFormat
 from quantlib.kernels import ops, reference
 from quantlib.kernels.packed import PackedWeight
 from quantlib.rounding import RoundingOptions, round_integers
