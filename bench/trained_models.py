@@ -228,6 +228,11 @@ def _row_file(subject: Subject, method: str) -> Path:
     return folder() / f"{subject.label}-{method}.json"
 
 
+def _state_file(subject: Subject, method: str) -> Path:
+    """Where the state of a row's training lies."""
+    return folder() / f"{subject.label}-{method}-{subject.key(method)[:8]}.safetensors"
+
+
 def _kept(subject: Subject, method: str) -> dict[str, Any] | None:
     """The row that was made before, None when there is none, or of other settings."""
     try:
@@ -246,11 +251,11 @@ def measured(subject: Subject, method: str) -> dict[str, Any]:
     if kept is not None:
         return kept
     console.print(f"Training {subject.name}, {method}")
-    started = time.monotonic()
+    started, resumed = time.monotonic(), _state_file(subject, method).exists()
     found: dict[str, Any] = {"key": subject.key(method), **record.when_and_where()}
     found |= {"subject": subject.name, "method": method}
     found |= _measure(subject, method)
-    found["seconds"] = round(time.monotonic() - started, 1)
+    found["seconds"] = None if resumed else round(time.monotonic() - started, 1)
     folder().mkdir(parents=True, exist_ok=True)
     atomic_write_text(_row_file(subject, method), json.dumps(found, indent=1) + "\n")
     return found
@@ -278,7 +283,7 @@ def _measure(subject: Subject, method: str) -> dict[str, Any]:
         found = Fliqs(layers, costs, searching, training.steps, training.seed, judges)
         learner: Method = found if method == "fliqs" else Fixed(layers, choice)
         about = {"model": trainable.source.fingerprint, "subject": subject.name}
-        file = folder() / f"{subject.label}-{method}-{subject.key(method)[:8]}.safetensors"
+        file = _state_file(subject, method)
         Loop(trainable.model, task, learner, training, file, about, _show).run()
         choice = found.final() if method == "fliqs" else choice
     layers.choose(choice)
