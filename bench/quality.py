@@ -38,6 +38,7 @@ from quantlib.evaluation.language import LanguageResult, evaluate_language
 from quantlib.evaluation.reference import Reference, reference_logprobs
 from quantlib.models import skeleton
 from quantlib.models.source import Source
+from quantlib.pipeline.apply import Refinement
 from quantlib.pipeline.compress import Result, compress, load_tokenizer, measured_table, open_run
 from quantlib.pipeline.dense import DenseTrial
 from quantlib.pipeline.plan import Budget, allocation_problem
@@ -156,7 +157,7 @@ def _budget_row(
     row |= figures(measured) | {"plan_bytes": result.plan.bytes}
     row["predicted"] = dict(result.plan.predicted)
     row["mixed"] = sum("@" in scheme for scheme in result.plan.schemes.values())
-    if result.refinement:
+    if isinstance(result.refinement, Refinement):
         row["held_back"] = {
             "bank_kl": result.refinement.bank_kl,
             "refined_kl": result.refinement.refined_kl,
@@ -228,7 +229,7 @@ def after_solving(
         result = bench.compress(82.8, scratch / f"out-{name}", bench.work, **recipe)
         row: dict[str, Any] = {"variant": name, "seconds": round(time.monotonic() - started, 1)}
         row |= figures(evaluate_language(load(result.path).model, bench.windows, bench.reference))
-        if result.refinement:
+        if isinstance(result.refinement, Refinement):
             compared = {
                 "bank_kl": result.refinement.bank_kl,
                 "refined_kl": result.refinement.refined_kl,

@@ -11,7 +11,7 @@ from quantlib.cli.words import limit_rows, next_commands, predicted_rows
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from quantlib.pipeline.apply import Refinement
+    from quantlib.pipeline.apply import Refinement, TaskRefinement
     from quantlib.pipeline.compress import Result
 
 
@@ -34,7 +34,7 @@ def described(result: Result) -> dict[str, Any]:
         "predicted": dict(plan.predicted),
         "limits": dict(plan.limits),
         "latency": result.latency,
-        "measured": None if refinement is None else refinement.shipped.to_json(),
+        "measured": _measured_json(refinement),
         "refined": refinement is not None and refinement.kept,
         "seconds": result.seconds,
     }
@@ -111,8 +111,26 @@ def _first_prompt(checkpoint: Path) -> str:
     return "What is the capital of France?" if chats else "The capital of France is"
 
 
-def _measured(refinement: Refinement) -> list[tuple[str, str, str]]:
-    """What was measured on held-back windows of the calibration text."""
+def _measured_json(refinement: Refinement | TaskRefinement | None) -> dict[str, Any] | None:
+    """What was measured on held-back windows, or of every task on held-back records."""
+    from quantlib.pipeline.apply import TaskRefinement
+
+    if refinement is None or isinstance(refinement, TaskRefinement):
+        return None if refinement is None else refinement.to_json()
+    return refinement.shipped.to_json()
+
+
+def _measured(refinement: Refinement | TaskRefinement) -> list[tuple[str, str, str]]:
+    """What was measured on held-back windows of the calibration text, or on held-back records."""
+    from quantlib.pipeline.apply import TaskRefinement
+
+    if isinstance(refinement, TaskRefinement):
+        rows = []
+        for task, loss in refinement.shipped.items():
+            rows.append((f"{task}: measured loss on held-back records", "0", str(loss)))
+            if refinement.kept:
+                rows.append(("  before re-rounding", "0", str(refinement.bank[task])))
+        return rows
     shipped = refinement.shipped
     rows = [("KL on held-back windows", "0", str(shipped.kl))]
     if refinement.kept:

@@ -35,11 +35,12 @@ from quantlib.pipeline.modalities import cache_formats, cache_scales, integer_op
 from quantlib.pipeline.parts import baseline
 from quantlib.pipeline.predict import KIND
 from quantlib.pipeline.reround import reround
-from quantlib.pipeline.reround_whole import check_refined_whole, reround_whole
+from quantlib.pipeline.reround_whole import reround_whole
 from quantlib.pipeline.rotate import online_rotation
 from quantlib.pipeline.row_blocks import keep_mixtures
 from quantlib.pipeline.run import Run
 from quantlib.pipeline.task_trials import TaskTrials
+from quantlib.pipeline.whole import check_refined_whole
 from quantlib.search.left import keeping_left
 from quantlib.search.plan import Plan
 from quantlib.search.tasks import Objective
@@ -123,8 +124,8 @@ def apply(
     plan of another model, CheckpointError when the bank lacks an entry or `out` cannot be written.
     """
     plan.check(run.model_map.fingerprint, run.model_map.weights, run.model_map.groups)
-    if refine:
-        check_refined_whole(run)
+    if refine and run.workload is not None:
+        check_refined_whole(run.recipe)
     _check_refinable(plan, refine, run.recipe.learning)
     keys = plan_keys(run, plan.schemes)
     if KIND in plan.provenance:

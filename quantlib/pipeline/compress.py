@@ -14,7 +14,7 @@ from quantlib.errors import CheckpointError, QuantlibError, UsageError
 from quantlib.formats.scheme import Scheme
 from quantlib.pipeline import estimate as estimates
 from quantlib.pipeline import workfiles
-from quantlib.pipeline.apply import Refinement, apply
+from quantlib.pipeline.apply import Refinement, TaskRefinement, apply
 from quantlib.pipeline.bytecount import stored_bytes
 from quantlib.pipeline.calibrate import calibrate
 from quantlib.pipeline.latency import measured_ms
@@ -71,7 +71,7 @@ class Result:
     source: Path
     source_bytes: int
     parameters: int
-    refinement: Refinement | None
+    refinement: Refinement | TaskRefinement | None
     report: Path | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     latency: dict[str, float] = field(default_factory=dict)
@@ -254,15 +254,16 @@ def finish(
     problem: Problem,
     plan: Plan,
     path: Path,
-    refinement: Refinement | None,
+    refinement: Refinement | TaskRefinement | None,
     *,
     report: bool = True,
 ) -> Result:
     """Remember a finished checkpoint in the work directory, and draw the report."""
     work = run.work.path
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    shipped = refinement.shipped if refinement else None
-    before = refinement.bank if refinement and refinement.kept else None
+    text = refinement if isinstance(refinement, Refinement) else None
+    shipped = text.shipped if text else None
+    before = text.bank if text and text.kept else None
     taken = _measured_latency(run, plan, path)
     outcome = workfiles.Outcome(path, size, plan.schemes, shipped, before, run.seconds, taken)
     workfiles.save_outcome(work, outcome)

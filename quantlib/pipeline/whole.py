@@ -106,7 +106,6 @@ def check_whole(recipe: Recipe, model_type: str) -> None:
     it hears, all residual streams are known, so it can be rotated, too."""
     asked = {
         "a rotation": recipe.rotation != "none" and not crosses(model_type),
-        "re-rounding (refine)": recipe.refine,
         "swaps": recipe.swaps > 0,
         "scores without gradients": not recipe.gradients,
         "a KV cache of mean bits": recipe.kv_bits is not None,
@@ -117,6 +116,24 @@ def check_whole(recipe: Recipe, model_type: str) -> None:
         raise UsageError(
             f"{wrong[0]} is for models that are a language model and nothing else: leave it out, "
             "or keep the other parts and calibrate on text"
+        )
+    if recipe.refine:
+        check_refined_whole(recipe)
+
+
+def check_refined_whole(recipe: Recipe) -> None:
+    """Raise UsageError for what is not known while a model that is run as a whole is rounded
+    again."""
+    asked = {
+        "learned rounding (learning)": recipe.learning > 0,
+        "a KV cache by modality (kv)": bool(recipe.kv_modalities),
+        "operators in integers (nonlinear)": recipe.nonlinear is not None,
+    }
+    wrong = [what for what, is_asked in asked.items() if is_asked]
+    if wrong:
+        raise UsageError(
+            f"re-rounding (refine) of a model that is run as a whole knows nothing of {wrong[0]}: "
+            "leave out one of the two"
         )
 
 

@@ -286,7 +286,7 @@ def test_sounds_that_do_not_fit_whisper(tmp_path: Path) -> None:
 
 def test_options_that_only_language_models_have_are_refused(janus: Path, data: Path) -> None:
     swaps = {"swaps": 2, "probe_windows": 2}
-    for option in ({"rotation": "pca"}, {"refine": True}, swaps, {"gradients": False}):
+    for option in ({"rotation": "pca"}, swaps, {"gradients": False}):
         with pytest.raises(UsageError, match="is for models that are a language model and nothing"):
             inputs(janus, data, **option)
 

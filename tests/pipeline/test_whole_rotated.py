@@ -218,7 +218,6 @@ def test_what_an_encoder_decoder_cannot_have_is_refused_before_work_starts(tmp_p
     model = whole_models.save("whisper", tmp_path / "model")
     data = whole_models.records("whisper", tmp_path)
     for fields, what in (
-        ({"refine": True}, "re-rounding"),
         ({"keep": ("audio_tower",)}, "is kept as it is, and bases are found"),
         ({"kv": "int4g16h16"}, "head"),
     ):
