@@ -61,8 +61,8 @@ from quantlib.search.trained.measured import BATCHES, best_of_random, least_lost
 from quantlib.search.trained.numbers import SPACES, space_of
 
 BEFORE = {"resnet": 900, "vit": 8000}
-"""Steps in full precision, once for each seed. After 1,600 the transformer is so far from what it
-can learn (80 % of the test set instead of 86) that training on hides what 4 bits cost."""
+"""Steps in full precision, once for each seed. After 1,600 a transformer still learns so fast that
+training on hides what 4 bits cost."""
 STEPS = 600
 """Steps of every method."""
 DELAY, SETTLE = 40, 300

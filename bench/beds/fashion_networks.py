@@ -84,15 +84,15 @@ def resnet() -> Any:
 
 
 def vit() -> Any:
-    """A ViTForImageClassification of three blocks on patches of 7 pixels: 28,000 parameters,
-    440,000 multiplications."""
+    """A ViTForImageClassification of three blocks on patches of 7 pixels: 8,000 parameters,
+    117,000 multiplications. As narrow as the ResNet, for the same reason."""
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
-        hidden_size=32,
+        hidden_size=16,
         num_hidden_layers=3,
         num_attention_heads=4,
-        intermediate_size=64,
+        intermediate_size=32,
         image_size=SIDE,
         patch_size=7,
         num_channels=1,
