@@ -163,7 +163,8 @@ class Recipe(BaseModel):
     probes:        plans whose KL is really measured to calibrate the prediction, at least 3; 0 for
                    none.
     probe_windows: windows each probe is measured on: of the same text, and never calibrated on.
-    refine:        re-round the chosen plan block by block with quantized inputs.
+    refine:        re-round the chosen plan block by block with quantized inputs (of a model of
+                   several parts all blocks of all parts, and the linears between them).
     swaps:         exchanges between weights to try on true KL after solving (`search.refine`); 0
                    for none.
     strength:      the longest step that re-rounding takes towards least-squares targets, 1 for all

@@ -262,10 +262,13 @@ def finish(
     work = run.work.path
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     text = refinement if isinstance(refinement, Refinement) else None
+    tasks = refinement.to_json() if isinstance(refinement, TaskRefinement) else {}
     shipped = text.shipped if text else None
     before = text.bank if text and text.kept else None
     taken = _measured_latency(run, plan, path)
-    outcome = workfiles.Outcome(path, size, plan.schemes, shipped, before, run.seconds, taken)
+    outcome = workfiles.Outcome(
+        path, size, plan.schemes, shipped, before, run.seconds, taken, tasks
+    )
     workfiles.save_outcome(work, outcome)
     page = None
     if report:

@@ -131,7 +131,7 @@ def _device(path: Path) -> int:
 
 
 def _bank_bytes(model_map: ModelMap, recipe: Recipe) -> int:
-    """Every weight in every candidate, and with `refine` the blocks of one plan once more (in the
+    """Every weight in every candidate, and with `refine` the linears of one plan once more (in the
     largest candidate at most)."""
     total = 0
     schemes = candidates(model_map, recipe)
@@ -142,9 +142,16 @@ def _bank_bytes(model_map: ModelMap, recipe: Recipe) -> int:
             if name not in KEPT
         ]
         total += sum(sizes)
-        if recipe.refine and weight.block is not None and weight.kind != "experts":
+        if recipe.refine and _is_refined(model_map, recipe, weight):
             total += max(sizes)
     return total
+
+
+def _is_refined(model_map: ModelMap, recipe: Recipe, weight: Weight) -> bool:
+    """Whether `refine` rounds a weight again."""
+    if is_whole(model_map, recipe):
+        return weight.kind == "linear"
+    return weight.block is not None and weight.kind != "experts"
 
 
 def _statistics_bytes(model_map: ModelMap, recipe: Recipe, group: LinearGroup) -> int:
@@ -226,7 +233,30 @@ def _numbers_of_whole(model_map: ModelMap, recipe: Recipe) -> int:
         (w.out_features for w in model_map.weights if w.kind == "embedding"), default=0
     )
     calibration = 2 * model_map.parameters + moments + 6 * recipe.seqlen * vocabulary
-    return max(calibration, *(_rounding(model_map, recipe, group) for group in model_map.groups))
+    rounding = max(_rounding(model_map, recipe, group) for group in model_map.groups)
+    refinement = _numbers_of_refining(model_map, recipe) if recipe.refine else 0
+    return max(calibration, rounding, refinement)
+
+
+def _numbers_of_refining(model_map: ModelMap, recipe: Recipe) -> int:
+    """Both models; of one block its weights (exact, rounded, as targets, and twice what they lack)
+    and the moments of one group, twice; and what enters and leaves it in every record, of the
+    recipe's length: what encoders read may be longer."""
+    units: dict[str, list[LinearGroup]] = {}
+    for group in model_map.groups:
+        if group.kind == "linear":
+            units.setdefault(group.block or group.name, []).append(group)
+    if not units:
+        return 0
+    needed = []
+    for groups in units.values():
+        weights = sum(_parameters(model_map.members(group)) for group in groups)
+        one = max(
+            2 * _moments(model_map, group) + _rounding(model_map, recipe, group) for group in groups
+        )
+        width = min(model_map.weight(group.members[0]).in_features for group in groups)
+        needed.append(5 * weights + one + 3 * recipe.windows * recipe.seqlen * width)
+    return 2 * model_map.parameters + max(needed)
 
 
 def _parameters(weights: tuple[Weight, ...]) -> int:
@@ -265,6 +295,13 @@ def _operations(model_map: ModelMap, recipe: Recipe) -> float:
     probes = recipe.probe_windows * recipe.seqlen * trials * _parameters(model_map.weights)
     learning = 3 * recipe.learning * recipe.seqlen * _parameters(model_map.weights)
     refine = (6 * forward + moments + rounding + learning) if recipe.refine else 0
+    if recipe.refine and is_whole(model_map, recipe):
+        # both models run up to every unit, half of the way in the mean; then each of its groups is
+        # run in both of them, and judged on a fifth of the records
+        units = {g.block or g.name: 0 for g in model_map.groups if g.kind == "linear"}
+        groups = sum(g.kind == "linear" for g in model_map.groups)
+        replays = 2.2 * groups / max(1, len(units))
+        refine = (1 + len(units) + replays) * forward + moments + rounding
     calibration = 4 * forward + moments
     bases = 0 if recipe.rotation == "none" else forward + 2 * moments
     return bases + calibration + measuring + probes + refine

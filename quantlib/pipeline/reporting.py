@@ -14,6 +14,7 @@ from typing import Any
 from quantlib.checkpoint.disk import read_json
 from quantlib.checkpoint.provenance import versions
 from quantlib.errors import DataError, UsageError
+from quantlib.evaluation.estimate import Estimate
 from quantlib.evaluation.language import LanguageResult
 from quantlib.pipeline import workfiles
 from quantlib.pipeline.plan import TASK, Budget, allocation_problem
@@ -132,8 +133,8 @@ def report_data(
         bytes_before=model.file_bytes,
         bytes_after=outcome.file_bytes if outcome else None,
     )
-    inputs = _input_facts(model, table, plan)
-    return replace(data, facts=(*data.facts, *inputs, *_recipe_facts(recipe, table.tasks)))
+    inputs, tasks = _input_facts(model, table, plan), _task_facts(outcome)
+    return replace(data, facts=(*data.facts, *tasks, *inputs, *_recipe_facts(recipe, table.tasks)))
 
 
 def share_rows(shares: Mapping[str, Shares]) -> tuple[ShareRow, ...]:
@@ -160,6 +161,19 @@ def _input_facts(model: KnownModel, table: Sensitivity, plan: Plan) -> list[tupl
     costs = activation_costs(model.model_map.weights, table.rows)
     bits = sum(costs[name, scheme] for name, scheme in plan.schemes.items())
     return [("bits of inputs", f"{bits:.3f} in the mean, scales and zero points counted")]
+
+
+def _task_facts(outcome: Outcome | None) -> list[tuple[str, str]]:
+    """What the checkpoint of a model that is run as a whole was measured to lose while it was
+    re-rounded."""
+    known = outcome.tasks if outcome else {}
+    facts = []
+    for task, found in known.get("tasks", {}).items():
+        text = f"{Estimate(**found)}, measured on held-back records"
+        if "before" in known:
+            text += f"; {Estimate(**known['before'][task])} before re-rounding"
+        facts.append((f"loss of {task}", text))
+    return facts
 
 
 def _recipe_facts(recipe: Recipe, tasks: Sequence[str]) -> list[tuple[str, str]]:

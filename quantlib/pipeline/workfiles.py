@@ -59,6 +59,9 @@ class Outcome:
     bank:       the same windows before re-rounding, None unless re-rounding was kept.
     seconds:    time by stage, of the process that finished it.
     latency:    cost -> milliseconds it was measured to take, for the latencies its plan limits.
+    tasks:      of a model that is run as a whole and was re-rounded: "tasks" and, if that was kept,
+                "before" -> task -> estimate of its loss on held-back records, as JSON
+                (`apply.TaskRefinement.to_json`).
     """
 
     path: Path
@@ -68,6 +71,7 @@ class Outcome:
     bank: LanguageResult | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     latency: Mapping[str, float] = field(default_factory=dict)
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def claim_folder(work: Path, source: Source, model_map: ModelMap) -> None:
@@ -175,6 +179,7 @@ def save_outcome(work: Path, outcome: Outcome) -> None:
         "bank": outcome.bank.to_json() if outcome.bank else None,
         "seconds": dict(outcome.seconds),
         "latency": dict(outcome.latency),
+        "tasks": dict(outcome.tasks),
     }
     atomic_write_json(work / RESULT_FILE, data)
 
@@ -195,6 +200,7 @@ def load_outcome(work: str | Path, plan: Plan) -> Outcome | None:
             _language(data["bank"]),
             {str(stage): float(seconds) for stage, seconds in data["seconds"].items()},
             {str(cost): float(ms) for cost, ms in data.get("latency", {}).items()},
+            {str(when): dict(found) for when, found in data.get("tasks", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(file, error) from error

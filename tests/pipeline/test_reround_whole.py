@@ -15,7 +15,9 @@ from torch import Tensor, nn
 import quantlib
 from quantlib.calibration.paths.route import objective
 from quantlib.errors import UsageError
+from quantlib.evaluation.estimate import Estimate
 from quantlib.models.rows import LinearGroup
+from quantlib.pipeline.apply import TaskRefinement
 from quantlib.pipeline.compress import Result, apply_plan, compress
 from quantlib.pipeline.dense import DensePlan, bank_weight
 from quantlib.pipeline.inputs import round_cache
@@ -34,8 +36,10 @@ from quantlib.pipeline.replay import (
     units_of,
 )
 from quantlib.pipeline.replayed_unit import CallMetric, Pair, ReplayedUnit
+from quantlib.pipeline.reporting import report_of
 from quantlib.pipeline.reround_whole import reround_whole
 from quantlib.pipeline.run import Run, Silent
+from quantlib.search.tasks import Objective
 
 from . import whole_models
 
@@ -279,6 +283,9 @@ def test_what_ships_loses_less_and_says_what_was_measured(
                 )
                 error = (found - expected).abs().max() / expected.abs().max()
                 assert float(error) <= TOLERANCE
+    page = report_of(result.work).read_text()
+    assert all(f"loss of {task}" in page for task in result.refinement.shipped)
+    assert "before re-rounding" in page
     plain = apply_plan(result.work / "plan.json", tmp_path / "plain", result.work)
     tensors = "model.safetensors"
     assert (plain.path / tensors).read_bytes() != (result.path / tensors).read_bytes()
@@ -381,6 +388,28 @@ def test_units_are_blocks_and_linears_outside_of_them(refined: Callable[[str], R
             "model.multi_modal_projector.linear_2",
         }
         assert all(len(unit.members) == 1 for unit in alone)
+
+
+def test_the_better_of_the_two_ships_by_what_the_objective_says() -> None:
+    """Answers are twice as bad as before, pictures ten times as good: better in the sum of relative
+    increases, unless answers count more."""
+    bank = {"answer": Estimate(0.1, 0.01, 8), "image": Estimate(0.02, 0.001, 8)}
+    refined = {"answer": Estimate(0.2, 0.01, 8), "image": Estimate(0.002, 0.001, 8)}
+    baseline = {"answer": 1.0, "image": 0.1}
+    summed = TaskRefinement.of(bank, refined, Objective(), baseline)
+    assert (summed.bank_value, summed.refined_value) == pytest.approx((0.3, 0.22))
+    assert summed.kept
+    assert summed.shipped == refined
+    heavy = TaskRefinement.of(bank, refined, Objective({"answer": 3.0}), baseline)
+    assert (heavy.bank_value, heavy.refined_value) == pytest.approx((0.5, 0.62))
+    assert heavy.shipped == bank
+    assert "before" not in heavy.to_json()
+    largest = TaskRefinement.of(bank, bank | refined, Objective(balance="minmax"), baseline)
+    assert (largest.bank_value, largest.refined_value) == pytest.approx((0.2, 0.2))
+    one = TaskRefinement.of(
+        {"answer": bank["answer"]}, {"answer": refined["answer"]}, Objective(), {}
+    )
+    assert (one.bank_value, one.refined_value) == (0.1, 0.2)
 
 
 @pytest.mark.parametrize(
