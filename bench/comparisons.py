@@ -105,6 +105,14 @@ UNIFORM = Method(
 )
 
 
+REFINED = Method(
+    "whole refined",
+    "the plan of `whole`, its blocks rounded again with the inputs that rounded parts produce",
+    recipe={"refine": True},
+    guarded=True,
+)
+
+
 @dataclass(frozen=True)
 class Bed:
     """A test-bed: its folder, and budgets in bits of every parameter (scales counted).
@@ -155,7 +163,7 @@ BEDS = {
             (5.0, 5.5, 6.0, 7.0),
             5.0,
             "w4g64z5s5",
-            (UNIFORM,),
+            (UNIFORM, REFINED),
             recipe={"windows": speech.CLIPS},
             version=4,
         ),

@@ -47,6 +47,7 @@ from quantlib.calibration.records import read_records
 from quantlib.checkpoint.disk import atomic_write_text, read_json
 from quantlib.errors import CheckpointError, DataError, QuantlibError, SearchError, UsageError
 from quantlib.models.source import Source
+from quantlib.pipeline.reround_whole import REROUND_WHOLE_VERSION
 from quantlib.pipeline.run import ROUNDING_VERSION, STATISTICS_VERSION
 from quantlib.recipe import Recipe
 
@@ -197,6 +198,7 @@ def key_of(row: Row, limit: int) -> str:
         *(row.bed.plain, settings, recipe.stream_weighting),
         *(recipe.damping_of(streams=True), row.bed.version),
         *(STATISTICS_VERSION, ROUNDING_VERSION),
+        *([REROUND_WHOLE_VERSION] if recipe.refine else []),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

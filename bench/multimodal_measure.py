@@ -63,7 +63,8 @@ def compressed(asked: Request, bed: Bed, work: Path, out: Path, bits: float, see
     budget = Budget(bits=bits, pins=method.pins, objective=objective)
     fields = bed.fields(method)
     recipe = recipe_for(budget, data=str(asked.data), keep=asked.unread, seed=seed, **fields)
-    shared = json.dumps([str(asked.data), asked.unread, fields, method.pins])
+    measuring = {name: value for name, value in fields.items() if name != "refine"}
+    shared = json.dumps([str(asked.data), asked.unread, measuring, method.pins])
     place = work / f"work-{hashlib.sha256(shared.encode()).hexdigest()[:12]}-{seed}"
     with opened(model, place, recipe) as run:
         table = measured_table(run)
@@ -74,7 +75,7 @@ def compressed(asked: Request, bed: Bed, work: Path, out: Path, bits: float, see
         if asked.unread and method.plain:
             run, table = rounding_plainly(run, table, Scheme.parse(bed.plain))
         plan, _, _ = search(run.model_map, table, budget)
-        apply(run, plan, out, refine=False)
+        apply(run, plan, out, refine=recipe.refine)
         size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
         bits = 8 * size / run.model_map.parameters
         return Packed(size, bits, dict(plan.predicted), asked.kept, _left(run.model_map, plan))

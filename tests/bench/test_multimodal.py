@@ -16,6 +16,7 @@ from quantlib.bench import artifacts, comparisons, multimodal, record
 from quantlib.bench.comparisons import (
     ABLATIONS,
     LANGUAGE_ONLY,
+    REFINED,
     UNIFORM,
     WHOLE,
     Bed,
@@ -141,7 +142,7 @@ def test_rows_are_every_budget_and_seed_once(bed: Bed) -> None:
 def test_ablations_that_change_nothing_are_left_out() -> None:
     """Sound alone has no text to calibrate on, no generation to leave out, and a single task."""
     rows = rows_of(multimodal.BEDS["speech"], ("ablations", "further"), 1, {"speech"})
-    assert [row.method for row in rows] == [WHOLE, UNWEIGHTED, UNIFORM]
+    assert [row.method for row in rows] == [WHOLE, UNWEIGHTED, UNIFORM, REFINED]
 
 
 @pytest.fixture
@@ -369,7 +370,11 @@ def test_a_row_is_compressed_and_judged(
         assert "figures" not in small
         language = dataclasses.replace(LANGUAGE_ONLY, recipe=QUICK)
         other = measured(dataclasses.replace(row, method=language, bits=30.0), judging)
-    assert len(list(row.folder().glob("work-*"))) == 1, "one calibration serves both methods"
+        again = dataclasses.replace(REFINED, recipe={**QUICK, **REFINED.recipe})
+        asked = request(again, llava, tmp_path / "records")
+        refined = compressed(asked, bed, row.folder(), tmp_path / "refined", 20.0, 0)
+    assert len(list(row.folder().glob("work-*"))) == 1, "one calibration serves all methods"
+    assert refined.nbytes == found["bytes"]
     assert "vision_tower" in other["kept_in_16_bits"]
     assert other["bytes"] > found["bytes"], "the tower as it was: its file has 32 bits"
 
