@@ -4,8 +4,10 @@ A model of several parts cannot be taken apart by its map alone: an image enters
 sentence, and every block of a decoder reads what an encoder made. But each repeated block is a
 module that is called, and so is each linear between the stacks. What it was called with is recorded
 during a pass of the whole model, which stops there; with these arguments the module can be run
-again as often as its rounding needs, whatever stands around it. Where that does not give what the
-model itself computed (a block that reads more than its arguments), `Discovery.faithful` says so.
+again as often as its rounding needs, whatever stands around it. The blocks of a stack are called
+alike, each with what the one before made: a pass is needed for the first of them alone. Where a
+module run alone does not give what the model itself computed (a block that reads more than its
+arguments), `Discovery.faithful` says so.
 """
 
 from __future__ import annotations
@@ -59,10 +61,21 @@ class Call:
     named: Mapping[str, Any]
 
     @property
+    def first(self) -> Any:
+        """The first argument."""
+        return self.arguments[0] if self.arguments else next(iter(self.named.values()))
+
+    @property
     def entering(self) -> Tensor:
         """The first argument as rows, float32 [T, D]: the hidden states that enter a block."""
-        first = self.arguments[0] if self.arguments else next(iter(self.named.values()))
-        return rows_of(first)
+        return rows_of(self.first)
+
+    def with_first(self, rows: Tensor) -> Call:
+        """The same call with other hidden states, given as rows [T, D]."""
+        given = rows.to(self.first.dtype).reshape(self.first.shape)
+        if self.arguments:
+            return replace(self, arguments=(given, *self.arguments[1:]))
+        return replace(self, named={**self.named, next(iter(self.named)): given})
 
     def run(self, module: nn.Module) -> Tensor:
         """Run a module with these arguments; its output as rows, float32 [T, D]."""
@@ -76,11 +89,14 @@ class Discovery:
     order:  of those that run, each before all that it leads to.
     calls:  unit -> how often each record calls it.
     first:  unit -> (record, what the model made of the unit's last call in it).
+    before: unit -> the unit whose output enters it, if everything else that it is called with is
+            the same, in every record: the blocks of a stack.
     """
 
     order: tuple[str, ...] = ()
     calls: dict[str, list[int]] = field(default_factory=dict)
     first: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
+    before: dict[str, str] = field(default_factory=dict)
 
     def faithful(self, unit: str, module: nn.Module, calls: Sequence[Call]) -> bool:
         """Whether recorded calls of the model itself give what it computed, also the second time: a
@@ -146,31 +162,80 @@ def discover(work: Workload, model: nn.Module, units: Sequence[Unit], tick: Tick
     for record, (run, sample) in enumerate(samples_of(work, model)):
         for counts in found.calls.values():
             counts.append(0)
+        watch = _Watch(found, orders[tasks[record]], record)
         with ExitStack() as hooks:
             for unit in units:
-                hook = partial(_seen, found, orders[tasks[record]], unit.name, record)
-                module = model.get_submodule(unit.name)
-                hooks.callback(module.register_forward_hook(hook).remove)
+                module, hook = model.get_submodule(unit.name), partial(watch.called, unit.name)
+                hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             run(model, **sample.inputs)
         tick(f"{tasks[record]} {record}")
     found.order = merged([list(order) for order in orders.values()])
+    found.before = {
+        name: before
+        for name, before in found.before.items()
+        if before and found.calls[name] == found.calls[before] and max(found.calls[name]) == 1
+    }
     return found
 
 
-def _seen(
-    found: Discovery,
-    order: dict[str, None],
-    unit: str,
-    record: int,
-    _: nn.Module,
-    __: tuple[Any, ...],
-    output: Any,
-) -> None:
-    """Note a call of a unit."""
-    order.setdefault(unit)
-    found.calls[unit][record] += 1
-    if unit not in found.first or found.first[unit][0] == record:
-        found.first[unit] = (record, rows_of(output).clone())
+@dataclass
+class _Watch:
+    """What is noted of the units' calls in one record.
+
+    order: of the record's task. last: name, arguments and output of the call before.
+    """
+
+    found: Discovery
+    order: dict[str, None]
+    record: int
+    last: tuple[str, tuple[Any, ...], dict[str, Any], Any] | None = None
+
+    def called(
+        self,
+        unit: str,
+        _: nn.Module,
+        arguments: tuple[Any, ...],
+        named: dict[str, Any],
+        output: Any,
+    ) -> None:
+        """Note a call of a unit."""
+        found = self.found
+        self.order.setdefault(unit)
+        found.calls[unit][self.record] += 1
+        if unit not in found.first or found.first[unit][0] == self.record:
+            found.first[unit] = (self.record, rows_of(output).clone())
+        before = self._before(arguments, named)
+        if found.before.setdefault(unit, before) != before:
+            found.before[unit] = ""
+        self.last = (unit, arguments, named, output)
+
+    def _before(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> str:
+        """The unit called before, if its output enters this one, and all else is the same."""
+        if self.last is None or not arguments:
+            return ""
+        unit, others, names, output = self.last
+        left = output if isinstance(output, Tensor) else output[0]
+        return (
+            unit
+            if left is arguments[0] and _same(arguments[1:], others[1:]) and _same(named, names)
+            else ""
+        )
+
+
+def _same(mine: Any, other: Any) -> bool:
+    """Whether two arguments are alike: the same objects, or made of equal ones."""
+    if mine is other:
+        return True
+    if isinstance(mine, Tensor) or isinstance(other, Tensor):
+        both = isinstance(mine, Tensor) and isinstance(other, Tensor)
+        return both and mine.shape == other.shape and torch.equal(mine, other)
+    if type(mine) is not type(other):
+        return False
+    if isinstance(mine, dict):
+        return mine.keys() == other.keys() and all(_same(mine[key], other[key]) for key in mine)
+    if isinstance(mine, tuple | list):
+        return len(mine) == len(other) and all(map(_same, mine, other))
+    return isinstance(mine, bool | int | float | str) and mine == other
 
 
 def merged(orders: Sequence[Sequence[str]]) -> tuple[str, ...]:

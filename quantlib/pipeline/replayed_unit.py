@@ -2,9 +2,9 @@
 predecessors produce, with any weights.
 
 `planned_block` for units that are replayed (`replay`): calls are of different lengths, a record may
-have several, and every stream of records counts by its own loss. What a group lacks is measured
-with both models in step: the unit of the full-precision one on its own inputs, the rounded one on
-those it will really have, its inputs, keys and values rounded as the plan says. Errors are compared
+have several, and every stream of records counts by its own loss. The unit of the full-precision
+model runs on its own inputs, the rounded one on those it will really have, its inputs, keys and
+values rounded as the plan says. Errors are compared
 at the unit's output: of a block that is the residual stream, so that what predecessors did wrong
 counts, and can be made good.
 """
@@ -77,6 +77,7 @@ class ReplayedUnit:
         self.originals = {name: exact.get_parameter(name).detach() for name in unit.members}
         self.parameters = {name: rounded.get_parameter(name) for name in unit.members}
         self.outputs: list[Tensor] = []
+        self._goals: dict[str, list[Tensor]] = {}
         self.tokens: dict[str, list[int]] = {group.name: [] for group in unit.groups}
         self.writers: tuple[str, ...] = ()
 
@@ -84,8 +85,8 @@ class ReplayedUnit:
 
     @torch.no_grad()
     def observe(self) -> None:
-        """Run the exact unit on its own inputs: its outputs, its groups in order, and which of them
-        write to the stream."""
+        """Run the exact unit on its own inputs: its outputs, its groups in order, which of them
+        write to the stream, and what each is to reproduce: the stream behind it, or its input."""
         order: dict[str, None] = {}
         for call in (pair.exact for pair in self.pairs):
             taps = self._run(self._exact, call)
@@ -95,6 +96,15 @@ class ReplayedUnit:
                 counts.append(len(taps.inputs.get(name, ())))
             if len(self.outputs) == 1:
                 self.writers = self._additive(taps, call.entering)
+            stream = call.entering
+            for name in self.tokens:
+                self._goals.setdefault(name, []).append(torch.empty(0))
+            for name, seen in taps.inputs.items():
+                if name in self.writers:
+                    stream = stream + taps.outputs[name]
+                    seen = stream
+                if seen.shape[1] <= stream.shape[1]:  # anything wider is not worth its memory
+                    self._goals[name][-1] = seen
         places = {name: place for place, name in enumerate(order)}
         self.groups = sorted(
             (group for group in self.groups if group.name in places), key=lambda g: places[g.name]
@@ -156,25 +166,37 @@ class ReplayedUnit:
             if not self.tokens[group.name][index]:
                 continue
             until = (group.name, self.tokens[group.name][index])
-            exact = self._run(self._exact, pair.exact, until)
             taps = self._run(self._rounded, pair.rounded, until)
-            missing = self._missing(group.name, exact, taps, pair, matrix)
+            missing = self._missing(group.name, taps, index, matrix)
             for sums, chosen in ((fit, self.fit), (held, self.held)):
                 if index in chosen:
                     sums.add(taps.inputs[group.name], missing, token_weight[index])
         return fit, held
 
-    def _missing(
-        self, group: str, exact: _Taps, rounded: _Taps, pair: Pair, matrix: Tensor
-    ) -> Tensor:
+    def _missing(self, group: str, taps: _Taps, call: int, matrix: Tensor) -> Tensor:
         """What the group's outputs lack, [T, N]: behind one that writes to the stream, what the
         stream lacks; otherwise what its own outputs do, of exact inputs."""
+        goal, seen = self._goals[group][call], taps.inputs[group]
+        if not len(goal):
+            return torch.zeros(len(seen), len(matrix))
         if group not in self.writers:
-            return (exact.inputs[group] - rounded.inputs[group]) @ matrix.T
+            return (goal - seen) @ matrix.T
         behind = self.writers[: self.writers.index(group) + 1]
-        goal = pair.exact.entering + sum(exact.outputs[name] for name in behind)
-        there = pair.rounded.entering + sum(rounded.outputs[name] for name in behind)
-        return goal - there
+        written = sum((taps.outputs[name] for name in behind), torch.zeros(()))
+        return goal - self.pairs[call].rounded.entering - written
+
+    @torch.no_grad()
+    def carry(self, weights: Mapping[str, Tensor]) -> list[Pair]:
+        """The calls of the unit that is called like this one with what leaves it (with these
+        weights, in the rounded model)."""
+        self.put(weights)
+        return [
+            Pair(
+                pair.exact.with_first(left),
+                pair.rounded.with_first(self._run(self._rounded, pair.rounded).left),
+            )
+            for pair, left in zip(self.pairs, self.outputs, strict=True)
+        ]
 
     @torch.no_grad()
     def judge(self, weights: Mapping[str, Tensor], metric: CallMetric) -> float:

@@ -101,8 +101,10 @@ def _reround_units(
         found = discover(run.streams, exact, units, progress.tick)
         never = [unit.name for unit in units if unit.name not in found.order]
         plan.load(schemes)
-        for name in (*found.order, *never):
-            unit, own = by_name[name], keys[name]
+        carried: dict[str, list[Pair]] = {}
+        for place, name in enumerate((*found.order, *never)):
+            unit, own, given = by_name[name], keys[name], carried
+            carried = {}
             if _has(run, own):
                 plan.load({member: schemes[member] for member in own}, own)
                 progress.tick(name)
@@ -110,10 +112,23 @@ def _reround_units(
             started = time.monotonic()
             work = _Rounding(run, unit, schemes)
             if name in found.order and own:
-                work.run_on(exact, plan, found)
+                pairs = given[name] if name in given else _recorded(run, exact, plan, name, found)
+                work.run_on(exact, plan, found, pairs)
+                for following in found.order[place + 1 : place + 2]:
+                    if work.replayed is not None and found.before.get(following) == name:
+                        carried = {following: work.replayed.carry(work.dense(work.weights))}
             _keep(run, work, schemes, inputs, time.monotonic() - started)
             plan.load({member: schemes[member] for member in own}, own)
             progress.tick(f"{name}: {work.outcome}")
+
+
+def _recorded(
+    run: Run, exact: nn.Module, plan: DensePlan, unit: str, found: Discovery
+) -> list[Pair]:
+    """All calls of a unit in both models, by passes over all records."""
+    models = (exact, plan.model)
+    mine, theirs = recorded(run.streams, exact, models, unit, found.calls[unit])
+    return [Pair(a, b) for a, b in zip(mine, theirs, strict=True)]
 
 
 def _keep(
@@ -134,6 +149,7 @@ class _Rounding:
              the bank's entries and with `weights`; 0 where that was not measured.
     kept:    groups whose re-rounding was better than what the bank has.
     outcome: what happened, in words.
+    replayed: the unit, once it was run alone and gave what the model gives.
     """
 
     def __init__(self, run: Run, unit: Unit, schemes: Mapping[str, str]) -> None:
@@ -142,23 +158,25 @@ class _Rounding:
         self.weights = {name: stored_weight(run, name, schemes[name]) for name in names}
         self.before = self.after = 0.0
         self.kept: list[str] = []
+        self.replayed: ReplayedUnit | None = None
         self.outcome = "as the bank has it: no record runs it" if names else "stays as it is"
 
-    def run_on(self, exact: nn.Module, plan: DensePlan, found: Discovery) -> None:
-        """Record the unit in both models, and re-round its groups."""
+    def run_on(
+        self, exact: nn.Module, plan: DensePlan, found: Discovery, pairs: Sequence[Pair]
+    ) -> None:
+        """Re-round the unit's groups. pairs: all its calls."""
         name, started = self.unit.name, time.monotonic()
-        models = (exact, plan.model)
-        mine, theirs = recorded(self.run.streams, exact, models, name, found.calls[name])
+        mine = [pair.exact for pair in pairs]
         if not found.faithful(name, exact.get_submodule(name), mine):
             self.outcome = "as the bank has it: run alone, it gives something else"
             return
-        pairs = [Pair(a, b) for a, b in zip(mine, theirs, strict=True)]
         fit, held = _split(self.run, [pair.record for pair in pairs])
         replayed = ReplayedUnit(self.unit, exact, plan.model, pairs, fit, held)
+        self.replayed = replayed
         replayed.observe()
         importance = _Importance(self.run, replayed)
         metric = importance.metric()
-        self.before = self.after = replayed.judge(self._dense(self.weights), metric)
+        self.before = self.after = replayed.judge(self.dense(self.weights), metric)
         for group in replayed.groups:
             self._group(replayed, group, importance.of(group), metric)
         kept = ", ".join(self.kept) or "nothing"
@@ -178,7 +196,7 @@ class _Rounding:
         members = [name for name in group.members if name in self.weights]
         if not members:
             return
-        run, dense = self.run, self._dense(self.weights)
+        run, dense = self.run, self.dense(self.weights)
         fit, held = replayed.moments(group, members, dense, token_weight)
         originals = {name: replayed.originals[name].float() for name in members}
         targets = least_squares_targets(originals, fit, held, run.recipe.strength)
@@ -191,13 +209,13 @@ class _Rounding:
             {name: block_of_rows(self.weights[name]) for name in members},
             RoundingOptions(run.damping, run.recipe.passes),
         )
-        loss = replayed.judge(self._dense({**self.weights, **rounded}), metric)
+        loss = replayed.judge(self.dense({**self.weights, **rounded}), metric)
         if loss < self.after:
             self.weights |= rounded
             self.after = loss
             self.kept.append(group.name)
 
-    def _dense(self, weights: Mapping[str, StoredWeight]) -> dict[str, Tensor]:
+    def dense(self, weights: Mapping[str, StoredWeight]) -> dict[str, Tensor]:
         """Dequantized, with columns in the order of the model's inputs."""
         found = {name: dequantize_stored(weight) for name, weight in weights.items()}
         orders = {name: self.run.orders.get(name) for name in found}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -426,3 +427,23 @@ def test_what_is_not_combined_is_refused_before_work_starts(
     with pytest.raises(UsageError, match=f"knows nothing of {what} .* leave out one of the two"):
         compress(**requests["whisper"], out=tmp_path / "out", **(SMALL | fields))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_leaves_a_block_enters_the_next(case: str, refined: Callable[[str], Result]) -> None:
+    """Blocks of a stack follow each other without a pass of the model, and are called as in one."""
+    with models(refined(case)) as (run, exact, plan):
+        found = seen(run, exact)
+        stacks = [stack.blocks for stack in run.model_map.stacks] + [run.model_map.blocks]
+        follows = {name: before for blocks in stacks for before, name in pairwise(blocks)}
+        if case == "whisper":
+            assert found.before == follows
+        assert follows.items() <= found.before.items()
+        before, name = run.model_map.blocks[:2]
+        unit = replayed(run, exact, plan, before)
+        carried = unit.carry({})
+        for mine, theirs in zip(carried, replayed(run, exact, plan, name).pairs, strict=True):
+            assert mine.record == theirs.record
+            assert torch.equal(mine.exact.entering, theirs.exact.entering)
+            assert torch.equal(mine.rounded.entering, theirs.rounded.entering)
+            assert not torch.equal(mine.exact.entering, mine.rounded.entering)
