@@ -239,9 +239,10 @@ def _numbers_of_whole(model_map: ModelMap, recipe: Recipe) -> int:
 
 
 def _numbers_of_refining(model_map: ModelMap, recipe: Recipe) -> int:
-    """Both models; of one block its weights (exact, rounded, as targets, and twice what they lack)
-    and the moments of one group, twice; and what enters and leaves it in every record, of the
-    recipe's length: what encoders read may be longer."""
+    """Both models; of one unit its weights (exact, rounded, as targets, and twice what they lack),
+    the moments of one group, twice, what enters it in both models, and, of the exact one, what its
+    groups are to reproduce, in every record, of the recipe's length: what encoders read may be
+    longer."""
     units: dict[str, list[LinearGroup]] = {}
     for group in model_map.groups:
         if group.kind == "linear":
@@ -255,7 +256,8 @@ def _numbers_of_refining(model_map: ModelMap, recipe: Recipe) -> int:
             2 * _moments(model_map, group) + _rounding(model_map, recipe, group) for group in groups
         )
         width = min(model_map.weight(group.members[0]).in_features for group in groups)
-        needed.append(5 * weights + one + 3 * recipe.windows * recipe.seqlen * width)
+        states = (3 + len(groups)) * recipe.windows * recipe.seqlen * width
+        needed.append(5 * weights + one + states)
     return 2 * model_map.parameters + max(needed)
 
 
@@ -296,15 +298,25 @@ def _operations(model_map: ModelMap, recipe: Recipe) -> float:
     learning = 3 * recipe.learning * recipe.seqlen * _parameters(model_map.weights)
     refine = (6 * forward + moments + rounding + learning) if recipe.refine else 0
     if recipe.refine and is_whole(model_map, recipe):
-        # both models run up to every unit, half of the way in the mean; then each of its groups is
-        # run in both of them, and judged on a fifth of the records
-        units = {g.block or g.name: 0 for g in model_map.groups if g.kind == "linear"}
-        groups = sum(g.kind == "linear" for g in model_map.groups)
-        replays = 2.2 * groups / max(1, len(units))
-        refine = (1 + len(units) + replays) * forward + moments + rounding
+        linears = sum(w.parameters for w in model_map.weights if w.kind == "linear")
+        refine = _passes_of_refining(model_map) * tokens * linears + moments + rounding
     calibration = 4 * forward + moments
     bases = 0 if recipe.rotation == "none" else forward + 2 * moments
     return bases + calibration + measuring + probes + refine
+
+
+def _passes_of_refining(model_map: ModelMap) -> float:
+    """Passes of the whole model that re-rounding one of several parts takes.
+
+    One to see what runs; two models, half of the way in the mean, to the first block of every stack
+    and to every linear outside; then each unit on its own: once exact and once rounded, and for
+    each of its groups three quarters of it, and judged on a fifth of the records.
+    """
+    linears = [group for group in model_map.groups if group.kind == "linear"]
+    alone = sum(group.block is None for group in linears)
+    units = alone + len({group.block for group in linears if group.block is not None})
+    stacks = len(model_map.stacks) + bool(model_map.blocks)
+    return 3 + stacks + alone + 0.95 * len(linears) / max(1, units)
 
 
 def _layouts(schemes: Iterable[str]) -> int:

@@ -21,6 +21,7 @@ from quantlib.models.rows import LinearGroup
 from quantlib.pipeline.apply import TaskRefinement
 from quantlib.pipeline.compress import Result, apply_plan, compress
 from quantlib.pipeline.dense import DensePlan, bank_weight
+from quantlib.pipeline.estimate import _operations, for_recipe
 from quantlib.pipeline.inputs import round_cache
 from quantlib.pipeline.opening import reopen_run
 from quantlib.pipeline.parts import whole_model
@@ -447,3 +448,24 @@ def test_what_leaves_a_block_enters_the_next(case: str, refined: Callable[[str],
             assert torch.equal(mine.exact.entering, theirs.exact.entering)
             assert torch.equal(mine.rounded.entering, theirs.rounded.entering)
             assert not torch.equal(mine.exact.entering, mine.rounded.entering)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_estimate_has_room_for_what_is_rounded_again(
+    case: str, refined: Callable[[str], Result]
+) -> None:
+    result = refined(case)
+    with reopen_run(result.work, with_data=True) as run:
+        keys = reround_whole(run, result.plan.schemes)
+        files = (run.work.unit(key).files.values() for key in keys.values())
+        written = sum(file.nbytes for one in files for file in one)
+        plain, again = (
+            for_recipe(run.model_map, run.recipe.model_copy(update={"refine": refine}), timed=False)
+            for refine in (False, True)
+        )
+        assert 0 < written <= again.bank_bytes - plain.bank_bytes < 3 * written
+        assert again.memory_bytes >= plain.memory_bytes
+        assert again.hidden_bytes == 0
+        assert _operations(run.model_map, run.recipe) > _operations(
+            run.model_map, run.recipe.model_copy(update={"refine": False})
+        )
