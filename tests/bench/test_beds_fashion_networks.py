@@ -6,6 +6,7 @@ import gzip
 import json
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +124,14 @@ def test_what_ships_answers_as_what_was_trained(
     monkeypatch.setattr(trained_search.artifacts, "folder", lambda: tmp_path)
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(trained_search, "BEFORE", {"resnet": 10, "vit": 10})
-    for setting, steps in (("STEPS", 12), ("DELAY", 2), ("SETTLE", 3)):
-        monkeypatch.setattr(trained_search, setting, steps)
+    monkeypatch.setattr(trained_search, "STEPS", 12)
+    monkeypatch.setattr(trained_search, "BATCHES", 1)
+    short = {n: replace(s, delay=2, settle=3) for n, s in trained_search.SEARCHES.items()}
+    monkeypatch.setattr(trained_search, "SEARCHES", short)
     monkeypatch.setattr(
         trained_search, "pictures", lambda split: fashion_networks.pictures(split, cache)
     )
-    for method in ("fliqs-mixed", "fliqs-float-8th", "csq", "fliqs-int-width"):
+    for method in ("fliqs-mixed", "fliqs-float-8th", "csq", "fliqs-int-width", "exact", "random"):
         row = Row(NETWORKS[name], ENTRIES[method], 0)
         found = trained_search.measured(row)
         assert found["checkpoint"] is not None
