@@ -8,6 +8,7 @@ import pytest
 
 from quantlib.cli.results import first_data_and_request
 
+from ..pipeline import whole_models
 from .conftest import QUICK, Run
 
 
@@ -185,6 +186,27 @@ def test_apply_can_refine_and_says_what_it_gave(run: Run, measured: Path, tmp_pa
     assert "KL on held-back windows" in answer.stdout
     page = (measured / "report.html").read_text()
     assert "this model" in page or "measured" in page
+
+
+def test_apply_refines_a_model_that_hears_and_says_what_each_task_loses(
+    run: Run, tmp_path: Path
+) -> None:
+    model = whole_models.save("whisper", tmp_path / "model")
+    data = whole_models.records("whisper", tmp_path)
+    schemes = ("--schemes", "w2g32z4s4", "--schemes", "w3g32z4s4")
+    asked = (*schemes, "--fast", "--windows", 4, "--size", "60%", "--json")
+    plain = run("compress", model, "-o", tmp_path / "plain", "--data", data, *asked)
+    assert plain.json["measured"] is None
+    work = tmp_path / "plain.work"
+    command = ("apply", work / "plan.json", "-o", tmp_path / "out", "--refine", "--work", work)
+    shown = run(*command)
+    assert shown.code == 0, shown
+    assert "answer: measured loss on held-back records" in shown.stdout
+    found = run(*command, "--json").json
+    loss = found["measured"]["tasks"]["answer"]
+    assert loss["value"] > 0
+    assert found["refined"] == ("before" in found["measured"])
+    assert not found["refined"] or loss["value"] < found["measured"]["before"]["answer"]["value"]
 
 
 def test_the_report_of_a_plan_without_a_checkpoint(run: Run, measured: Path) -> None:
