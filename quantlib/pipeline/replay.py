@@ -62,8 +62,8 @@ class Call:
 
     @property
     def first(self) -> Any:
-        """The first argument."""
-        return self.arguments[0] if self.arguments else next(iter(self.named.values()))
+        """The first argument; None if there is none."""
+        return self.arguments[0] if self.arguments else next(iter(self.named.values()), None)
 
     @property
     def entering(self) -> Tensor:
@@ -71,11 +71,9 @@ class Call:
         return rows_of(self.first)
 
     def with_first(self, rows: Tensor) -> Call:
-        """The same call with other hidden states, given as rows [T, D]."""
+        """The same call with other hidden states, given as rows [T, D], for the first argument."""
         given = rows.to(self.first.dtype).reshape(self.first.shape)
-        if self.arguments:
-            return replace(self, arguments=(given, *self.arguments[1:]))
-        return replace(self, named={**self.named, next(iter(self.named)): given})
+        return replace(self, arguments=(given, *self.arguments[1:]))
 
     def run(self, module: nn.Module) -> Tensor:
         """Run a module with these arguments; its output as rows, float32 [T, D]."""
@@ -100,7 +98,9 @@ class Discovery:
 
     def faithful(self, unit: str, module: nn.Module, calls: Sequence[Call]) -> bool:
         """Whether recorded calls of the model itself give what it computed, also the second time: a
-        block that keeps or changes what it is given does not."""
+        block that keeps or changes what it is given does not. What enters it has to come first."""
+        if not all(isinstance(call.first, Tensor) for call in calls):
+            return False
         record, expected = self.first[unit]
         last = [call for call in calls if call.record == record][-1]
         last.run(module)

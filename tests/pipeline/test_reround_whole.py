@@ -181,6 +181,7 @@ def test_a_unit_that_remembers_its_calls_is_noticed() -> None:
     found = Discovery(("unit",), {"unit": [1]}, {"unit": (0, torch.ones(1, 2))})
     assert not found.faithful("unit", _Remembers(), [call])
     assert found.faithful("unit", nn.Identity(), [call])
+    assert not found.faithful("unit", nn.Identity(), [call, Call(0, (None,), {})])
 
 
 def test_moments_are_of_what_a_group_really_reads_and_lacks(
