@@ -39,7 +39,7 @@ from quantlib.pipeline.reround_whole import reround_whole
 from quantlib.pipeline.rotate import online_rotation
 from quantlib.pipeline.row_blocks import keep_mixtures
 from quantlib.pipeline.run import Run
-from quantlib.pipeline.task_trials import TaskTrials
+from quantlib.pipeline.task_trials import CLOSE_NUMBERS, TaskTrials
 from quantlib.pipeline.whole import check_refined_whole
 from quantlib.search.left import keeping_left
 from quantlib.search.plan import Plan
@@ -239,7 +239,7 @@ def _refined(run: Run, plan: Plan) -> tuple[dict[str, str], Refinement]:
 def _refined_whole(run: Run, plan: Plan) -> tuple[dict[str, str], TaskRefinement]:
     """The same of a model that is run as a whole."""
     keys = reround_whole(run, plan.schemes)
-    trials = TaskTrials(run)
+    trials = TaskTrials(run, CLOSE_NUMBERS)
     missing = [chosen for chosen in ({}, keys) if not trials.has(plan.schemes, chosen)]
     with run.stage("compare", len(missing)) as progress:
         for chosen in missing:

@@ -28,6 +28,10 @@ REFERENCE_NUMBERS = 1 << 21
 """Of what the full-precision model says of one sample, so many numbers are compared: 8 MB. Of a
 long text with a large vocabulary these are some of its tokens, drawn once."""
 
+CLOSE_NUMBERS = 1 << 23
+"""The same where two plans of one size are compared, which differ by a tenth: of Whisper's words,
+160 a sample and not 40."""
+
 
 @dataclass(frozen=True)
 class _Judged:
@@ -41,10 +45,13 @@ class _Judged:
 
 
 class TaskTrials:
-    """Plans measured on the held-back records; the model is only loaded when one has to be."""
+    """Plans measured on the held-back records; the model is only loaded when one has to be.
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    numbers: the most that are compared of one sample.
+    """
+
+    def __init__(self, run: Run, numbers: int = REFERENCE_NUMBERS) -> None:
+        self.run, self.numbers = run, numbers
         self._inputs = {task: run.stream_hash(task, held_back=True) for task in run.tasks}
 
     def has(self, schemes: Mapping[str, str], keys: Mapping[str, str] | None = None) -> bool:
@@ -75,7 +82,7 @@ class TaskTrials:
         for task in self.run.tasks:
             route = self.run.streams.route(task)
             found[task] = [
-                _judged(route.run, model, sample, generator)
+                _judged(route.run, model, sample, generator, self.numbers)
                 for sample in self.run.streams.judging(task, model)
             ]
         round_cache(model, self.run)
@@ -100,13 +107,16 @@ class TaskTrials:
     def _key(self, schemes: Mapping[str, str], keys: Mapping[str, str] | None) -> str:
         entries = plan_keys(self.run, schemes, keys)
         kept = {} if self.run.recipe.kv == "f32" else {"kv": self.run.recipe.kv}
-        return self.run.work.key(KIND, entries=entries, records=self._inputs, **kept)
+        more = {} if self.numbers == REFERENCE_NUMBERS else {"numbers": self.numbers}
+        return self.run.work.key(KIND, entries=entries, records=self._inputs, **kept, **more)
 
 
-def _judged(run: RunSample, model: object, sample: Sample, generator: torch.Generator) -> _Judged:
+def _judged(
+    run: RunSample, model: object, sample: Sample, generator: torch.Generator, numbers: int
+) -> _Judged:
     asked = objective(sample)
     with torch.no_grad():
         said = asked.said(run(model, **sample.inputs))
-    count = max(1, min(len(said), REFERENCE_NUMBERS // said.shape[1]))
+    count = max(1, min(len(said), numbers // said.shape[1]))
     rows = torch.randperm(len(said), generator=generator)[:count].sort().values
     return _Judged(run, sample, asked, rows, said[rows].clone())
