@@ -41,6 +41,7 @@ from quantlib.pipeline.replayed_unit import CallMetric, Pair, ReplayedUnit
 from quantlib.pipeline.reporting import report_of
 from quantlib.pipeline.reround_whole import reround_whole
 from quantlib.pipeline.run import Run, Silent
+from quantlib.pipeline.task_trials import CLOSE_NUMBERS, REFERENCE_NUMBERS, TaskTrials
 from quantlib.search.tasks import Objective
 
 from . import whole_models
@@ -470,3 +471,19 @@ def test_the_estimate_has_room_for_what_is_rounded_again(
         assert _operations(run.model_map, run.recipe) > _operations(
             run.model_map, run.recipe.model_copy(update={"refine": False})
         )
+
+
+def test_plans_are_compared_on_as_many_numbers_as_are_asked_for(
+    refined: Callable[[str], Result],
+) -> None:
+    """One word of every sample says another loss than all of them, and neither is taken for the
+    other later."""
+    with models(refined("whisper")) as (run, _, __):
+        schemes, words = refined("whisper").plan.schemes, 96
+        for _ in range(2):
+            one, usual, close = (
+                TaskTrials(run, numbers).measure(schemes)["answer"].value
+                for numbers in (words, REFERENCE_NUMBERS, CLOSE_NUMBERS)
+            )
+            assert usual == pytest.approx(close, rel=1e-9)
+            assert one != pytest.approx(close, rel=1e-3)
