@@ -88,6 +88,7 @@ class Entry:
              the uniform candidate.
     exact:   whether formats are chosen before training, from measured losses (`trained.measured`).
     random:  of how many random choices the best is trained in.
+    otherwise: the candidate of layers that cannot have the uniform one.
     """
 
     name: str
@@ -99,12 +100,13 @@ class Entry:
     csq: float = 0.0
     exact: bool = False
     random: int = 0
+    otherwise: str = ""
 
     @property
     def about(self) -> dict[str, Any]:
         """What a row's key depends on. Fields that came later count where they are set, so that
         rows from before stay valid."""
-        later = ("exact", "random")
+        later = ("exact", "random", "otherwise")
         return {name: value for name, value in asdict(self).items() if name not in later or value}
 
 
@@ -114,6 +116,13 @@ ENTRIES = {
         Entry("full", "full precision, trained on for as long"),
         Entry("int4", "uniform 4-bit integers", uniform="w4a4"),
         Entry("e2m1", "uniform 4-bit floats", "mixed-xl", uniform="e2m1"),
+        Entry(
+            "int4-zero",
+            "uniform 4-bit integers, inputs with zero points (of convolutions without)",
+            "zero-pairs",
+            uniform="w4a4z",
+            otherwise="w4a4",
+        ),
         Entry("w3a5", "uniform, 3-bit weights and 5-bit inputs", "int-pairs", uniform="w3a5"),
         Entry("fliqs-tied", "FLIQS, integers of 3 to 8 bits", "int-xl", target=FOUR),
         Entry("fliqs-int", "FLIQS, weights and inputs of 2 to 8 bits", "int-pairs", target=FOUR),
@@ -131,6 +140,19 @@ ENTRIES = {
             "mixed-pairs",
             target=FOUR,
             random=12,
+        ),
+        Entry(
+            "fliqs-zero",
+            "FLIQS, weights and inputs of 2 to 8 bits, floats, inputs with zero points",
+            "zero-pairs",
+            target=FOUR,
+        ),
+        Entry(
+            "exact-zero",
+            "exact knapsack over measured losses, of these, then trained in its choice",
+            "zero-pairs",
+            target=FOUR,
+            exact=True,
         ),
         Entry("csq", "CSQ, 4 bits a weight, 4-bit inputs", uniform="w4a4", csq=4.0),
         Entry("fliqs-int-8th", "FLIQS-L, integers of 4 to 8 bits", "int-l", target=EIGHTH),
@@ -428,7 +450,8 @@ def _method(
             draws = (drawing, entry.random, BATCHES)
             return Fixed(layers, best_of_random(layers, judge, costs, target, *draws))
         return Fliqs(layers, costs, replace(row.search, target=target), STEPS, row.seed, judge)
-    return Fixed(layers, layers.space.uniform(entry.uniform) if entry.uniform else None)
+    uniform = layers.space.uniform(entry.uniform, entry.otherwise) if entry.uniform else None
+    return Fixed(layers, uniform)
 
 
 def _ended(

@@ -117,18 +117,21 @@ class Space:
                 found[name] = (found.get(name, (1.0, 1.0))[0], share)
         return found
 
-    def uniform(self, candidate: str) -> Choice:
+    def uniform(self, candidate: str, otherwise: str | None = None) -> Choice:
         """Everything in one candidate, at full width (what comes nearest to it).
 
-        Raises SearchError where a decision does not have it.
+        otherwise: the candidate of decisions that do not have it, such as convolutions.
+        Raises SearchError where a decision has neither.
         """
-        wanted = Candidate.parse(candidate).name
+        wanted = [Candidate.parse(name).name for name in (candidate, otherwise) if name]
         picks = []
         for decision in self.numbers:
             names = [option.name for option in decision.options]
-            if wanted not in names:
-                raise SearchError(f"{decision.name} has no {wanted}: {', '.join(names)}")
-            picks.append(names.index(wanted))
+            found = next((name for name in wanted if name in names), None)
+            if found is None:
+                told = " and no ".join(wanted)
+                raise SearchError(f"{decision.name} has no {told}: {', '.join(names)}")
+            picks.append(names.index(found))
         widths = [w.options.index(max(w.options)) for w in self.widths]
         return (*picks, *widths)
 

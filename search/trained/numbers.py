@@ -82,6 +82,8 @@ _PAIRS = (
     *("w2a5", "w3a4", "w3a5", "w4a4", "w3a6"),
     *("w4a5", "w4a6", "w5a6", "w6a6", "w8a8"),
 )
+_MIXED_PAIRS = (*_PAIRS, "fp4afp4", "w3afp4", "w4afp4", "fp6e2m3afp6e2m3")
+_ZERO_PAIRS = ("w2a5z", "w3a4z", "w3a5z", "w4a4z", "w3a6z", "w4a5z")
 
 
 SPACES: dict[str, tuple[str, ...]] = {
@@ -94,7 +96,8 @@ SPACES: dict[str, tuple[str, ...]] = {
     "mixed-l": (*_integers(4, 5, 6, 7, 8), *_floats(4, 8)),
     "mixed-xl": (*_integers(3, 4, 5, 6, 8), "e2m1", "e2m3", "e3m2", "e4m3"),
     "int-pairs": _PAIRS,
-    "mixed-pairs": (*_PAIRS, "fp4afp4", "w3afp4", "w4afp4", "fp6e2m3afp6e2m3"),
+    "mixed-pairs": _MIXED_PAIRS,
+    "zero-pairs": (*_MIXED_PAIRS, *_ZERO_PAIRS),
     "columns": ("w4a4", "w4a4h8/8", "w4a4h8/4", "w4a4h8/2", "w8a8"),
     "weights": ("w2g64z", "w3g64z", "w4g64", "w5g64", "w6g64", "w8g64"),
 }
@@ -102,7 +105,8 @@ SPACES: dict[str, tuple[str, ...]] = {
 
 At the cost of uniform 4-bit numbers a space that begins at 4 bits leaves nothing to choose; those
 called xl go down to 3, and those called pairs give weights and inputs widths of their own: inputs
-behind a ReLU use half of a symmetric range, and weights adapt to few bits while they train. "float"
+behind a ReLU use half of a symmetric range, and weights adapt to few bits while they train. The
+inputs of "zero-pairs" may have zero points, where one reaches farther up than down. "float"
 are the floats of OCP; "columns" choose how many of a layer's input channels are wider; "weights"
 leave inputs as they are.
 """

@@ -234,3 +234,12 @@ def test_a_uniform_choice_by_its_name() -> None:
     assert named.uniform("fp4afp4") == named.uniform("e2m1") == (1, 1, 1, 1)
     with pytest.raises(SearchError, match="stem has no w5a5"):
         named.uniform("w5a5")
+
+
+def test_a_uniform_choice_where_convolutions_have_no_zero_points() -> None:
+    named = space("w4a4", "w4a4z", "w8a8")
+    assert named.uniform("w4a4z", otherwise="w4a4") == (0, 1, 1)
+    with pytest.raises(SearchError, match="stem has no w4a4z: w4a4, w8a8"):
+        named.uniform("w4a4z")
+    with pytest.raises(SearchError, match="stem has no w4a4z and no w5a5: w4a4, w8a8"):
+        named.uniform("w4a4z", otherwise="w5a5")
