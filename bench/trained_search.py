@@ -57,7 +57,14 @@ from quantlib.search.fliqs import Fixed, Fliqs, Settings
 from quantlib.search.trained.costs import FULL_BITS, Costs, bops
 from quantlib.search.trained.layers import Choice, Layers, Space, decisions
 from quantlib.search.trained.loop import Judge, Loop, Method, Report, Training, judge_of
-from quantlib.search.trained.measured import BATCHES, best_of_random, least_lost, losses
+from quantlib.search.trained.measured import (
+    BATCHES,
+    START_ENTROPY,
+    best_of_random,
+    first_logits,
+    least_lost,
+    losses,
+)
 from quantlib.search.trained.numbers import SPACES, space_of
 
 BEFORE = {"resnet": 900, "vit": 8000}
@@ -89,6 +96,7 @@ class Entry:
     exact:   whether formats are chosen before training, from measured losses (`trained.measured`).
     random:  of how many random choices the best is trained in.
     otherwise: the candidate of layers that cannot have the uniform one.
+    measured: whether FLIQS begins with measured losses, and draws nothing uniformly.
     """
 
     name: str
@@ -101,12 +109,13 @@ class Entry:
     exact: bool = False
     random: int = 0
     otherwise: str = ""
+    measured: bool = False
 
     @property
     def about(self) -> dict[str, Any]:
         """What a row's key depends on. Fields that came later count where they are set, so that
         rows from before stay valid."""
-        later = ("exact", "random", "otherwise")
+        later = ("exact", "random", "otherwise", "measured")
         return {name: value for name, value in asdict(self).items() if name not in later or value}
 
 
@@ -146,6 +155,13 @@ ENTRIES = {
             "FLIQS, weights and inputs of 2 to 8 bits, floats, inputs with zero points",
             "zero-pairs",
             target=FOUR,
+        ),
+        Entry(
+            "fliqs-measured",
+            "FLIQS over these that begins with measured losses",
+            "zero-pairs",
+            target=FOUR,
+            measured=True,
         ),
         Entry(
             "exact-zero",
@@ -190,7 +206,9 @@ class Row:
     @property
     def search(self) -> Settings:
         """Of FLIQS; its target is that of one multiplication."""
-        return replace(SEARCHES[self.network.name], target=self.entry.target)
+        known = SEARCHES[self.network.name]
+        delay = 0 if self.entry.measured else known.delay
+        return replace(known, target=self.entry.target, delay=delay)
 
     @property
     def key(self) -> str:
@@ -201,6 +219,7 @@ class Row:
             parts += [BATCHES, SPACES[self.entry.space]]
         elif self.entry.target:
             parts += [asdict(self.search), SPACES[self.entry.space]]
+            parts += [BATCHES, START_ENTROPY] if self.entry.measured else []
         elif self.entry.csq:
             parts += [self.search.settle]
         if self.entry.widths:
@@ -449,7 +468,11 @@ def _method(
             drawing = torch.Generator().manual_seed(row.seed)
             draws = (drawing, entry.random, BATCHES)
             return Fixed(layers, best_of_random(layers, judge, costs, target, *draws))
-        return Fliqs(layers, costs, replace(row.search, target=target), STEPS, row.seed, judge)
+        start = None
+        if entry.measured:
+            start = first_logits(losses(layers, judge, BATCHES), costs, target)
+        policy = replace(row.search, target=target)
+        return Fliqs(layers, costs, policy, STEPS, row.seed, judge, start)
     uniform = layers.space.uniform(entry.uniform, entry.otherwise) if entry.uniform else None
     return Fixed(layers, uniform)
 

@@ -17,6 +17,10 @@ further choices, `draws` of them, without gradients and on one batch that is not
 keeps the two apart, too): each is rewarded beside the mean of the others, which have seen the same
 pictures, and what makes a batch hard drops out. The paper has one draw, the one that was trained.
 
+A policy begins undecided, as the paper has it, or with logits that it is given (`start`): what was
+measured of every option alone (`trained.measured.first_logits`). Where options are many and steps
+are few, rewards alone do not find what measuring does.
+
 When they are fixed, the likeliest choice is taken that costs what it may and little less, exactly
 (a knapsack over log-probabilities): the paper takes each decision's maximum, which may miss the
 target, and does where a short search has not decided. One-sided rewards let it cost less.
@@ -108,9 +112,18 @@ def entropy_weight(done: float, highest: float) -> float:
 class Policy:
     """Independent categorical distributions over the options of every decision."""
 
-    def __init__(self, sizes: Sequence[int], settings: Settings) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        settings: Settings,
+        start: Sequence[Sequence[float]] | None = None,
+    ) -> None:
+        """start: the first logits of every decision's options; None: all alike."""
         self.sizes, self._settings = tuple(sizes), settings
-        self.logits = [torch.full((size,), 0.5, requires_grad=True) for size in sizes]
+        rows = [[0.5] * size for size in sizes] if start is None else start
+        if tuple(map(len, rows)) != self.sizes:
+            raise SearchError(f"first logits for {[*map(len, rows)]} options, not {[*sizes]}")
+        self.logits = [torch.tensor(row, requires_grad=True) for row in rows]
         self._optimizer = torch.optim.Adam(self.logits, lr=settings.rate)
         self.baseline: float | None = None
 
@@ -204,9 +217,10 @@ class Fliqs:
         steps: int,
         seed: int,
         judge: Judge | None = None,
+        start: Sequence[Sequence[float]] | None = None,
     ) -> None:
-        """steps, seed: of the whole run. judge: of the draws of a step, where there are any.
-        Raises SearchError for a target out of reach."""
+        """steps, seed: of the whole run. judge: of the draws of a step, where there are any. start:
+        the policy's first logits. Raises SearchError for a target out of reach."""
         search.check(steps)
         costs.check_target(search.target)
         if search.draws and judge is None:
@@ -214,7 +228,8 @@ class Fliqs:
         self._judge = judge
         self._layers, self._costs, self._search = layers, costs, search
         self._steps, self._seed = steps, seed
-        self.policy = Policy(layers.space.sizes, search)
+        self._start = None if start is None else [[*row] for row in start]
+        self.policy = Policy(layers.space.sizes, search, start)
         self.choice: Choice | None = None
         self._fixed: Choice | None = None
 
@@ -225,7 +240,8 @@ class Fliqs:
         options = {d.name: [o.name for o in d.options] for d in space.numbers}
         widths = {w.name: list(w.options) for w in space.widths}
         own = {f"search_{name}": value for name, value in asdict(self._search).items()}
-        return {"method": "fliqs", "options": options, "widths": widths, **own}
+        start = {} if self._start is None else {"start": self._start}
+        return {"method": "fliqs", "options": options, "widths": widths, **own, **start}
 
     @property
     def _settles_at(self) -> int:

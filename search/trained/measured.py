@@ -10,15 +10,21 @@ both have to beat the best of a few random choices.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
+from quantlib.errors import SearchError
 from quantlib.search.trained.costs import Costs
 from quantlib.search.trained.layers import Choice, Layers
 from quantlib.search.trained.loop import Judge
 
 BATCHES = 8
 """Of the judge, for every option."""
+START_ENTROPY = 0.3
+"""Of a policy that begins with measured losses, of what an undecided one has: it still tries
+others, and needs no more steps than it has to find the best of them."""
+_HALVINGS = 60
 
 
 def losses(layers: Layers, judge: Judge, batches: int = BATCHES) -> list[list[float]]:
@@ -77,6 +83,69 @@ def best_of_random(
     best = max((drawn() for _ in range(draws)), key=quality)
     layers.choose(None)
     return best
+
+
+def first_logits(
+    table: list[list[float]], costs: Costs, target: float, entropy: float = START_ENTROPY
+) -> list[list[float]]:
+    """Logits of a policy that knows `losses`: - (lost + price * cost) / temperature.
+
+    The price of a unit of cost is the one at which every decision's best option is paid for by
+    `target` (the Lagrangian of the knapsack); the temperature the one at which the mean entropy of
+    the decisions, over that of undecided ones, is `entropy`, or what options of the same worth leave.
+    Raises SearchError for a target out of reach, and for widths, whose costs are no sum.
+    """
+    costs.check_target(target)
+    if costs.space.widths:
+        raise SearchError(
+            "widths multiply what formats cost, and a first policy takes costs that add up: begin "
+            "undecided, or search formats alone"
+        )
+    prices = [
+        [math.fsum(row) for row in zip(*(costs.prices[name] for name in decision.members))]
+        for decision in costs.space.numbers
+    ]
+
+    def worths(price: float) -> list[list[float]]:
+        return [
+            [-lost - price * cost for lost, cost in zip(row, paid, strict=True)]
+            for row, paid in zip(table, prices, strict=True)
+        ]
+
+    def is_paid(price: float) -> bool:
+        best = [max(range(len(row)), key=row.__getitem__) for row in worths(price)]
+        return math.fsum(paid[index] for paid, index in zip(prices, best)) <= target
+
+    widest = max(max(row) - min(row) for row in table)
+    steps = (abs(a - b) for paid in prices for a in paid for b in paid)
+    highest = widest / min(step for step in steps if step > 0)
+    found = worths(_smallest(is_paid, highest * len(table)))
+
+    def is_undecided(temperature: float) -> bool:
+        return _entropy(found, temperature) >= entropy
+
+    scale = max(max(row) - min(row) for row in found) or 1.0
+    temperature = _smallest(is_undecided, 100 * scale)
+    return [[worth / temperature for worth in row] for row in found]
+
+
+def _smallest(holds: Callable[[float], bool], most: float) -> float:
+    """The smallest number up to `most` of which something holds that holds of all larger ones."""
+    low, high = 0.0, most
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _entropy(worths: list[list[float]], temperature: float) -> float:
+    """Mean over the decisions that have a choice, of what undecided ones would have."""
+    shares = []
+    for row in worths:
+        if len(row) > 1:
+            chances = torch.softmax(torch.tensor(row, dtype=torch.float64) / temperature, 0)
+            shares.append(float(torch.special.entr(chances).sum()) / math.log(len(row)))
+    return math.fsum(shares) / max(1, len(shares))
 
 
 def _quality(judge: Judge, batches: int) -> float:

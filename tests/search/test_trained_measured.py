@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from quantlib.errors import SearchError
+from quantlib.search.fliqs import Policy, Settings
 from quantlib.search.trained.costs import bops
 from quantlib.search.trained.layers import Layers
 from quantlib.search.trained.loop import Training, judge_of
-from quantlib.search.trained.measured import best_of_random, least_lost, losses
+from quantlib.search.trained.measured import best_of_random, first_logits, least_lost, losses
 
 from .trained_models import PRODUCTS, net, quarters, space
 
@@ -83,3 +85,31 @@ def test_a_cost_out_of_reach_is_refused() -> None:
     costs = bops(space("w4a4", "w8a8"), PRODUCTS)
     with pytest.raises(SearchError, match="cannot be reached"):
         least_lost([[0.2, 0.1]] * 3, costs, FOUR / 2)
+
+
+@pytest.mark.parametrize("entropy", [0.3, 0.6])
+def test_a_policy_that_begins_with_losses_prefers_what_pays(entropy: float) -> None:
+    """Its likeliest options cost no more than allowed, and it is as undecided as it is told to be;
+    losses and costs in other units change nothing."""
+    costs = bops(space("w2a2", "w3a4", "w4a4", "w4a6", "w8a8"), PRODUCTS)
+    drawn = torch.rand(3, 5, generator=torch.Generator().manual_seed(1)).tolist()
+    table = [sorted(row, reverse=True) for row in drawn]
+    logits = first_logits(table, costs, FOUR, entropy)
+    likeliest = tuple(max(range(5), key=row.__getitem__) for row in logits)
+    assert costs.least < costs.of(likeliest) <= FOUR * (1 + 1e-9)
+    policy = Policy((5, 5, 5), Settings(FOUR, 0), logits)
+    assert policy.entropy == pytest.approx(entropy, abs=1e-3)
+    prices = {name: tuple(1e6 * price for price in row) for name, row in costs.prices.items()}
+    dear = replace(costs, prices=prices)
+    scaled = [[1e-3 * lost for lost in row] for row in table]
+    again = first_logits(scaled, dear, 1e6 * FOUR, entropy)
+    for row, other in zip(logits, again, strict=True):
+        assert [a - row[0] for a in row] == pytest.approx([b - other[0] for b in other], rel=1e-3)
+
+
+def test_a_policy_cannot_begin_with_losses_of_widths_or_of_another_space() -> None:
+    wide = bops(space("w2a2", "w4a4", "w8a8", widths=(0.5, 1.0)), PRODUCTS)
+    with pytest.raises(SearchError, match="begin undecided"):
+        first_logits([[0.2, 0.1, 0.0]] * 3 + [[0.1, 0.0]], wide, FOUR)
+    with pytest.raises(SearchError, match="first logits"):
+        Policy((2, 2), Settings(FOUR, 0), [[0.0, 1.0]])
