@@ -92,7 +92,8 @@ def first_logits(
 
     The price of a unit of cost is the one at which every decision's best option is paid for by
     `target` (the Lagrangian of the knapsack); the temperature the one at which the mean entropy of
-    the decisions, over that of undecided ones, is `entropy`, or what options of the same worth leave.
+    the decisions, over that of undecided ones, is `entropy` (or what options of the same worth
+    leave).
     Raises SearchError for a target out of reach, and for widths, whose costs are no sum.
     """
     costs.check_target(target)
