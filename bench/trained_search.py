@@ -60,6 +60,7 @@ from quantlib.search.trained.loop import Judge, Loop, Method, Report, Training, 
 from quantlib.search.trained.measured import (
     BATCHES,
     START_ENTROPY,
+    START_RATE,
     best_of_random,
     first_logits,
     least_lost,
@@ -80,8 +81,8 @@ SEARCHES = {
 search is shorter, and takes more choices a step."""
 RESULT = "search_trained"
 TUNING_SEED = 100
-MEASURED: dict[str, Any] = {"delay": 0, "settle": 500, "rate": 0.03}
-"""What is otherwise where it begins with measured losses: it knows most already."""
+MEASURED: dict[str, Any] = {"delay": 0, "settle": 500, "rate": START_RATE}
+"""What is otherwise where it begins with measured losses."""
 FOUR = 16.0
 """Bit operations of a multiplication in 4-bit numbers."""
 EIGHTH = FULL_BITS / 8

@@ -48,7 +48,8 @@ Space = Annotated[
         metavar="NAME|A,B,C",
         help="Candidates: int-s (4, 8 bits), int-l (4 to 8), int-xl (3 to 8), int-pairs (weights "
         "and inputs apart), float-s (4, 8 bits), float (those of OCP), float-l (all of 4 to 8), "
-        "mixed-l, mixed-xl and mixed-pairs (these and integers), columns (some input channels "
+        "mixed-l, mixed-xl and mixed-pairs (these and integers), zero-pairs (and inputs with zero "
+        "points), columns (some input channels "
         "wider), weights (inputs as they are), or schemes such as w4a8,w8a8.",
         rich_help_panel=RECIPE,
     ),
@@ -93,6 +94,16 @@ Rest = Annotated[
         rich_help_panel=RECIPE,
     ),
 ]
+Measured = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Judge every format of every layer alone on N batches first, and let the search begin "
+        "with what that loses: for short runs. 0: it begins undecided.",
+        rich_help_panel=RECIPE,
+    ),
+]
 Bfloat16 = Annotated[
     bool,
     typer.Option("--bf16", help="Multiply in bfloat16 while training.", rich_help_panel=RECIPE),
@@ -121,6 +132,7 @@ def train_search(
     seqlen: Seqlen = 64,
     windows: Windows = 512,
     rest: Rest = "w8g64",
+    measured: Measured = 0,
     seed: Seed = None,
     bf16: Bfloat16 = False,
     threads: Threads = None,
@@ -159,6 +171,7 @@ def train_search(
         seed=seed or 0,
         rest=rest,
         autocast=bf16,
+        measured=measured,
         threads=threads,
         widths=_shares(widths),
     )

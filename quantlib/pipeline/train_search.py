@@ -7,10 +7,11 @@ twice in memory in float32, its gradients and moments: it is for models that can
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantlib.calibration.data import load_windows, windows_sha256
+from quantlib.checkpoint.disk import atomic_write_text, read_json
 from quantlib.checkpoint.provenance import digest
 from quantlib.checkpoint.writer import check_output
 from quantlib.errors import UsageError
@@ -33,10 +35,11 @@ from quantlib.search.latency import Latency
 from quantlib.search.plan import Plan
 from quantlib.search.trained.costs import FULL_BITS, Costs, bops, milliseconds
 from quantlib.search.trained.layers import Layers, Space, decisions
-from quantlib.search.trained.loop import Loop, Outcome, Report, Task, Training, judge_of
+from quantlib.search.trained.loop import Judge, Loop, Outcome, Report, Task, Training, judge_of
+from quantlib.search.trained.measured import START_RATE, first_logits, losses
 from quantlib.search.trained.numbers import space_of
 
-STATE_FILE = "training.safetensors"
+STATE_FILE, LOSSES_FILE = "training.safetensors", "measured.json"
 _BITS = re.compile(r"(?P<weights>\d+(?:\.\d+)?)x(?P<inputs>\d+(?:\.\d+)?)")
 _SHARE = re.compile(r"(?P<share>\d+(?:\.\d+)?)\s*%")
 
@@ -50,6 +53,8 @@ class Request:
     space:   of candidates (`numbers.space_of`). shared: what gets one decision (`layers.SHARED`).
     steps, rate, seed, autocast: of the training; delay, settle: of the search, parts of the steps.
     draws:   choices that a step of the search judges beside the one that it trains.
+    measured: batches on which every option of every decision is judged alone before training, for
+             the search to begin with; 0: it begins undecided, and draws uniformly at first.
     widths:  shares of the MLPs' hidden channels to choose from, too; none: all of them stay.
     batch, seqlen, windows: of the text.
     rest:    scheme of the weights that nothing is decided about.
@@ -64,6 +69,7 @@ class Request:
     delay: float = 0.1
     settle: float = 0.4
     draws: int = 2
+    measured: int = 0
     widths: tuple[float, ...] = ()
     batch: int = 2
     seqlen: int = 64
@@ -86,6 +92,13 @@ class Request:
                 "widths are searched beside formats of whole layers, at a cost in bit operations: "
                 "leave out --widths, or wider columns and milliseconds"
             )
+        if self.measured and self.widths:
+            raise UsageError(
+                "a search that begins with measured losses is one of formats alone: leave out "
+                "--widths or --measured"
+            )
+        if self.measured < 0:
+            raise UsageError(f"{self.measured} batches to measure on: give 0 (none) or more")
         if min(self.batch, self.steps, self.windows) < 1:
             raise UsageError("steps, batch and windows are whole numbers from 1")
         if not (math.isfinite(self.rate) and self.rate > 0):
@@ -95,6 +108,8 @@ class Request:
     def search(self, target: float) -> Settings:
         """The settings of the search for a target in the unit of its costs."""
         delay, settle = int(self.delay * self.steps), int(self.settle * self.steps)
+        if self.measured:
+            return replace(Settings.short(target, 0, settle, self.draws), rate=START_RATE)
         return Settings.short(target, delay, settle, self.draws)
 
     @property
@@ -151,8 +166,12 @@ def train_search(
     skeleton.materialize(teacher, "", source)
     state = (work or Path(f"{out}.work")) / STATE_FILE
     task = distillation(teacher, windows, request.batch)
-    judge = judge_of(trainable.model, task, request.training) if request.draws else None
-    search = Fliqs(layers, costs, request.search(target), request.steps, request.seed, judge)
+    judge = judge_of(trainable.model, task, request.training)
+    start = None
+    if request.measured:
+        table = _measured(layers, judge, request, state.with_name(LOSSES_FILE), identity, progress)
+        start = first_logits(table, costs, target)
+    search = Fliqs(layers, costs, request.search(target), request.steps, request.seed, judge, start)
     progress.start("train", request.steps)
     try:
         Loop(
@@ -164,6 +183,23 @@ def train_search(
     found = Chosen("fliqs", costs, choice, target)
     path, plan = write_choice(out, trainable, layers, found, request.rest, identity, overwrite)
     return Result(path, plan, costs.of(choice), target, costs)
+
+
+def _measured(
+    layers: Layers, judge: Judge, request: Request, file: Path, identity: str, progress: Progress
+) -> list[list[float]]:
+    """What every option loses alone, measured once for a run: kept in `file`."""
+    kept = read_json(file) if file.exists() else {}
+    if kept.get("identity") == identity:
+        return [[float(lost) for lost in row] for row in kept["losses"]]
+    progress.start("measure", len(layers.space.names))
+    try:
+        table = losses(layers, judge, request.measured, progress.tick)
+    finally:
+        progress.finish()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(file, json.dumps({"identity": identity, "losses": table}) + "\n")
+    return table
 
 
 def _put_in_order(model: nn.Module, layers: Layers, ids: Tensor) -> None:

@@ -24,13 +24,23 @@ BATCHES = 8
 START_ENTROPY = 0.3
 """Of a policy that begins with measured losses, of what an undecided one has: it still tries
 others, and needs no more steps than it has to find the best of them."""
+START_RATE = 0.03
+"""Of the policy's logits there, unless said otherwise: it knows most already."""
 _HALVINGS = 60
 
 
-def losses(layers: Layers, judge: Judge, batches: int = BATCHES) -> list[list[float]]:
+def losses(
+    layers: Layers,
+    judge: Judge,
+    batches: int = BATCHES,
+    report: Callable[[str], None] | None = None,
+) -> list[list[float]]:
     """How much worse the model is when one decision alone is taken: a list for each decision, a
     number for each of its options, in the unit of the judge. All are judged on the same batches.
-    Layers are in full precision afterwards."""
+    Layers are in full precision afterwards.
+
+    report: is told the name of every decision that is done.
+    """
 
     def alone(position: int, option: int) -> float:
         layers.choose_alone(position, option)
@@ -38,10 +48,11 @@ def losses(layers: Layers, judge: Judge, batches: int = BATCHES) -> list[list[fl
 
     layers.choose(None)
     whole = _quality(judge, batches)
-    table = [
-        [whole - alone(position, option) for option in range(size)]
-        for position, size in enumerate(layers.space.sizes)
-    ]
+    table = []
+    for position, (name, size) in enumerate(zip(layers.space.names, layers.space.sizes)):
+        table.append([whole - alone(position, option) for option in range(size)])
+        if report is not None:
+            report(name)
     layers.choose(None)
     return table
 

@@ -15,9 +15,16 @@ from quantlib.calibration.data import load_windows
 from quantlib.checkpoint.contents import MAP_FILE
 from quantlib.checkpoint.writer import PLAN_FILE
 from quantlib.errors import CheckpointError, SearchError, UsageError
+from quantlib.pipeline import train_search as module
 from quantlib.pipeline.narrowed import hidden_width, narrowed, order_channels
 from quantlib.pipeline.opening import load_tokenizer
-from quantlib.pipeline.train_search import STATE_FILE, Request, distillation, train_search
+from quantlib.pipeline.train_search import (
+    LOSSES_FILE,
+    STATE_FILE,
+    Request,
+    distillation,
+    train_search,
+)
 from quantlib.pipeline.trained import Trainable
 from quantlib.runtime.load import load
 from quantlib.search.plan import Plan
@@ -180,6 +187,23 @@ def test_a_request_that_cannot_be_is_refused_before_training(
     with pytest.raises(error, match=says):
         train_search(model, tmp_path / "out", replace(request_, **changed))  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_search_that_begins_with_measured_losses_measures_once(
+    model: Path, request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measuring = replace(request_, measured=1)
+    first = train_search(model, tmp_path / "out", measuring)
+    assert first.cost <= first.target
+    kept = json.loads((tmp_path / "out.work" / LOSSES_FILE).read_text())
+    assert all(len(row) == 3 for row in kept["losses"])
+    monkeypatch.setattr(module, "losses", lambda *_: pytest.fail("measured again"))
+    again = train_search(model, tmp_path / "out", measuring, overwrite=True)
+    assert again.plan == first.plan
+    with pytest.raises(UsageError, match="leave out --widths or --measured"):
+        replace(measuring, widths=(0.5, 1.0))
+    with pytest.raises(UsageError, match="-1 batches"):
+        replace(request_, measured=-1)
 
 
 def test_other_settings_do_not_go_on_with_a_run(
