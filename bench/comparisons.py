@@ -148,7 +148,14 @@ class Bed:
 BEDS = {
     bed.name: bed
     for bed in (
-        Bed("unified", unified.BED.fetch, (3.0, 3.5, 4.5, 11.25, 11.75, 12.5), 3.5, "w3g64z4s4"),
+        Bed(
+            "unified",
+            unified.BED.fetch,
+            (3.0, 3.5, 4.5, 11.25, 11.75, 12.5),
+            3.5,
+            "w3g64z4s4",
+            (REFINED,),
+        ),
         Bed(
             "unified-continuous",
             unified_continuous.BED.fetch,
