@@ -53,6 +53,18 @@ class Windows:
         return Windows(fit, held)
 
 
+def additive(entering: Tensor, outputs: Mapping[str, Tensor], leaving: Tensor) -> tuple[str, ...]:
+    """Those of `outputs` that, added to what enters a block, are what leaves it, as many as can be
+    (all [T, D]); none if there is no such choice (norms behind linears, experts)."""
+    length = leaving.norm().clamp(min=1e-30)
+    for count in range(len(outputs), 0, -1):
+        for chosen in combinations(outputs, count):
+            total = entering + sum(outputs[name] for name in chosen)
+            if float((total - leaving).norm() / length) <= ADDITIVE_TOLERANCE:
+                return chosen
+    return ()
+
+
 class PlannedBlock:
     """A loaded block, its groups, and both hidden states that enter it.
 
@@ -102,7 +114,8 @@ class PlannedBlock:
                 self.outputs[window] = self._run(hidden)
             if window == 0:
                 self.groups.sort(key=lambda group: list(taps.inputs).index(group.name))
-                self._writers = self._additive(writers, taps, hidden)
+                made = {name: taps.outputs[name] for name in writers}
+                self._writers = set(additive(hidden, made, self.outputs[0]))
             stream = hidden
             for group in self.groups:
                 seen = taps.inputs[group.name]
@@ -112,17 +125,6 @@ class PlannedBlock:
                 if seen.shape[1] == width:  # anything wider is not worth its memory
                     goal = self._goals.setdefault(group.name, empty(self.exact.shape, seen.dtype))
                     goal[window] = seen
-
-    def _additive(self, candidates: list[str], taps: _Taps, hidden: Tensor) -> set[str]:
-        """Those of `candidates` whose outputs, added to the block's input, are its output; none if
-        there is no such choice (norms behind linears, experts)."""
-        for count in range(len(candidates), 0, -1):
-            for chosen in combinations(candidates, count):
-                total = hidden + sum(taps.outputs[name] for name in chosen)
-                error = (total - self.outputs[0]).norm() / self.outputs[0].norm().clamp(min=1e-30)
-                if float(error) <= ADDITIVE_TOLERANCE:
-                    return set(chosen)
-        return set()
 
     @property
     def last_writer(self) -> LinearGroup | None:

@@ -14,14 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantlib.models.rows import LinearGroup
-from quantlib.pipeline.planned_block import ADDITIVE_TOLERANCE
+from quantlib.pipeline.planned_block import additive
 from quantlib.pipeline.replay import Call, Unit, rows_of
 from quantlib.rounding.asymmetric import Moments
 
@@ -115,19 +114,13 @@ class ReplayedUnit:
         none if there is no such choice (norms behind linears, experts, a linear alone)."""
         if entering.shape != taps.left.shape:
             return ()
-        alone = [group.name for group in self.groups if len(group.members) == 1]
-        candidates = [
-            name
-            for name in alone
-            if name in taps.outputs and taps.outputs[name].shape == entering.shape
-        ]
-        length = taps.left.norm().clamp(min=1e-30)
-        for count in range(len(candidates), 0, -1):
-            for chosen in combinations(candidates, count):
-                total = entering + sum(taps.outputs[name] for name in chosen)
-                if float((total - taps.left).norm() / length) <= ADDITIVE_TOLERANCE:
-                    return tuple(name for name in taps.inputs if name in chosen)
-        return ()
+        alone = {group.name for group in self.groups if len(group.members) == 1}
+        made = {
+            name: taps.outputs[name]
+            for name in taps.inputs
+            if name in alone and name in taps.outputs and taps.outputs[name].shape == entering.shape
+        }
+        return additive(entering, made, taps.left)
 
     @property
     def feels(self) -> LinearGroup | None:
