@@ -63,13 +63,18 @@ class Costs:
     def most(self) -> float:
         return self.of(self._extreme(max))
 
+    @property
+    def by_decision(self) -> list[list[float]]:
+        """The price of every decision's options, at full width."""
+        return [
+            [math.fsum(row) for row in zip(*(self.prices[name] for name in decision.members))]
+            for decision in self.space.numbers
+        ]
+
     def _extreme(self, pick: Callable[..., int]) -> Choice:
         """The cheapest or the dearest choice: prices are sums and widths are factors, so each
         decision can be taken alone."""
-        numbers = []
-        for decision in self.space.numbers:
-            sums = [math.fsum(row) for row in zip(*(self.prices[m] for m in decision.members))]
-            numbers.append(pick(range(len(sums)), key=sums.__getitem__))
+        numbers = [pick(range(len(row)), key=row.__getitem__) for row in self.by_decision]
         widths = [pick(range(len(w.options)), key=w.options.__getitem__) for w in self.space.widths]
         return (*numbers, *widths)
 

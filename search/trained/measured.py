@@ -113,10 +113,7 @@ def first_logits(
             "widths multiply what formats cost, and a first policy takes costs that add up: begin "
             "undecided, or search formats alone"
         )
-    prices = [
-        [math.fsum(row) for row in zip(*(costs.prices[name] for name in decision.members))]
-        for decision in costs.space.numbers
-    ]
+    prices = costs.by_decision
 
     def worths(price: float) -> list[list[float]]:
         return [
