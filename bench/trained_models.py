@@ -31,6 +31,7 @@ from quantlib.bench.beds.scenes import draw, fetch_digits, handwriting, normalis
 from quantlib.bench.packages import console
 from quantlib.calibration.data import load_windows
 from quantlib.checkpoint.disk import atomic_write_text, read_json
+from quantlib.checkpoint.provenance import source_hash
 from quantlib.errors import CheckpointError, QuantlibError, UsageError
 from quantlib.evaluation.judge import load_judge
 from quantlib.evaluation.language import evaluate_language
@@ -282,7 +283,7 @@ def _measure(subject: Subject, method: str) -> dict[str, Any]:
         searching = subject.search(target)
         found = Fliqs(layers, costs, searching, training.steps, training.seed, judges)
         learner: Method = found if method == "fliqs" else Fixed(layers, choice)
-        about = {"model": trainable.source.fingerprint, "subject": subject.name}
+        about = {"model": source_hash(trainable.source), "subject": subject.name}
         file = _state_file(subject, method)
         Loop(trainable.model, task, learner, training, file, about, _show).run()
         choice = found.final() if method == "fliqs" else choice

@@ -46,6 +46,7 @@ from quantlib.bench.beds.fashion_networks import (
 from quantlib.bench.packages import console
 from quantlib.bench.trained_table import ANSWERS, as_hex, compared, table
 from quantlib.checkpoint.disk import atomic_write_text, read_json
+from quantlib.checkpoint.provenance import source_hash
 from quantlib.errors import CheckpointError, QuantlibError, SearchError, UsageError
 from quantlib.formats.scheme import Scheme
 from quantlib.pipeline.narrowed import Chosen, write_choice
@@ -390,7 +391,7 @@ def trained_before(network: Network, seed: int) -> Path:
 
 
 def _train(trainable: Trainable, method: Method, training: Training, name: str) -> None:
-    about = {"model": trainable.source.fingerprint, "data": "fashion-mnist"}
+    about = {"model": source_hash(trainable.source), "data": "fashion-mnist"}
     task = classification(pictures("train"))
     Loop(trainable.model, task, method, training, _state_file(name), about, _shown(name)).run()
 
@@ -435,7 +436,7 @@ def _measure(row: Row, source: Path) -> dict[str, Any]:
     right = answers(trainable.model, test)
     per_product = spent / sum(products.values())
     return {
-        "began_with": trainable.source.fingerprint,
+        "began_with": source_hash(trainable.source),
         "accuracy": float(right.float().mean()),
         "pictures": len(right),
         ANSWERS: as_hex(right),

@@ -10,10 +10,12 @@ told with two intervals:
                   analysis of variance)
     on_pictures   of these very networks and other pictures; all there is to a single seed
 
-Only rows that began with the very same network are paired: another machine trains another one from
-the same seed. Rows whose answers were not kept still have a difference of accuracies: they count as
-a seed, and pictures' part is told from the others (which makes it longer, not shorter). Where no
-row of a difference has its answers, what was told when they were there is kept.
+Only rows that began with the very same network are paired: another machine may train another one
+from the same seed. Rows from before 2026-11-24 say less, the seed and the form of their network
+(`began_with` was a fingerprint without the weights): they are paired among themselves. Rows whose
+answers were not kept still have a difference of accuracies: they count as a seed, and pictures'
+part is told from the others (which makes it longer, not shorter). Where no row of a difference has
+its answers, what was told when they were there is kept.
 """
 
 from __future__ import annotations
@@ -128,7 +130,7 @@ def _pairs(of_method: Rows, of_network: Rows, reference: str) -> Pairs:
 
 
 def _beginning(row: Mapping[str, Any]) -> tuple[int, str | None]:
-    """The network that a row began with: its seed and, of rows that have it, its fingerprint."""
+    """The network that a row began with: its seed and, of rows that have it, its hash."""
     return row["seed"], row.get("began_with")
 
 

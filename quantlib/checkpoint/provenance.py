@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from quantlib.checkpoint.disk import disk_errors
+from quantlib.models.source import Source
 
 _PACKAGES = {"quantlib": "quantlib-torch", "torch": "torch", "transformers": "transformers"}
 _CHUNK = 16 << 20
@@ -43,6 +44,13 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
         while piece := file.read(_CHUNK):
             total.update(piece)
     return total.hexdigest()
+
+
+def source_hash(source: Source) -> str:
+    """SHA-256 over the bytes of a source's weight files: its fingerprint alone would not notice
+    changed weights. Raises CheckpointError if one cannot be read."""
+    files = sorted(Path(source.path).glob("*.safetensors"))
+    return digest([source.fingerprint, [[file.name, file_sha256(file)] for file in files]])
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

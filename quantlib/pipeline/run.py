@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import repeat
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from quantlib.calibration.data import load_windows
 from quantlib.checkpoint.bank import LayerBank
-from quantlib.checkpoint.provenance import digest, file_sha256
+from quantlib.checkpoint.provenance import digest, source_hash
 from quantlib.checkpoint.workdir import WorkDir
 from quantlib.errors import UsageError
 from quantlib.formats.composite import has_room
@@ -99,10 +98,8 @@ class Run:
 
     @cached_property
     def source_hash(self) -> str:
-        """SHA-256 over the bytes of every weight file: the fingerprint alone would not notice
-        changed weights."""
-        files = sorted(Path(self.source.path).glob("*.safetensors"))
-        return digest([self.source.fingerprint, [[f.name, file_sha256(f)] for f in files]])
+        """Which model this is, weights included (`provenance.source_hash`)."""
+        return source_hash(self.source)
 
     @cached_property
     def all_windows(self) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from quantlib.calibration.data import load_windows, windows_sha256
 from quantlib.checkpoint.disk import atomic_write_text, read_json
-from quantlib.checkpoint.provenance import digest
+from quantlib.checkpoint.provenance import digest, source_hash
 from quantlib.checkpoint.writer import check_output
 from quantlib.errors import UsageError
 from quantlib.formats.scheme import Scheme
@@ -152,7 +152,7 @@ def train_search(
     windows = load_windows(
         request.data, load_tokenizer(source.path), request.seqlen, request.windows, request.seed
     )
-    about = {"model": source.fingerprint, "data": windows_sha256(windows), "rest": request.rest}
+    about = {"model": source_hash(source), "data": windows_sha256(windows), "rest": request.rest}
     identity = digest([about, {**asdict(request), "data": None, "threads": None}])
     check_output(out, overwrite, identity)
     trainable = Trainable.open(source.path)

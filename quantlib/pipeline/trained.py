@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quantlib.checkpoint.contents import MAP_FILE, map_bytes
+from quantlib.checkpoint.provenance import source_hash
 from quantlib.checkpoint.writer import PLAN_FILE, SHARD_BYTES, source_files, write_checkpoint
 from quantlib.formats.rtn import quantize_rtn
 from quantlib.formats.scheme import KEPT, Scheme
@@ -123,7 +124,7 @@ def write_trained(
         schemes,
         {weight.name: weight.shape for weight in model_map.weights},
         files=files,
-        provenance={"source": trainable.source.fingerprint, "method": found.method},
+        provenance={"source": source_hash(trainable.source), "method": found.method},
         identity=identity,
         overwrite=overwrite,
     )

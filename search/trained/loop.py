@@ -140,7 +140,7 @@ class Loop:
     """One run: `model`'s parameters that need gradients, by `method`, on `task`.
 
     file:   its state. about: settings beside those of training and method, such as the model's
-            fingerprint and the data's hash.
+            hash and the data's.
     """
 
     model: nn.Module

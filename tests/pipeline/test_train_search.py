@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from quantlib.calibration.data import load_windows
 from quantlib.checkpoint.contents import MAP_FILE
 from quantlib.checkpoint.writer import PLAN_FILE
 from quantlib.errors import CheckpointError, SearchError, UsageError
+from quantlib.models.source import Source
 from quantlib.pipeline import train_search as module
 from quantlib.pipeline.narrowed import hidden_width, narrowed, order_channels
 from quantlib.pipeline.opening import load_tokenizer
@@ -215,6 +218,20 @@ def test_other_settings_do_not_go_on_with_a_run(
         train_search(model, tmp_path / "out", replace(request_, seed=1), overwrite=False)
     with pytest.raises(SearchError, match="seed was 0 and is now 1"):
         train_search(model, tmp_path / "out", replace(request_, seed=1), overwrite=True)
+
+
+def test_another_model_of_the_same_form_does_not_go_on_with_a_run(
+    model: Path, request_: Request, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    [file] = other.glob("*.safetensors")
+    weights = load_file(file)
+    save_file({name: 2 * weight for name, weight in weights.items()}, file, {"format": "pt"})
+    assert Source.open(other).fingerprint == Source.open(model).fingerprint
+    train_search(model, tmp_path / "out", request_)
+    with pytest.raises(SearchError, match="model was"):
+        train_search(other, tmp_path / "out", request_, overwrite=True)
 
 
 def test_phases_that_leave_no_search_are_refused(text: Path) -> None:
