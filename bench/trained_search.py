@@ -168,6 +168,14 @@ ENTRIES = {
             measured=True,
         ),
         Entry(
+            "fliqs-fours",
+            "FLIQS over 4-bit integers, with zero points of inputs and without, and floats, that "
+            "begins with measured losses",
+            "fours",
+            target=FOUR,
+            measured=True,
+        ),
+        Entry(
             "exact-zero",
             "exact knapsack over measured losses, of these, then trained in its choice",
             "zero-pairs",

@@ -49,8 +49,8 @@ Space = Annotated[
         help="Candidates: int-s (4, 8 bits), int-l (4 to 8), int-xl (3 to 8), int-pairs (weights "
         "and inputs apart), float-s (4, 8 bits), float (those of OCP), float-l (all of 4 to 8), "
         "mixed-l, mixed-xl and mixed-pairs (these and integers), zero-pairs (and inputs with zero "
-        "points), columns (some input channels "
-        "wider), weights (inputs as they are), or schemes such as w4a8,w8a8.",
+        "points), fours (all of 4 bits), columns (some input channels wider), weights (inputs as "
+        "they are), or schemes such as w4a8,w8a8.",
         rich_help_panel=RECIPE,
     ),
 ]

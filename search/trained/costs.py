@@ -79,7 +79,10 @@ class Costs:
         return (*numbers, *widths)
 
     def check_target(self, target: float) -> None:
-        """Raise SearchError for a target that no choice meets, or that all do; says the range."""
+        """Raise SearchError for a target that no choice meets, or that all do; says the range.
+
+        Where all choices cost the same there is still a best one among them: any target they meet
+        will do."""
         least, most = self.least, self.most
         if not (math.isfinite(target) and least * (1 - 1e-9) <= target):
             raise SearchError(
@@ -87,7 +90,7 @@ class Costs:
                 f"{self.text(least)} to {self.text(most)}; ask for one in between, or add "
                 "narrower formats"
             )
-        if target >= most:
+        if target >= most and not math.isclose(least, most):
             raise SearchError(
                 f"a cost of {self.text(target)} leaves nothing to search: the dearest choice costs "
                 f"{self.text(most)} and the cheapest {self.text(least)}; ask for one in between"

@@ -127,7 +127,7 @@ def first_logits(
 
     widest = max(max(row) - min(row) for row in table)
     steps = (abs(a - b) for paid in prices for a in paid for b in paid)
-    highest = widest / min(step for step in steps if step > 0)
+    highest = widest / min((step for step in steps if step > 0), default=math.inf)
     found = worths(_smallest(is_paid, highest * len(table)))
 
     def is_undecided(temperature: float) -> bool:

@@ -83,6 +83,7 @@ _PAIRS = (
     *("w4a5", "w4a6", "w5a6", "w6a6", "w8a8"),
 )
 _MIXED_PAIRS = (*_PAIRS, "fp4afp4", "w3afp4", "w4afp4", "fp6e2m3afp6e2m3")
+_FOURS = ("w4a4", "w4a4z", "fp4afp4", "w4afp4")
 _ZERO_PAIRS = ("w2a5z", "w3a4z", "w3a5z", "w4a4z", "w3a6z", "w4a5z")
 
 
@@ -98,6 +99,7 @@ SPACES: dict[str, tuple[str, ...]] = {
     "int-pairs": _PAIRS,
     "mixed-pairs": _MIXED_PAIRS,
     "zero-pairs": (*_MIXED_PAIRS, *_ZERO_PAIRS),
+    "fours": _FOURS,
     "columns": ("w4a4", "w4a4h8/8", "w4a4h8/4", "w4a4h8/2", "w8a8"),
     "weights": ("w2g64z", "w3g64z", "w4g64", "w5g64", "w6g64", "w8g64"),
 }
@@ -106,9 +108,9 @@ SPACES: dict[str, tuple[str, ...]] = {
 At the cost of uniform 4-bit numbers a space that begins at 4 bits leaves nothing to choose; those
 called xl go down to 3, and those called pairs give weights and inputs widths of their own: inputs
 behind a ReLU use half of a symmetric range, and weights adapt to few bits while they train. The
-inputs of "zero-pairs" may have zero points, where one reaches farther up than down. "float"
-are the floats of OCP; "columns" choose how many of a layer's input channels are wider; "weights"
-leave inputs as they are.
+inputs of "zero-pairs" may have zero points, where one reaches farther up than down. "fours" are
+numbers of 4 bits, integers and floats, which all cost the same. "float" are the floats of OCP;
+"columns" choose how many of a layer's input channels are wider; "weights" leave inputs as they are.
 """
 
 

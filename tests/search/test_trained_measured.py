@@ -107,6 +107,16 @@ def test_a_policy_that_begins_with_losses_prefers_what_pays(entropy: float) -> N
         assert [a - row[0] for a in row] == pytest.approx([b - other[0] for b in other], rel=1e-3)
 
 
+def test_options_that_cost_the_same_are_searched_by_their_losses() -> None:
+    costs = bops(space("w4a4", "w4afp4", "fp4afp4"), PRODUCTS)
+    table = [[0.3, 0.2, 0.1], [0.1, 0.3, 0.2], [0.2, 0.1, 0.3]]
+    logits = first_logits(table, costs, FOUR)
+    assert [max(range(3), key=row.__getitem__) for row in logits] == [2, 0, 1]
+    assert least_lost(table, costs, FOUR) == (2, 0, 1)
+    with pytest.raises(SearchError, match="cannot be reached"):
+        first_logits(table, costs, 0.99 * FOUR)
+
+
 def test_a_policy_cannot_begin_with_losses_of_widths_or_of_another_space() -> None:
     wide = bops(space("w2a2", "w4a4", "w8a8", widths=(0.5, 1.0)), PRODUCTS)
     with pytest.raises(SearchError, match="begin undecided"):
