@@ -66,6 +66,7 @@ from quantlib.search.trained.measured import (
     first_logits,
     least_lost,
     losses,
+    wide_ends,
 )
 from quantlib.search.trained.numbers import SPACES, space_of
 
@@ -101,6 +102,7 @@ class Entry:
     random:  of how many random choices the best is trained in.
     otherwise: the candidate of layers that cannot have the uniform one.
     measured: whether FLIQS begins with measured losses, and draws nothing uniformly.
+    ends:    the candidate of the first and the last layer, the others being alike.
     """
 
     name: str
@@ -114,12 +116,13 @@ class Entry:
     random: int = 0
     otherwise: str = ""
     measured: bool = False
+    ends: str = ""
 
     @property
     def about(self) -> dict[str, Any]:
         """What a row's key depends on. Fields that came later count where they are set, so that
         rows from before stay valid."""
-        later = ("exact", "random", "otherwise", "measured")
+        later = ("exact", "random", "otherwise", "measured", "ends")
         return {name: value for name, value in asdict(self).items() if name not in later or value}
 
 
@@ -153,6 +156,13 @@ ENTRIES = {
             "mixed-pairs",
             target=FOUR,
             random=12,
+        ),
+        Entry(
+            "first-last",
+            "first and last layer in 8 bits, the others in what that leaves, alike",
+            "mixed-pairs",
+            target=FOUR,
+            ends="w8a8",
         ),
         Entry(
             "fliqs-zero",
@@ -228,7 +238,9 @@ class Row:
         """sha256 over what the row depends on."""
         parts = [self.entry.about, self.seed, self.network.digest, self.network.rate]
         parts += [BEFORE[self.network.name], STEPS]
-        if self.entry.exact or self.entry.random:
+        if self.entry.ends:
+            parts += [SPACES[self.entry.space]]
+        elif self.entry.exact or self.entry.random:
             parts += [BATCHES, SPACES[self.entry.space]]
         elif self.entry.target:
             parts += [asdict(self.search), SPACES[self.entry.space]]
@@ -476,6 +488,8 @@ def _method(
         return Csq(layers, products, layers.space.uniform(entry.uniform), search)
     if entry.target:
         target = entry.target * sum(products.values())
+        if entry.ends:
+            return Fixed(layers, wide_ends(costs, target, entry.ends))
         if entry.exact:
             return Fixed(layers, least_lost(losses(layers, judge, BATCHES), costs, target))
         if entry.random:

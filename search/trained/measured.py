@@ -4,7 +4,7 @@ What each option loses is measured once, with everything else in full precision,
 measure` does it; losses are taken to add up, and a knapsack finds the choice that loses least at a
 cost. A search that trains (`search.fliqs`) has to beat this at the same cost and the same number of
 steps: it may learn what options lose together, and pays with steps in formats it then drops. And
-both have to beat the best of a few random choices.
+both have to beat the best of a few random choices, and the rule of thumb: wide ends.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from quantlib.errors import SearchError
 from quantlib.search.trained.costs import Costs
-from quantlib.search.trained.layers import Choice, Layers
+from quantlib.search.trained.layers import Choice, Layers, Space
 from quantlib.search.trained.loop import Judge
 
 BATCHES = 8
@@ -64,6 +64,32 @@ def least_lost(table: list[list[float]], costs: Costs, target: float) -> Choice:
     """
     costs.check_target(target)
     return costs.likeliest([[-lost for lost in row] for row in table], target, spend=False)
+
+
+def wide_ends(costs: Costs, target: float, wide: str) -> Choice:
+    """The first and the last decision in the candidate `wide`, all others in one that all have: the
+    dearest that costs at most `target` in all, of equally dear ones the first in the space. What
+    people do without measuring.
+
+    Raises SearchError where no candidate is cheap enough, or one of the two ends has no `wide`.
+    """
+    numbers = costs.space.numbers
+    first, last = Space((numbers[0], numbers[-1])).uniform(wide)
+    by_decision = [[option.name for option in decision.options] for decision in numbers]
+    shared = [name for name in by_decision[0] if all(name in names for names in by_decision)]
+
+    def beside(name: str) -> Choice:
+        choice = [*costs.space.uniform(name)]
+        choice[0], choice[len(numbers) - 1] = first, last
+        return tuple(choice)
+
+    found = [choice for choice in map(beside, shared) if costs.of(choice) <= target]
+    if not found:
+        raise SearchError(
+            f"with {wide} for the first and the last layer no candidate of the others costs at "
+            f"most {costs.text(target)}: allow more, or add narrower ones"
+        )
+    return max(found, key=costs.of)
 
 
 def best_of_random(

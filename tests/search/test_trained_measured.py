@@ -13,7 +13,13 @@ from quantlib.search.fliqs import Policy, Settings
 from quantlib.search.trained.costs import bops
 from quantlib.search.trained.layers import Layers
 from quantlib.search.trained.loop import Training, judge_of
-from quantlib.search.trained.measured import best_of_random, first_logits, least_lost, losses
+from quantlib.search.trained.measured import (
+    best_of_random,
+    first_logits,
+    least_lost,
+    losses,
+    wide_ends,
+)
 
 from .trained_models import PRODUCTS, net, quarters, space
 
@@ -85,6 +91,20 @@ def test_a_cost_out_of_reach_is_refused() -> None:
     costs = bops(space("w4a4", "w8a8"), PRODUCTS)
     with pytest.raises(SearchError, match="cannot be reached"):
         least_lost([[0.2, 0.1]] * 3, costs, FOUR / 2)
+
+
+def test_wide_ends_leave_the_rest_the_dearest_candidate_that_is_allowed() -> None:
+    costs = bops(space("w2a4", "w3a4", "w4a4", "w8a8"), PRODUCTS)
+    total = sum(PRODUCTS.values())
+    first, *inner, last = PRODUCTS.values()
+    with_threes = 64 * (first + last) + 12 * sum(inner)
+    assert wide_ends(costs, with_threes, "w8a8") == (3, 1, 3)
+    assert wide_ends(costs, with_threes - 1, "w8a8") == (3, 0, 3)
+    assert wide_ends(costs, 64 * total, "w8a8") == (3, 3, 3)
+    with pytest.raises(SearchError, match="add narrower ones"):
+        wide_ends(costs, 9 * total, "w8a8")
+    with pytest.raises(SearchError, match="has no w6a6"):
+        wide_ends(costs, 64 * total, "w6a6")
 
 
 @pytest.mark.parametrize("entropy", [0.3, 0.6])
