@@ -41,6 +41,7 @@ from quantlib.bench.beds.fashion_networks import (
     Pictures,
     answers,
     classification,
+    likeness,
     pictures,
 )
 from quantlib.bench.packages import console
@@ -103,6 +104,7 @@ class Entry:
     otherwise: the candidate of layers that cannot have the uniform one.
     measured: whether FLIQS begins with measured losses, and draws nothing uniformly.
     ends:    the candidate of the first and the last layer, the others being alike.
+    alike:   whether choices are judged by their divergence from the network before, not by labels.
     """
 
     name: str
@@ -117,12 +119,13 @@ class Entry:
     otherwise: str = ""
     measured: bool = False
     ends: str = ""
+    alike: bool = False
 
     @property
     def about(self) -> dict[str, Any]:
         """What a row's key depends on. Fields that came later count where they are set, so that
         rows from before stay valid."""
-        later = ("exact", "random", "otherwise", "measured", "ends")
+        later = ("exact", "random", "otherwise", "measured", "ends", "alike")
         return {name: value for name, value in asdict(self).items() if name not in later or value}
 
 
@@ -191,6 +194,30 @@ ENTRIES = {
             "zero-pairs",
             target=FOUR,
             exact=True,
+        ),
+        Entry(
+            "fliqs-fours-alike",
+            "FLIQS over 4-bit integers and floats that begins with measured divergences",
+            "fours",
+            target=FOUR,
+            measured=True,
+            alike=True,
+        ),
+        Entry(
+            "fliqs-alike",
+            "FLIQS that begins with measured divergences, of all these",
+            "zero-pairs",
+            target=FOUR,
+            measured=True,
+            alike=True,
+        ),
+        Entry(
+            "exact-alike",
+            "exact knapsack over measured divergences, of all these, then trained in its choice",
+            "zero-pairs",
+            target=FOUR,
+            exact=True,
+            alike=True,
         ),
         Entry("csq", "CSQ, 4 bits a weight, 4-bit inputs", uniform="w4a4", csq=4.0),
         Entry("fliqs-int-8th", "FLIQS-L, integers of 4 to 8 bits", "int-l", target=EIGHTH),
@@ -447,7 +474,10 @@ def _measure(row: Row, source: Path) -> dict[str, Any]:
     products = layers.count_products(lambda: trainable.model(pixel_values=example))
     costs = bops(layers.space, products)
     training = Training(STEPS, row.network.rate / 4, STEPS // 20, seed=row.seed)
-    judge = judge_of(trainable.model, classification(pictures("train")), training)
+    judging = classification(pictures("train"))
+    if row.entry.alike:
+        judging = likeness(Trainable.open(source).model.train(), pictures("train"))
+    judge = judge_of(trainable.model, judging, training)
     trainable.model.train()
     method = _method(row, layers, costs, products, judge)
     _train(trainable, method, training, row.state)
