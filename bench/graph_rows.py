@@ -3,6 +3,7 @@
     python -P -m quantlib.bench.graph_rows --work DIR                  everything
     python -P -m quantlib.bench.graph_rows --work DIR --budget 2.25    one budget
     python -P -m quantlib.bench.graph_rows --work DIR --every 3        every third block only
+    python -P -m quantlib.bench.graph_rows --work DIR --seed 1         another calibration
     python -P -m quantlib.bench.graph_rows --work DIR --packed         one plan, run by the kernels
 
 SmolLM2-135M-Instruct (the permuted copy of `bench.assets`), its 210 linears at true bits per
@@ -23,8 +24,10 @@ plain GPTQ (`gptq`) or with coordinate descent behind it (`descent`):
 
 DIR is a work directory of `quantlib measure`: statistics and rounded weights that are there are
 used, others made. Finished rows are kept in DIR/graph_rows.json, so a command that was stopped goes
-on. `kl_ratio` is the KL over that of `uniform`, rounded alike, of the same windows; `kl_ratio_gptq`
-over that of `uniform` by plain GPTQ and `kl_ratio_known` over `known`, where they were measured.
+on. A seed draws calibration windows, labels and the network's first weights; seeds above 0 have
+folders of their own in DIR. `kl_ratio` is the KL over that of `uniform`, rounded alike, of the same
+windows and seed; `kl_ratio_gptq` over that of `uniform` by plain GPTQ and `kl_ratio_known` over
+`known`, where they were measured. `over_seeds` has their means.
 `--packed` writes the plan of `rows` at PACKED bits as a checkpoint, whose linears have blocks of
 rows, and evaluates it through the kernels beside the dense model with the same weights.
 """
@@ -52,6 +55,7 @@ from quantlib.bench.graph_depths import block_of, depth_factors, put
 from quantlib.bench.graph_model import dense_model
 from quantlib.bench.graph_row_tables import KNOWN, SCHEMES, RowTable, tables
 from quantlib.bench.graph_sensitivity import ratio_error
+from quantlib.bench.trained_table import interval
 from quantlib.calibration.data import load_windows
 from quantlib.checkpoint.disk import atomic_write_text, read_json
 from quantlib.checkpoint.provenance import digest
@@ -105,13 +109,18 @@ def budget_bytes(found: Mapping[str, RowTable], bits: float) -> int:
 
 
 def allocation(
-    found: Mapping[str, RowTable], method: str, budget: int, factors: Mapping[str, float]
+    found: Mapping[str, RowTable],
+    method: str,
+    budget: int,
+    factors: Mapping[str, float],
+    seed: int = 0,
 ) -> dict[str, RowAssignment]:
-    """Linear -> its assignment. factors: of the prices of linears, for methods that are tied."""
+    """Linear -> its assignment. factors: of the prices of linears, for methods that are tied. seed:
+    of the network's first weights."""
     prices: dict[str, Tensor] = {}
     method, _, tied = method.partition("_")
     if method == "graph":
-        prices = network_prices(found, budget)
+        prices = network_prices(found, budget, seed)
     candidates = {n: table.candidates(method, prices.get(n)) for n, table in found.items()}
     if tied:
         candidates = {name: _times(factors[name], own) for name, own in candidates.items()}
@@ -132,7 +141,7 @@ def factors_of_depth(run: Run, found: Mapping[str, RowTable], file: Path) -> dic
     return depth_factors(run, plan, {name: one.loss for name, one in plan.items()}, file)
 
 
-def network_prices(found: Mapping[str, RowTable], budget: int) -> dict[str, Tensor]:
+def network_prices(found: Mapping[str, RowTable], budget: int, seed: int) -> dict[str, Tensor]:
     """What a network says that was taught on the linears of every TAUGHT-th block."""
     blocks = list(dict.fromkeys(map(block_of, found)))
     known = set(blocks[:: min(TAUGHT, len(blocks))])
@@ -141,7 +150,7 @@ def network_prices(found: Mapping[str, RowTable], budget: int) -> dict[str, Tens
     share = sum(math.prod(found[n].shape) for n in lessons) / sum(
         math.prod(table.shape) for table in found.values()
     )
-    network = ColumnNetwork(torch.Generator().manual_seed(0))
+    network = ColumnNetwork(torch.Generator().manual_seed(seed))
     train(network, lessons, max(share * budget, 1.001 * least), TRAINING)
     return {name: table.judged(network) for name, table in found.items()}
 
@@ -178,11 +187,12 @@ def row_of(
     method: str,
     bits: float,
     factors: Mapping[str, float],
+    seed: int = 0,
 ) -> dict[str, Any]:
     """One allocation: chosen and measured."""
     budget = budget_bytes(found, bits)
     started = time.process_time()
-    plan = allocation(found, method, budget, factors)
+    plan = allocation(found, method, budget, factors, seed)
     searched = time.process_time() - started
     result = judge.measure(run, plan)
     assert result.kl is not None
@@ -253,23 +263,46 @@ def packed_row(run: Run, judge: Judge, plan: Mapping[str, RowAssignment]) -> dic
 
 
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with their KL over that of others at the same bits, and the paired errors of these,
-    as RATIOS has them."""
-    by_window = {
-        (row["method"], row["rounding"], row["bits"], row["windows"]): row["kl_by_window"]
-        for row in rows
-    }
+    """The rows with their KL over that of others at the same bits and of the same seed, and the
+    paired errors of these, as RATIOS has them."""
+    by_window = {_beside(row): row["kl_by_window"] for row in rows}
     out = []
     for row in rows:
         ours, found = torch.tensor(row["kl_by_window"]), dict(row)
         for name, (method, rounding) in RATIOS.items():
-            key = (method, rounding or row["rounding"], row["bits"], row["windows"])
+            key = _beside({**row, "method": method, "rounding": rounding or row["rounding"]})
             if key in by_window:
                 theirs = torch.tensor(by_window[key])
                 found[name] = float(ours.sum() / theirs.sum())
                 found[f"{name}_error"] = ratio_error(ours, theirs)
         out.append(found)
     return out
+
+
+def _beside(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells a row from those it is compared with."""
+    names = ("method", "rounding", "bits", "windows")
+    return (*(row[name] for name in names), row.get("seed", 0))
+
+
+def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of what more than one seed has: KL and its ratios, each seed's and their mean, with the half
+    width of its 95 % interval over seeds (Student's t). rows: of `compared`."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(_beside({**row, "seed": 0}), []).append(row)
+    found = []
+    for (method, rounding, bits, windows), own in (
+        (key[:-1], group) for key, group in groups.items() if len(group) > 1
+    ):
+        about = {"method": method, "rounding": rounding, "bits": bits, "windows": windows}
+        entry: dict[str, Any] = about | {"seeds": [row.get("seed", 0) for row in own]}
+        for name in ("kl", *RATIOS):
+            if all(name in row for row in own):
+                values = [row[name] for row in own]
+                entry[name] = {**interval(values), "values": values}
+        found.append(entry)
+    return found
 
 
 class Kept:
@@ -291,6 +324,7 @@ class Wanted:
     """What is to be measured: linears of every so many blocks, on so many held-out windows.
 
     packed: one plan through the kernels, too.
+    seed: of calibration and of the network.
     """
 
     methods: Sequence[str]
@@ -299,12 +333,14 @@ class Wanted:
     every: int
     windows: int
     packed: bool
+    seed: int = 0
 
     def recipe(self, rounding: str) -> Recipe:
         """Of the run that measures and rounds."""
         known = KNOWN if self.known(rounding) else ()
         return Recipe.create(
             data=str(assets.wikipedia_text("calibration")),
+            seed=self.seed,
             passes=ROUNDINGS[rounding],
             schemes=(*SCHEMES, *known, *((OTHERS,) if self.packed else ())),
         )
@@ -320,7 +356,10 @@ class Wanted:
 
 
 def measure_all(work: Path, wanted: Wanted) -> None:
-    """Measure what is not there yet."""
+    """Measure what is not there yet. work: of all seeds."""
+    if wanted.seed:
+        work = work / f"seed-{wanted.seed}"
+        work.mkdir(parents=True, exist_ok=True)
     kept = Kept(work / "graph_rows.json")
     judge: Judge | None = None
     for rounding in wanted.roundings:
@@ -336,7 +375,7 @@ def measure_all(work: Path, wanted: Wanted) -> None:
 
 def measure_rounding(run: Run, judge: Judge, kept: Kept, wanted: Wanted, rounding: str) -> None:
     """What is not there yet of one rounding."""
-    every, windows = wanted.every, wanted.windows
+    every, windows, seed = wanted.every, wanted.windows, wanted.seed
     found = tables(run, rounding, every, wanted.known(rounding))
     methods = wanted.methods_of(rounding)
     factors: dict[str, float] = {}
@@ -346,10 +385,10 @@ def measure_rounding(run: Run, judge: Judge, kept: Kept, wanted: Wanted, roundin
     for method in methods:
         for bits in wanted.budgets:
             about: dict[str, Any] = {"method": method, "rounding": rounding}
-            about |= {"bits": bits, "windows": windows}
+            about |= {"bits": bits, "windows": windows, "seed": seed}
             name = f"{method}@{bits:g}/{rounding}/{every}/{windows}"
             if name not in kept.rows:
-                kept.keep(name, about | row_of(run, judge, found, method, bits, factors))
+                kept.keep(name, about | row_of(run, judge, found, method, bits, factors, seed))
     if wanted.packed and rounding != BASE[1]:
         plan = allocation(found, "rows", budget_bytes(found, PACKED), {})
         kept.keep("packed", {"linears": len(found)} | packed_row(run, judge, plan))
@@ -373,12 +412,15 @@ def publish(rows: Sequence[dict[str, Any]]) -> Path:
     most = max(row["linears"] for row in rows)
     best = [row for row in rows if row["linears"] == most and "method" in row]
     packed = [row for row in rows if "method" not in row]
-    return record.write(RESULT, {**about, "rows": compared(best), "packed": packed})
+    found = compared(best)
+    document = {**about, "rows": found, "over_seeds": over_seeds(found), "packed": packed}
+    return record.write(RESULT, document)
 
 
 def place_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a row is of: no two of a file have the same."""
-    return tuple(row.get(name) for name in ("method", "rounding", "bits", "windows", "linears"))
+    names = ("method", "rounding", "bits", "windows", "linears")
+    return (*(row.get(name) for name in names), row.get("seed", 0))
 
 
 def main() -> None:
@@ -394,6 +436,7 @@ def main() -> None:
         "--every", type=int, default=1, help="round the linears of every so many blocks only"
     )
     parser.add_argument("--windows", type=int, default=WINDOWS, help="held-out windows")
+    parser.add_argument("--seed", type=int, default=0, help="of calibration and of the network")
     parser.add_argument("--packed", action="store_true", help="run a plan by the kernels, too")
     options = parser.parse_args()
     wanted = Wanted(
@@ -403,6 +446,7 @@ def main() -> None:
         options.every,
         options.windows,
         options.packed,
+        options.seed,
     )
     measure_all(options.work, wanted)
 

@@ -42,8 +42,10 @@ def other_rows(folder: Path = record.RESULTS) -> list[dict[str, Any]]:
 
 
 def _rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Blocks of rows of SmolLM2's linears, and beside them uniform bits in GPTQ's own formats."""
-    found = [row for row in data["rows"] if row["rounding"] == ROUNDING]
+    """Blocks of rows of SmolLM2's linears, and beside them uniform bits in GPTQ's own formats; of
+    the first seed, which all methods have."""
+    wanted = [row for row in data["rows"] if row.get("seed", 0) == 0]
+    found = [row for row in wanted if row["rounding"] == ROUNDING]
     return _of_linears("smollm2 linears, rows", found)
 
 

@@ -126,6 +126,27 @@ def test_rows_that_were_not_measured_again_stay_in_the_result_file(
     assert list(published(row("rows", 0.2))) == ["rows"], "of other formats: not comparable"
 
 
+def test_seeds_stand_beside_each_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A row from before there were seeds is of seed 0; each is compared with its own seed's."""
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+
+    def row(method: str, kl: float, **seed: int) -> dict[str, Any]:
+        about = {"method": method, "rounding": "gptq", "bits": 2.5, "windows": 2, "linears": 70}
+        return about | {"kl": kl, "kl_by_window": [0.8 * kl, 1.2 * kl], **seed}
+
+    publish([row("known", 0.6), row("rows", 0.3)])
+    file = json.loads(publish([row("known", 1.0, seed=1), row("rows", 0.4, seed=1)]).read_text())
+    ratios = [found["kl_ratio_known"] for found in file["rows"] if found["method"] == "rows"]
+    assert ratios == pytest.approx([0.5, 0.4])
+    (rows,) = (one for one in file["over_seeds"] if one["method"] == "rows")
+    assert rows["seeds"] == [0, 1]
+    assert rows["kl"]["mean"] == pytest.approx(0.35)
+    # Student's t of one degree of freedom, times the standard error of two
+    assert rows["kl_ratio_known"]["half_width"] == pytest.approx(12.706 * 0.05, rel=1e-3)
+    again = json.loads(publish([row("rows", 0.5, seed=1)]).read_text())
+    assert [found["kl"] for found in again["rows"] if found["method"] == "rows"] == [0.3, 0.5]
+
+
 def test_spans_are_neighbouring_blocks() -> None:
     names = [f"model.layers.{block}.{part}" for block in range(0, 10, 2) for part in "ab"]
     assert [len(span) for span in spans(names, 3)] == [4, 4, 2]
