@@ -4,6 +4,7 @@
     python -P -m quantlib.bench.choices --work DIR --family factors --bits 2.5
     python -P -m quantlib.bench.choices --work DIR --family factors --layer 3 --layer 15
     python -P -m quantlib.bench.choices --work DIR --family linears --bits 3.0 --bits 3.5
+    python -P -m quantlib.bench.choices --work DIR --joint --seed 1
 
 SmolLM2-135M-Instruct (the permuted copy of `bench.assets`), calibrated and rounded as `quantlib
 compress` does by default. Every family of candidates joins the default ones in one sensitivity
@@ -11,9 +12,12 @@ table; `linears` are mixtures of the others by rows (`pipeline.row_blocks`), for
 is rounded. The exact solver then chooses with and without the family, under the same bytes, and
 both plans are measured on held-out windows. `gain` is the mean difference of KL over windows
 (positive: the family helps), with its standard error. What is done stays in DIR, rounded weights
-and measured plans: the command goes on where it was stopped. The result file is written after every
-row; rows of other budgets and families that stand in it stay, as long as they were measured on the
-same windows.
+and measured plans: the command goes on where it was stopped. A seed draws calibration windows and
+labels; each has its own folder in DIR, but for 0, which has DIR itself. `--joint` measures the
+default candidates and all families together, and no family alone. The result file is written after
+every row; rows of other budgets, families and seeds that stand in it stay, as long as they were
+measured on the same windows. `over_seeds` has the relative gains of families that several seeds
+have.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ import numpy as np
 from torch import Tensor
 
 from quantlib.bench import assets, record
+from quantlib.bench.trained_table import interval
 from quantlib.calibration.data import load_windows
 from quantlib.checkpoint.disk import atomic_write_text, read_json
 from quantlib.checkpoint.provenance import digest
@@ -83,28 +88,38 @@ class Bench:
         families: Sequence[str],
         windows: int = WINDOWS,
         seqlen: int = SEQLEN,
+        seed: int = 0,
     ) -> None:
-        self.work, self.windows, self.seqlen = work, windows, seqlen
+        if seed:
+            work = work / f"seed-{seed}"
+            work.mkdir(parents=True, exist_ok=True)
+        self.work, self.windows, self.seqlen, self.seed = work, windows, seqlen, seed
         self.families = tuple(families)
         extra = [name for family in families for name in FAMILIES.get(family, ())]
         self.model = assets.fetch_smollm2()
         self.recipe = Recipe.create(
-            data=str(assets.wikipedia_text("calibration")), schemes=(*NATIVE_SCHEMES, *extra)
+            data=str(assets.wikipedia_text("calibration")),
+            schemes=(*NATIVE_SCHEMES, *extra),
+            seed=seed,
         )
         self._file = work / "choices.json"
         self.known: dict[str, dict[str, Any]] = {}
         if self._file.exists():
             self.known = json.loads(self._file.read_text(encoding="utf-8"))
 
-    def rows(self, bits: Sequence[float], measured: bool) -> Iterator[dict[str, Any]]:
-        """Every family at every budget; measured: also on held-out windows."""
+    def rows(
+        self, bits: Sequence[float], measured: bool, joint: bool = False
+    ) -> Iterator[dict[str, Any]]:
+        """Every family at every budget, and all together; joint: only these. measured: also on
+        held-out windows."""
+        together = (JOINT,) if len(self.families) > 1 else ()
+        asked = (NONE, *(() if joint else self.families), *together)
         with open_run(self.model, self.work, self.recipe) as run:
             calibrate(run)
             table = measure(run)
             trial = _Trial(run, self.windows, self.seqlen)
             for size in bits:
-                joint = (JOINT,) if len(self.families) > 1 else ()
-                for family in (NONE, *self.families, *joint):
+                for family in asked:
                     row = self._row(trial, table, size, family, measured)
                     if family == NONE:
                         base = row
@@ -147,7 +162,8 @@ class Bench:
         if MIXED in self.families and family in (MIXED, JOINT):
             offered = with_row_blocks(trial.run, offered)
         plan = _plan(trial.run, offered, bits)
-        row: dict[str, Any] = {"bits": bits, "family": family, "bytes": plan.bytes}
+        row: dict[str, Any] = {"bits": bits, "family": family, "seed": self.seed}
+        row["bytes"] = plan.bytes
         row |= {"predicted_sum": plan.loss, "chosen": _chosen(plan, self._allowed(family))}
         row["mixed"] = sum(is_mixture(trial.run, *one) for one in plan.schemes.items())
         if measured:
@@ -227,24 +243,50 @@ def _interpolated(points: Sequence[tuple[int, float]], size: int) -> float:
 
 def kept(rows: Sequence[dict[str, Any]], windows: int, seqlen: int) -> dict[str, Any]:
     """The result file's content: these rows, and those of the file that stands there which have
-    another budget or family, if they were measured on the same windows.
+    another budget, family or seed, if they were measured on the same windows.
 
     Raises CheckpointError for a damaged file: its rows would be lost by writing over it.
     """
     path = record.path_of(RESULT)
     before: dict[str, Any] = read_json(path) if path.exists() else {}
-    mine = {(row["bits"], row["family"]) for row in rows}
+    mine = {_place(row) for row in rows}
     others = []
     if (before.get("windows"), before.get("seqlen")) == (windows, seqlen):
         made = {name: before[name] for name in ("date", "machine")}
-        older = (row for row in before["rows"] if (row["bits"], row["family"]) not in mine)
+        older = (row for row in before["rows"] if _place(row) not in mine)
         others = [{**made, **row} for row in older]
     told = [{**record.when_and_where(), **row} for row in rows]
     families = {**before.get("families", {}), **FAMILIES} if others else FAMILIES
     listed = {row["family"] for row in (*told, *others)}
     named = {family: list(names) for family, names in families.items() if family in listed}
     rows = sorted([*told, *others], key=lambda row: float(row["bits"]))
-    return {"windows": windows, "seqlen": seqlen, "families": named, "rows": rows}
+    about = {"windows": windows, "seqlen": seqlen, "families": named}
+    return {**about, "over_seeds": over_seeds(rows), "rows": rows}
+
+
+def _place(row: dict[str, Any]) -> tuple[float, str, int]:
+    """What a row is of: no two of a file have the same."""
+    return row["bits"], row["family"], row.get("seed", 0)
+
+
+def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of every family and budget that more than one seed has, the share of KL that is saved: each
+    seed's, and the mean with the half width of its 95 % interval over seeds (Student's t)."""
+    groups: dict[tuple[float, str], dict[int, float]] = {}
+    for row in rows:
+        if "gain" in row:
+            bits, family, seed = _place(row)
+            groups.setdefault((bits, family), {})[seed] = row["gain"]["relative"]
+    return [
+        {
+            "bits": bits,
+            "family": family,
+            "seeds": list(gains),
+            "relative": {**interval([*gains.values()]), "values": [*gains.values()]},
+        }
+        for (bits, family), gains in groups.items()
+        if len(gains) > 1
+    ]
 
 
 def _sentence(row: dict[str, Any]) -> str:
@@ -280,16 +322,20 @@ def main() -> None:
     parser.add_argument(
         "--layer", type=int, action="append", help="compare the matrices of these layers instead"
     )
+    parser.add_argument("--seed", type=int, default=0, help="of calibration")
+    parser.add_argument("--joint", action="store_true", help="all families together, none alone")
     parser.add_argument("--predict", action="store_true", help="round and solve, measure no KL")
     options = parser.parse_args()
     families = options.family or (*FAMILIES, MIXED)
-    bench = Bench(options.work, families, options.windows, options.seqlen)
+    if options.joint and len(families) < 2:
+        parser.error("--joint needs two families or more: leave out --family, or name another one")
+    bench = Bench(options.work, families, options.windows, options.seqlen, options.seed)
     if options.layer:
         rows = bench.matrices(options.layer)
         print(record.write("choices_matrices", {"layers": options.layer, "rows": rows}))
         return
     rows = []
-    for row in bench.rows(options.bits or BITS, not options.predict):
+    for row in bench.rows(options.bits or BITS, not options.predict, options.joint):
         rows.append(row)
         print(_sentence(row), flush=True)
         if not options.predict:

@@ -70,3 +70,22 @@ def test_rows_of_other_budgets_stay_in_the_result_file(
     assert len(write([{"bits": 3.5, "family": "none", "kl": 0.2}], windows=8)) == 1, (
         "figures of other windows are not comparable"
     )
+
+
+def test_seeds_stand_beside_each_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A row from before there were seeds is of seed 0, and another seed does not replace it."""
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+
+    def row(relative: float, **seed: int) -> dict[str, Any]:
+        gain = {"value": 0.1, "error": 0.01, "relative": relative}
+        return {"bits": 2.5, "family": "all", "kl": 1.0, "gain": gain, **seed}
+
+    record.write("choices", kept([row(0.2), {"bits": 2.5, "family": "none", "kl": 1.0}], 6, 256))
+    record.write("choices", kept([row(0.4, seed=1)], 6, 256))
+    document = kept([row(0.3, seed=1)], 6, 256)
+    assert [one["gain"]["relative"] for one in document["rows"] if "gain" in one] == [0.3, 0.2]
+    (found,) = document["over_seeds"]
+    assert (found["bits"], found["family"], found["seeds"]) == (2.5, "all", [1, 0])
+    assert found["relative"]["mean"] == pytest.approx(0.25)
+    # Student's t of one degree of freedom, times the standard error of two
+    assert found["relative"]["half_width"] == pytest.approx(12.706 * 0.05, rel=1e-3)
