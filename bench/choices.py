@@ -271,12 +271,14 @@ def _place(row: dict[str, Any]) -> tuple[float, str, int]:
 
 def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of every family and budget that more than one seed has, the share of KL that is saved: each
-    seed's, and the mean with the half width of its 95 % interval over seeds (Student's t)."""
-    groups: dict[tuple[float, str], dict[int, float]] = {}
+    seed's, and the mean with the half width of its 95 % interval over seeds (Student's t). Families
+    together are those of a seed only where the same ones joined."""
+    groups: dict[tuple[float, str, tuple[str, ...]], dict[int, float]] = {}
     for row in rows:
         if "gain" in row:
             bits, family, seed = _place(row)
-            groups.setdefault((bits, family), {})[seed] = row["gain"]["relative"]
+            what = bits, family, tuple(sorted(row.get("joined", ())))
+            groups.setdefault(what, {})[seed] = row["gain"]["relative"]
     return [
         {
             "bits": bits,
@@ -284,7 +286,7 @@ def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "seeds": list(gains),
             "relative": {**interval([*gains.values()]), "values": [*gains.values()]},
         }
-        for (bits, family), gains in groups.items()
+        for (bits, family, _), gains in groups.items()
         if len(gains) > 1
     ]
 

@@ -391,7 +391,8 @@ def measure_rounding(run: Run, judge: Judge, kept: Kept, wanted: Wanted, roundin
                 kept.keep(name, about | row_of(run, judge, found, method, bits, factors, seed))
     if wanted.packed and rounding != BASE[1]:
         plan = allocation(found, "rows", budget_bytes(found, PACKED), {})
-        kept.keep("packed", {"linears": len(found)} | packed_row(run, judge, plan))
+        about = {"linears": len(found), "seed": seed}
+        kept.keep("packed", about | packed_row(run, judge, plan))
 
 
 def publish(rows: Sequence[dict[str, Any]]) -> Path:

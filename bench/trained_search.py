@@ -196,14 +196,6 @@ ENTRIES = {
             exact=True,
         ),
         Entry(
-            "fliqs-fours-alike",
-            "FLIQS over 4-bit integers and floats that begins with measured divergences",
-            "fours",
-            target=FOUR,
-            measured=True,
-            alike=True,
-        ),
-        Entry(
             "fliqs-alike",
             "FLIQS that begins with measured divergences, of all these",
             "zero-pairs",

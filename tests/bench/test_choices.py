@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from quantlib.bench import record
-from quantlib.bench.choices import FAMILIES, _chosen, _gain, _restricted, kept
+from quantlib.bench import choices, record
+from quantlib.bench.choices import FAMILIES, Bench, _chosen, _gain, _restricted, kept, main
 from quantlib.formats import Scheme
 from quantlib.recipe import NATIVE_SCHEMES, Recipe
 from quantlib.search.plan import Assignment, Plan
@@ -89,3 +91,62 @@ def test_seeds_stand_beside_each_other(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert found["relative"]["mean"] == pytest.approx(0.25)
     # Student's t of one degree of freedom, times the standard error of two
     assert found["relative"]["half_width"] == pytest.approx(12.706 * 0.05, rel=1e-3)
+
+
+def test_all_together_are_averaged_only_where_the_same_families_joined(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+
+    def row(seed: int, *joined: str) -> dict[str, Any]:
+        gain = {"value": 0.1, "error": 0.01, "relative": 0.1 * seed}
+        return {"bits": 2.5, "family": "all", "seed": seed, "gain": gain, "joined": list(joined)}
+
+    rows = [row(0, "rows", "factors"), row(1, "factors", "rows"), row(2, "rows", "linears")]
+    (found,) = kept(rows, 6, 256)["over_seeds"]
+    assert found["seeds"] == [0, 1]
+
+
+def test_a_further_seed_is_measured_apart_and_all_families_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its plans are not taken for those of seed 0: they are measured in a folder of its own."""
+    monkeypatch.setattr(choices.assets, "fetch_smollm2", lambda: tmp_path)
+    monkeypatch.setattr(choices.assets, "wikipedia_text", lambda part: tmp_path / part)
+    monkeypatch.setattr(choices, "open_run", lambda *_: nullcontext())
+    monkeypatch.setattr(choices, "calibrate", lambda run: None)
+    monkeypatch.setattr(choices, "measure", lambda run: None)
+    monkeypatch.setattr(Bench, "_row", lambda self, trial, table, bits, family, _: {"is": family})
+    (tmp_path / "choices.json").write_text('{"a plan of seed 0": {"kl": [1.0]}}')
+    first, second = (Bench(tmp_path, ("rows", "factors"), seed=seed) for seed in (0, 1))
+    assert (first.recipe.seed, second.recipe.seed) == (0, 1)
+    assert (first.work, second.work) == (tmp_path, tmp_path / "seed-1")
+    assert first.known
+    assert not second.known
+    alone = second.rows((2.5, 3.0), measured=False, joint=True)
+    assert [row["is"] for row in alone] == ["none", "all", "none", "all"]
+    every = second.rows((2.5,), measured=False)
+    assert [row["is"] for row in every] == ["none", "rows", "factors", "all"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (["--family", "colums"], "'colums' (choose from "),
+        (["--family", "rows", "--joint"], "--joint needs two families or more"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    asked: list[str],
+    told: str,
+) -> None:
+    monkeypatch.setattr(choices, "Bench", None)  # refused before anything is opened
+    monkeypatch.setattr(sys, "argv", ["choices", "--work", "x", *asked])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert all(family in said for family in FAMILIES), "the known ones are named"

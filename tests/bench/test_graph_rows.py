@@ -16,10 +16,13 @@ from quantlib.bench.graph_row_tables import KNOWN, SCHEMES, RowTable, tables
 from quantlib.bench.graph_rows import (
     METHODS,
     Judge,
+    Kept,
+    Wanted,
     allocation,
     budget_bytes,
     compared,
     factors_of_depth,
+    measure_rounding,
     packed_row,
     publish,
     row_of,
@@ -196,3 +199,17 @@ def test_blocks_of_rows_are_written_and_run_by_the_kernels(measured: Measured) -
     # the same numbers, summed in another order: some 1e-6 of the logits' spread
     assert row["kl_packed"] == pytest.approx(row["kl_dense"], rel=1e-3)
     assert row["largest_logit_difference"] < 1e-3
+
+
+def test_a_packed_plan_of_a_further_seed_stands_beside_the_first(
+    measured: Measured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run, found, judge = measured
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(graph_rows, "tables", lambda *_: found)
+    monkeypatch.setattr(graph_rows, "packed_row", lambda *_: {"bits": 3.5})
+    publish([{"bits": 3.5, "linears": len(found)}])
+    wanted = Wanted((), ("descent",), (), 1, 2, packed=True, seed=1)
+    measure_rounding(run, judge, Kept(tmp_path / "kept.json"), wanted, "descent")
+    packed = json.loads(record.path_of(graph_rows.RESULT).read_text())["packed"]
+    assert [row.get("seed", 0) for row in packed] == [0, 1]
