@@ -11,11 +11,11 @@ told with two intervals:
     on_pictures   of these very networks and other pictures; all there is to a single seed
 
 Only rows that began with the very same network are paired: another machine may train another one
-from the same seed. Rows from before 2026-11-24 say less, the seed and the form of their network
-(`began_with` was a fingerprint without the weights): they are paired among themselves. Rows whose
-answers were not kept still have a difference of accuracies: they count as a seed, and pictures'
-part is told from the others (which makes it longer, not shorter). Where no row of a difference has
-its answers, what was told when they were there is kept.
+from the same seed. Rows of the ResNets 0 to 2 say less, their seed (`dev/LOG.md`, sixteenth
+session): they are paired among themselves. Rows whose answers were not kept still have a difference
+of accuracies: they count as a seed, and pictures' part is told from the others (which makes it
+longer, not shorter). Where no row of a difference has its answers, what was told when they were
+there is kept.
 """
 
 from __future__ import annotations
