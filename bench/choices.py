@@ -36,7 +36,7 @@ import numpy as np
 from torch import Tensor
 
 from quantlib.bench import assets, record
-from quantlib.bench.trained_table import interval
+from quantlib.bench.seeds import with_values, work_of
 from quantlib.calibration.data import load_windows
 from quantlib.checkpoint.disk import atomic_write_text, read_json
 from quantlib.checkpoint.provenance import digest
@@ -76,7 +76,7 @@ NONE, JOINT = "none", "all"
 RESULT = "choices"
 BITS = (2.5, 2.75, 3.0, 3.25, 3.5)
 """True bits per parameter of the whole file."""
-WINDOWS, SEQLEN = 16, 512
+WINDOWS, SEQLEN = 8, 512
 
 
 class Bench:
@@ -90,10 +90,7 @@ class Bench:
         seqlen: int = SEQLEN,
         seed: int = 0,
     ) -> None:
-        if seed:
-            work = work / f"seed-{seed}"
-            work.mkdir(parents=True, exist_ok=True)
-        self.work, self.windows, self.seqlen, self.seed = work, windows, seqlen, seed
+        self.work, self.windows, self.seqlen, self.seed = work_of(work, seed), windows, seqlen, seed
         self.families = tuple(families)
         extra = [name for family in families for name in FAMILIES.get(family, ())]
         self.model = assets.fetch_smollm2()
@@ -102,7 +99,7 @@ class Bench:
             schemes=(*NATIVE_SCHEMES, *extra),
             seed=seed,
         )
-        self._file = work / "choices.json"
+        self._file = self.work / "choices.json"
         self.known: dict[str, dict[str, Any]] = {}
         if self._file.exists():
             self.known = json.loads(self._file.read_text(encoding="utf-8"))
@@ -163,7 +160,7 @@ class Bench:
             offered = with_row_blocks(trial.run, offered)
         plan = _plan(trial.run, offered, bits)
         row: dict[str, Any] = {"bits": bits, "family": family, "seed": self.seed}
-        row["bytes"] = plan.bytes
+        row |= {"bytes": plan.bytes}
         row |= {"predicted_sum": plan.loss, "chosen": _chosen(plan, self._allowed(family))}
         row["mixed"] = sum(is_mixture(trial.run, *one) for one in plan.schemes.items())
         if measured:
@@ -284,7 +281,7 @@ def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "bits": bits,
             "family": family,
             "seeds": list(gains),
-            "relative": {**interval([*gains.values()]), "values": [*gains.values()]},
+            "relative": with_values([*gains.values()]),
         }
         for (bits, family, _), gains in groups.items()
         if len(gains) > 1

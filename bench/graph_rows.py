@@ -55,7 +55,7 @@ from quantlib.bench.graph_depths import block_of, depth_factors, put
 from quantlib.bench.graph_model import dense_model
 from quantlib.bench.graph_row_tables import KNOWN, SCHEMES, RowTable, tables
 from quantlib.bench.graph_sensitivity import ratio_error
-from quantlib.bench.trained_table import interval
+from quantlib.bench.seeds import with_values, work_of
 from quantlib.calibration.data import load_windows
 from quantlib.checkpoint.disk import atomic_write_text, read_json
 from quantlib.checkpoint.provenance import digest
@@ -292,15 +292,14 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         groups.setdefault(_beside({**row, "seed": 0}), []).append(row)
     found = []
-    for (method, rounding, bits, windows), own in (
-        (key[:-1], group) for key, group in groups.items() if len(group) > 1
-    ):
+    for (method, rounding, bits, windows, _), own in groups.items():
+        if len(own) < 2:
+            continue
         about = {"method": method, "rounding": rounding, "bits": bits, "windows": windows}
         entry: dict[str, Any] = about | {"seeds": [row.get("seed", 0) for row in own]}
         for name in ("kl", *RATIOS):
             if all(name in row for row in own):
-                values = [row[name] for row in own]
-                entry[name] = {**interval(values), "values": values}
+                entry[name] = with_values([row[name] for row in own])
         found.append(entry)
     return found
 
@@ -357,9 +356,7 @@ class Wanted:
 
 def measure_all(work: Path, wanted: Wanted) -> None:
     """Measure what is not there yet. work: of all seeds."""
-    if wanted.seed:
-        work = work / f"seed-{wanted.seed}"
-        work.mkdir(parents=True, exist_ok=True)
+    work = work_of(work, wanted.seed)
     kept = Kept(work / "graph_rows.json")
     judge: Judge | None = None
     for rounding in wanted.roundings:

@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quantlib.bench.trained_table import interval
+from quantlib.bench.seeds import interval, mean_known, with_values
 
 UNDRAWN = "rounded"
 """The method that no seed changes."""
@@ -43,7 +43,7 @@ def compared(rows: Sequence[Row], figures: Sequence[str]) -> list[dict[str, Any]
         entry: dict[str, Any] = {
             "method": method,
             "bits_product": interval([row["bits_product"] for row in own])["mean"],
-            "seconds": _mean([row["seconds"] for row in own]),
+            "seconds": mean_known([row["seconds"] for row in own]),
             "figures": _over_seeds(figures, {row["seed"]: _figures(row, figures) for row in own}),
         }
         for other in [told["method"] for told in found]:
@@ -56,12 +56,6 @@ def compared(rows: Sequence[Row], figures: Sequence[str]) -> list[dict[str, Any]
             entry[f"over_{other}"] = _over_seeds(figures, told)
         found.append(entry)
     return found
-
-
-def _mean(seconds: Sequence[float | None]) -> float | None:
-    """Of the runs that were not resumed; None without any."""
-    known = [value for value in seconds if value is not None]
-    return interval(known)["mean"] if known else None
 
 
 def _of_seed(rows: Sequence[Row], seed: int) -> Row | None:
@@ -110,9 +104,8 @@ def _over_seeds(
         if told:
             values = [value for value, _ in told.values()]
             found[name] = {
-                **interval(values),
+                **with_values(values),
                 "seeds": list(told),
-                "values": values,
                 "standard_errors": [error for _, error in told.values()],
             }
     return found

@@ -26,8 +26,9 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import norm
-from scipy.stats import t as student
 from torch import Tensor
+
+from quantlib.bench.seeds import interval, mean_known
 
 REFERENCES = {"int4": "over_int4", "e2m1": "over_e2m1", "full": "over_full"}
 """Methods that others are compared with -> the name of the difference."""
@@ -37,19 +38,6 @@ ANSWERS = "right"
 
 Rows = Sequence[Mapping[str, Any]]
 Pairs = Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
-
-
-def interval(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean, and the half width of its 95 % interval (None for a single value)."""
-    count = len(values)
-    mean = math.fsum(values) / count
-    if count < 2:
-        return {"mean": mean, "half_width": None}
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    return {
-        "mean": mean,
-        "half_width": float(student.ppf(0.975, count - 1)) * deviation / math.sqrt(count),
-    }
 
 
 def paired(by_seed: Sequence[float], pictures: np.ndarray) -> dict[str, float | None]:
@@ -105,7 +93,7 @@ def compared(rows: Rows, before: Sequence[Mapping[str, Any]] = ()) -> list[dict[
                 "seeds": [row["seed"] for row in of_method],
                 "accuracy": interval([100 * row["accuracy"] for row in of_method]),
                 "bits_product": interval([row["bits_product"] for row in of_method])["mean"],
-                "seconds": _mean([row["seconds"] for row in of_method]),
+                "seconds": mean_known([row["seconds"] for row in of_method]),
             }
             named = (network, method)
             told = next((e for e in before if (e["network"], e["method"]) == named), {})
@@ -115,12 +103,6 @@ def compared(rows: Rows, before: Sequence[Mapping[str, Any]] = ()) -> list[dict[
                     entry[name] = _difference(pairs, told.get(name))
             found.append(entry)
     return found
-
-
-def _mean(seconds: Sequence[float | None]) -> float | None:
-    """Of the runs that were not resumed; None without any."""
-    known = [value for value in seconds if value is not None]
-    return interval(known)["mean"] if known else None
 
 
 def _pairs(of_method: Rows, of_network: Rows, reference: str) -> Pairs:

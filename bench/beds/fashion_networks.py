@@ -176,18 +176,16 @@ def classification(data: Pictures, batch: int = BATCH) -> Task:
 def likeness(teacher: Any, data: Pictures, batch: int = BATCH) -> Task:
     """KL(teacher || model) of random batches, in nats; its negative is the quality.
 
-    A difference of losses by labels has a part that is linear in what rounding changes, whose sign
-    is chance: a network that is still learning has gradients everywhere. This one has none.
+    A difference of losses by labels has a part that is linear in what rounding changes: a network
+    that is still learning has gradients. The divergence from the network itself has none.
     """
 
     def task(model: nn.Module, _: int, generator: torch.Generator) -> Outcome:
         picked = torch.randint(0, len(data), (batch,), generator=generator)
         pixels = varied(data.pixels[picked], generator)
         with torch.no_grad():
-            wanted = F.log_softmax(teacher(pixel_values=pixels).logits.float(), -1)
-        said = F.log_softmax(model(pixel_values=pixels).logits.float(), -1)
-        loss = F.kl_div(said, wanted, log_target=True, reduction="batchmean")
-        return Outcome(loss, -float(loss.detach()))
+            wanted = teacher(pixel_values=pixels).logits
+        return Outcome.of_divergence(wanted, model(pixel_values=pixels).logits)
 
     return task
 

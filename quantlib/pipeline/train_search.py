@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantlib.calibration.data import load_windows, windows_sha256
@@ -246,10 +245,8 @@ def distillation(teacher: nn.Module, windows: Tensor, batch: int) -> Task:
     def task(model: nn.Module, _: int, generator: torch.Generator) -> Outcome:
         ids = windows[torch.randint(0, len(windows), (batch,), generator=generator)]
         with torch.no_grad():
-            wanted = F.log_softmax(teacher(input_ids=ids).logits.float(), -1)
-        said = F.log_softmax(model(input_ids=ids).logits.float(), -1)
-        loss = F.kl_div(said, wanted, log_target=True, reduction="none").sum(-1).mean()
-        return Outcome(loss, -float(loss.detach()))
+            wanted = teacher(input_ids=ids).logits
+        return Outcome.of_divergence(wanted, model(input_ids=ids).logits)
 
     return task
 

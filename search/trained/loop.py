@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantlib.errors import FormatError, SearchError
@@ -35,6 +36,14 @@ class Outcome:
 
     loss: Tensor
     quality: float
+
+    @staticmethod
+    def of_divergence(teacher: Tensor, logits: Tensor) -> Outcome:
+        """KL(teacher || model) of logits [..., V], their mean in nats; its negative is the
+        quality."""
+        wanted, said = (F.log_softmax(one.float(), -1) for one in (teacher, logits))
+        loss = F.kl_div(said, wanted, log_target=True, reduction="none").sum(-1).mean()
+        return Outcome(loss, -float(loss.detach()))
 
 
 Task = Callable[[nn.Module, int, torch.Generator], Outcome]

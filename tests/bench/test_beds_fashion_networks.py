@@ -26,12 +26,14 @@ from quantlib.bench.beds.fashion_networks import (
     Pictures,
     answers,
     classification,
+    likeness,
     normalised,
     pictures,
     varied,
 )
+from quantlib.bench.seeds import interval
 from quantlib.bench.trained_search import ENTRIES, Row
-from quantlib.bench.trained_table import as_hex, compared, from_hex, interval, paired, table
+from quantlib.bench.trained_table import as_hex, compared, from_hex, paired, table
 from quantlib.errors import DataError
 from quantlib.pipeline.trained import Trainable
 from quantlib.search.trained.layers import Layers, Space, decisions
@@ -117,6 +119,26 @@ def test_the_task_counts_right_answers(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_likeness_is_to_the_network_before(name: str, cache: Path) -> None:
+    """Nothing is unlike itself, and rounding moves a network further the coarser it is."""
+    data, network = pictures("held_out", cache), NETWORKS[name]
+    task = likeness(network.drawn(0).train(), data)
+
+    def judged(scale: float) -> float:
+        model = network.drawn(0).train()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + scale)
+        outcome = task(model, 0, torch.Generator().manual_seed(0))
+        assert outcome.loss.requires_grad
+        assert outcome.quality == -float(outcome.loss.detach())
+        return outcome.quality
+
+    assert judged(0.0) == pytest.approx(0.0, abs=1e-6)
+    assert judged(0.5) < judged(0.1) < -1e-6
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit"])
 def test_what_ships_answers_as_what_was_trained(
     name: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +153,7 @@ def test_what_ships_answers_as_what_was_trained(
     monkeypatch.setattr(
         trained_search, "pictures", lambda split: fashion_networks.pictures(split, cache)
     )
-    for method in ("fliqs-mixed", "fliqs-float-8th", "csq", "fliqs-int-width", "exact", "random"):
+    for method in ("fliqs-mixed", "fliqs-float-8th", "csq", "fliqs-int-width", "exact-alike", "random"):
         row = Row(NETWORKS[name], ENTRIES[method], 0)
         found = trained_search.measured(row)
         assert found["checkpoint"] is not None
