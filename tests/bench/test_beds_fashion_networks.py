@@ -153,7 +153,14 @@ def test_what_ships_answers_as_what_was_trained(
     monkeypatch.setattr(
         trained_search, "pictures", lambda split: fashion_networks.pictures(split, cache)
     )
-    for method in ("fliqs-mixed", "fliqs-float-8th", "csq", "fliqs-int-width", "exact-alike", "random"):
+    for method in (
+        "fliqs-mixed",
+        "fliqs-float-8th",
+        "csq",
+        "fliqs-int-width",
+        "exact-alike",
+        "random",
+    ):
         row = Row(NETWORKS[name], ENTRIES[method], 0)
         found = trained_search.measured(row)
         assert found["checkpoint"] is not None
