@@ -5,11 +5,13 @@ head it is nearly exact; for an encoder, whose errors pass through everything be
 several times too small. One line through sums of all components (`calibrate.py`) cannot say so: it
 scales every component alike, and the search goes on spending its bytes on the wrong one.
 
-Within a component a table of words has two kinds of candidates. Where its rows are in blocks of
+Within a component a table of words has candidates of several kinds. Where its rows are in blocks of
 several widths, the calibration data says which rows are to lose what, and the prediction trusts the
-same data once more: it is too hopeful, by another factor than for rows that are all alike. So what
-a factor is of is a part (`part_of`): a component, or what of it is in blocks of rows. A few plans
-round one part and leave all else at its best, and
+same data once more. What that costs depends on the narrowest block, which words that were never
+heard are in: in 3 bits one such word can make a sentence lose tens of times what others lose, in 4
+it is hardly noticed. So what a factor is of is a part (`part_of`): a component, or what of it is in
+blocks of rows down to a number of bits. A few plans round one part and leave all else at its best,
+and
 
     log measured = a + b log sum_p f_p S_p
 
@@ -27,6 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import least_squares
 
+from quantlib.formats.scheme import Scheme
 from quantlib.formats.several import names_rows
 from quantlib.search.calibrate import HUBER
 from quantlib.search.problem import Choice, Item, Problem
@@ -35,6 +38,8 @@ from quantlib.search.solve import Solver
 SHARES = (0.2, 0.35, 0.5)
 """Budgets of a part's plans, as fractions of the way from its smallest size to its best one: 3.5 to
 5.5 bits, where its loss is above the noise and not yet beyond what anyone wants."""
+BLOCK_SHARES = (0.0, 0.5, 1.0)
+"""The same of blocks of rows, whose few candidates of one narrowest width lie close together."""
 FACTOR_SPREAD = 1.0
 """Prior standard deviation of log f: a factor of e is nothing unusual."""
 SLOPE_SPREAD = 0.25
@@ -55,12 +60,15 @@ class Trial(NamedTuple):
 
 def part_of(component: str, scheme: str) -> str:
     """What the factor of a weight of this component in this scheme is of."""
-    return f"{component}, rows in blocks" if names_rows(scheme) else component
+    if not names_rows(scheme):
+        return component
+    narrowest = min(block.format.bits for block in Scheme.parse(scheme).rows)
+    return f"{component}, rows in blocks down to {narrowest} bits"
 
 
 def plans_alone(problem: Problem, component_of: Mapping[str, str]) -> list[dict[str, str]]:
-    """Plans (weight -> scheme) in which one part has less than its best, at SHARES of its own
-    range, and every other weight has its best candidate.
+    """Plans (weight -> scheme) in which one part has less than its best, at SHARES (or
+    BLOCK_SHARES) of its own range, and every other weight has its best candidate.
 
     component_of: weight -> component, of those that are to be tried; weights that are left out
     always have their best. That may be to stay as it is, and what is tried is always rounded.
@@ -72,7 +80,8 @@ def plans_alone(problem: Problem, component_of: Mapping[str, str]) -> list[dict[
         part = replace(rounded, items=tuple(items), weights=())
         low, high = part.bytes(part.smallest()), part.bytes(part.best())
         solver = Solver(part)
-        for share in SHARES:
+        in_blocks = any(names_rows(choice.scheme) for item in items for choice in item.choices)
+        for share in BLOCK_SHARES if in_blocks else SHARES:
             picks = solver.solve(int(low + share * (high - low))).picks
             plan = best | part.schemes(picks)
             if plan != best and plan not in plans:

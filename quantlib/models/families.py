@@ -186,6 +186,11 @@ def experts(parameter: str, *, inner: bool = False) -> GroupRule:
     return GroupRule(parameter, (parameter,), kind="experts", inner=inner)
 
 
+def lookup(module: str) -> GroupRule:
+    """The rows of an nn.Embedding that is no head."""
+    return GroupRule(module, (f"{module}.weight",), kind="embedding")
+
+
 def whole(kind: str = "linear", *, optional: bool = False) -> GroupRule:
     """The place is one module, a group of its own."""
     return GroupRule("", ("weight",), kind=kind, optional=optional)

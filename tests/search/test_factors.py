@@ -187,6 +187,44 @@ def test_blocks_of_rows_are_tried_apart_from_rows_that_are_alike(
     assert part_of("embeddings", "bf16") == "embeddings"
 
 
+WIDER = "w6g64@1/8+w4g32"
+
+
+def test_blocks_are_one_part_where_their_narrowest_has_as_many_bits() -> None:
+    assert part_of("embeddings", BLOCKS) == part_of("embeddings", "w8g64@1/64+w4g32@1/8+w3g32z4s4")
+    assert part_of("embeddings", BLOCKS) != part_of("embeddings", WIDER)
+    assert part_of("embeddings", BLOCKS) != part_of("audio_tower", BLOCKS)
+    assert "3 bits" in part_of("embeddings", BLOCKS)
+
+
+def test_a_word_that_was_never_heard_says_nothing_of_wider_blocks(
+    table: Sensitivity, weights: list[Weight]
+) -> None:
+    """Blocks of 3 bits lose twenty times what is predicted, those of 4 as much as rows that are
+    alike: both are tried, and only the first get dearer."""
+    named = components(weights)
+    hopeful = _with_blocks(_with_blocks(table, weights, 0.5), weights, 0.4, WIDER)
+    true = _with_blocks(hopeful, weights, 10.0)
+    plans = plans_alone(build_problem(hopeful, weights, fixed_bytes=0), named)
+    assert {BLOCKS, WIDER} <= {scheme for plan in plans for scheme in plan.values()}
+    factors = fit_factors(
+        [
+            Trial(_sums(plan, hopeful, named), sum(_sums(plan, true, named).values()), 0.0)
+            for plan in plans
+        ]
+    )
+    narrow, wide = (factors[part_of("embeddings", scheme)] for scheme in (BLOCKS, WIDER))
+    assert narrow > 5 * wide
+    assert 0.67 < wide / factors["embeddings"] < 1.5
+
+
+def test_every_candidate_of_few_blocks_is_tried(table: Sensitivity, weights: list[Weight]) -> None:
+    twice = "w8g64@1/8+w3g32"
+    known = _with_blocks(_with_blocks(table, weights, 0.5), weights, 0.4, twice, more=100)
+    plans = plans_alone(build_problem(known, weights, fixed_bytes=0), components(weights))
+    assert {BLOCKS, twice} <= {scheme for plan in plans for scheme in plan.values()}
+
+
 def test_hopeful_prices_of_blocks_do_not_raise_those_of_plain_rows(
     table: Sensitivity, weights: list[Weight]
 ) -> None:
@@ -195,16 +233,12 @@ def test_hopeful_prices_of_blocks_do_not_raise_those_of_plain_rows(
     named = components(weights)
     true, hopeful = (_with_blocks(table, weights, share) for share in (0.5, 0.05))
 
-    def sums(plan: Mapping[str, str], of: Sensitivity) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for name, scheme in plan.items():
-            part = part_of(named[name], scheme)
-            found[part] = found.get(part, 0.0) + of.entry(name, scheme).loss["kl"]
-        return found
-
     plans = plans_alone(build_problem(hopeful, weights, fixed_bytes=0), named)
     factors = fit_factors(
-        [Trial(sums(plan, hopeful), sum(sums(plan, true).values()), 0.0) for plan in plans]
+        [
+            Trial(_sums(plan, hopeful, named), sum(_sums(plan, true, named).values()), 0.0)
+            for plan in plans
+        ]
     )
     blocks = factors.pop(part_of("embeddings", BLOCKS))
     # one plan against a prior of a factor of e takes a part of the tenth back
@@ -212,13 +246,26 @@ def test_hopeful_prices_of_blocks_do_not_raise_those_of_plain_rows(
     assert max(factors.values()) < 1.5 * min(factors.values())
 
 
-def _with_blocks(table: Sensitivity, weights: list[Weight], share: float) -> Sensitivity:
+def _sums(
+    plan: Mapping[str, str], of: Sensitivity, component_of: Mapping[str, str]
+) -> dict[str, float]:
+    """Part -> sum of its losses in a plan."""
+    found: dict[str, float] = {}
+    for name, scheme in plan.items():
+        part = part_of(component_of[name], scheme)
+        found[part] = found.get(part, 0.0) + of.entry(name, scheme).loss["kl"]
+    return found
+
+
+def _with_blocks(
+    table: Sensitivity, weights: list[Weight], share: float, scheme: str = BLOCKS, more: int = 0
+) -> Sensitivity:
     """The table with one candidate more of the embedding: in blocks of rows, at the bytes of
-    w4g32 and `share` of its loss."""
+    w4g32 (and `more`) and `share` of its loss."""
     rows = dict(table.rows)
     for name, part in components(weights).items():
         if part == "embeddings":
             plain = rows[name]["w4g32"]
             loss = {task: share * value for task, value in plain.loss.items()}
-            rows[name] = {**rows[name], BLOCKS: Entry(plain.bytes, loss, loss)}
+            rows[name] = {**rows[name], scheme: Entry(plain.bytes + more, loss, loss)}
     return replace(table, rows=rows)

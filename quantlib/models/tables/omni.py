@@ -9,13 +9,13 @@ from quantlib.models.families import (
     VISION,
     DiskRules,
     Family,
-    GroupRule,
     KeptRule,
     Part,
     Submodel,
     each,
     keep,
     linears,
+    lookup,
     whole,
 )
 from quantlib.models.tables.vision import attention
@@ -66,13 +66,9 @@ _VISION_TOWER = Family(
 )
 
 
-def _lookup(module: str) -> GroupRule:
-    return GroupRule(module, (f"{module}.weight",), kind="embedding")
-
-
 _TALKER = (
     Part(TALKER, (*ATTENTION, *MLP), ("talker.model.layers.*",), blocks=True),
-    Part(TALKER, (_lookup("talker.model.embed_tokens"),)),
+    Part(TALKER, (lookup("talker.model.embed_tokens"),)),
     Part(TALKER, each("talker.thinker_to_talker_proj", "talker.codec_head")),
 )
 
@@ -86,7 +82,7 @@ _TOKEN2WAV = (
         (f"{_DIT}.transformer_blocks.*",),
         blocks=True,
     ),
-    Part(TOKEN2WAV, (_lookup(f"{_DIT}.text_embed.codec_embed"),)),
+    Part(TOKEN2WAV, (lookup(f"{_DIT}.text_embed.codec_embed"),)),
     Part(TOKEN2WAV, (whole(),), (f"{_DIT}.time_embed.time_mlp.*",)),
     Part(
         TOKEN2WAV,

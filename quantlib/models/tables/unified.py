@@ -16,11 +16,11 @@ from quantlib.models.families import (
     PROJECTOR,
     DiskRules,
     Family,
-    GroupRule,
     Part,
     Submodel,
     each,
     keep,
+    lookup,
     norms,
     whole,
 )
@@ -54,16 +54,7 @@ FAMILIES = (
         groups=(),
         parts=(
             *JANUS_READS,
-            Part(
-                GENERATION_EMBEDDINGS,
-                (
-                    GroupRule(
-                        _GENERATION_EMBEDDINGS,
-                        (f"{_GENERATION_EMBEDDINGS}.weight",),
-                        kind="embedding",
-                    ),
-                ),
-            ),
+            Part(GENERATION_EMBEDDINGS, (lookup(_GENERATION_EMBEDDINGS),)),
             Part(GENERATION_PROJECTOR, each("model.generation_aligner.fc1")),
             Part(
                 GENERATION_PROJECTOR,

@@ -10,6 +10,7 @@ from quantlib.models.families import (
     each,
     keep,
     linears,
+    lookup,
 )
 from quantlib.models.tables.vision import POSITIONS, attention
 
@@ -29,10 +30,10 @@ FAMILIES = (
         head="proj_out.weight",
         parts=(
             Part(AUDIO, each("model.encoder.conv1", "model.encoder.conv2", kind="conv")),
+            Part(AUDIO, (lookup("model.encoder.embed_positions"),)),
             Part(AUDIO, _BLOCK, ("model.encoder.layers.*",), blocks=True),
         ),
         kept=(
-            *keep(AUDIO, POSITIONS, "model.encoder.embed_positions.weight"),
             *keep(LANGUAGE_MODEL, POSITIONS, "model.decoder.embed_positions.weight"),
             *keep(AUDIO, "normalisation", "model.encoder.*layer_norm.weight"),
             *keep(LANGUAGE_MODEL, "normalisation", "model.decoder.*layer_norm.weight"),
